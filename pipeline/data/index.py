@@ -1,0 +1,61 @@
+"""The index: all that later stages know of a dataset, checked once."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image. Tags are sorted class ids in 1..K; ``mask`` may be read by the ground-truth stage alone."""
+
+    id: str
+    file: Path
+    height: int
+    width: int
+    tags: tuple[int, ...]
+    mask: Path | None
+    saliency: Path | None
+
+
+class Index:
+    """Images by id, the two splits, and the class names (class id k is ``classes[k - 1]``)."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            raw = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise PipelineError(f"{path}: not an index ({error}); run the index stage again") from error
+        self.classes: list[str] = raw["classes"]
+        self.tag_source: str = raw["tag_source"]
+        self.splits: dict[str, list[str]] = raw["splits"]
+        root = Path(raw["root"])
+        self._images = {
+            name: Image(
+                name,
+                root / entry["file"],
+                entry["height"],
+                entry["width"],
+                tuple(entry["tags"]),
+                root / entry["mask"] if entry["mask"] else None,
+                Path(entry["saliency"]) if entry["saliency"] else None,
+            )
+            for name, entry in raw["images"].items()
+        }
+
+    def __getitem__(self, image_id: str) -> Image:
+        return self._images[image_id]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def images(self, split: str | None = None) -> list[Image]:
+        """The images of ``train`` or ``evaluation`` in the list's order, or all of them, each once."""
+        return list(self._images.values()) if split is None else [self._images[name] for name in self.splits[split]]
+
+    @property
+    def num_classes(self) -> int:
+        """K, background not counted."""
+        return len(self.classes)

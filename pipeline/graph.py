@@ -1,0 +1,222 @@
+"""The stages as a graph of jobs: which files each reads and writes, and the exact parameters it depends on.
+
+The Snakefile and dvc.yaml state the same graph in their own languages; tests/test_definitions.py holds the three equal.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.schema import Params
+from pipeline.stores import manifest
+from pipeline.stores.files import code_hash, fingerprint
+
+_DATA = ("pipeline/data",)
+_LEARN = ("pipeline/data", "pipeline/networks", "pipeline/methods", "pipeline/refinement", "pipeline/training")
+CODE: dict[str, tuple[str, ...]] = {
+    "demo": ("stages/demo.py", "pipeline/data/demo.py"),
+    "download": ("stages/download.py", "pipeline/data/download.py"),
+    "index": ("stages/index.py", *_DATA),
+    "ground_truth": ("stages/ground_truth.py", *_DATA),
+    "saliency": ("stages/saliency.py", "pipeline/labels"),
+    "classifier": ("stages/classifier.py", *_LEARN),
+    "refinement": ("stages/refinement.py", *_LEARN),
+    "localization": ("stages/localization.py", *_LEARN),
+    "pseudo_labels": ("stages/pseudo_labels.py", "pipeline/labels"),
+    "mixture": ("stages/mixture.py",),
+    "segmentation": ("stages/segmentation.py", *_LEARN),
+    "prediction": ("stages/prediction.py", *_LEARN),
+    "evaluation": ("stages/evaluation.py", "pipeline/evaluation"),
+    "report": ("stages/report.py", "pipeline/report"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a stage. ``params`` is all of the parameters that the stage may look at."""
+
+    stage: str
+    name: str  # of the block; '' where the stage runs once
+    inputs: dict[str, Path]
+    outputs: dict[str, Path]
+    params: dict[str, Any]
+    block: Any = None  # the block as its dataclass
+    home: Path | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage} {self.name}".strip()
+
+    @property
+    def folder(self) -> Path:
+        """Where the manifest lies: beside the outputs; a dataset's lies with the results, not among its images."""
+        return self.home or next(iter(self.outputs.values())).parent
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        return CODE[self.stage]
+
+
+class Graph:
+    """All jobs of a set of parameters, in an order in which they can run."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self.results = Path("results") / params.experiment
+        self.jobs = list(self._jobs())
+
+    def find(self, stage: str, name: str = "") -> Job:
+        """Raises PipelineError naming the blocks that there are."""
+        named = [job for job in self.jobs if job.stage == stage]
+        for job in named:
+            if job.name == name:
+                return job
+        choices = ", ".join(job.name for job in named) or "nothing: params.yaml has no such block"
+        raise PipelineError(f"{stage} {name}: no such block; {stage} can run {choices}")
+
+    def _file(self, reference: str, name: str) -> Path:
+        return self.results / reference / name
+
+    def _jobs(self) -> Iterator[Job]:
+        params = self.params
+        dataset, seed = params.dataset, {"seed": params.seed}
+        root = Path(dataset.root)
+        index = self._file("index", "index.json")
+        masks = self._file("ground_truth", "labels.h5")
+        saliency = self._file("saliency", "maps.h5")
+        made = self.results / "dataset"
+        if dataset.demo:
+            yield Job("demo", "", {}, {"root": root}, {"demo": asdict(dataset.demo)}, dataset.demo, made)
+        elif dataset.download:
+            yield Job("download", "", {}, {"root": root}, {"download": dataset.download}, dataset, made)
+        yield Job("index", "", {"root": root}, {"index": index}, self._index_params(), dataset)
+        yield Job("ground_truth", "", {"index": index}, {"labels": masks}, {}, None)
+        sources = {"index": index}
+        if params.saliency.kind == "store" and params.saliency.path:
+            sources["store"] = Path(params.saliency.path)
+        yield Job("saliency", "", sources, {"maps": saliency}, {"saliency": asdict(params.saliency)}, params.saliency)
+
+        trained = ("model", "log")
+        for name, classifier in params.classifiers.items():
+            yield self._job("classifier", "classifiers", name, {"index": index}, classifier, (*trained, "maps", "snapshots"), seed)
+        yield from self._maps(index, seed, trained)
+        for name, rule in params.pseudo_labels.items():
+            files = {"index": index, "maps": self._file(rule.source, "maps.h5"), "saliency": saliency}
+            yield self._job("pseudo_labels", "pseudo_labels", name, files, rule, ("labels",))
+        for name, mixture in params.mixtures.items():
+            files = {"index": index, "labels": self._file(mixture.labels, "labels.h5"), "ground_truth": masks}
+            yield self._job("mixture", "mixtures", name, files, mixture, ("labels",), seed)
+        for name, network in params.segmentations.items():
+            files = {"index": index, "labels": self._file(network.labels, "labels.h5")}
+            yield self._job("segmentation", "segmentations", name, files, network, trained, seed)
+        for name in params.segmentations:
+            files = {"index": index, "model": self._file(f"segmentations/{name}", "model.pt")}
+            yield self._job("prediction", "predictions", name, files, params.test, ("labels",))
+        yield from self._evaluations(index, masks)
+
+    def _maps(self, index: Path, seed: dict[str, int], trained: tuple[str, ...]) -> Iterator[Job]:
+        """Localizations and refinements feed each other: order them by what they refer to."""
+        params = self.params
+        waiting = {f"localizations/{name}": block.model for name, block in params.localizations.items()}
+        waiting |= {f"refinements/{name}": block.source for name, block in params.refinements.items()}
+        while waiting:
+            for reference, needs in list(waiting.items()):
+                if needs in waiting:
+                    continue
+                del waiting[reference]
+                section, name = reference.split("/")
+                if section == "localizations":
+                    files = {"index": index, "model": self._file(needs, "model.pt")}
+                    yield self._job("localization", section, name, files, params.localizations[name], ("maps",))
+                else:
+                    files = {"index": index, "maps": self._file(needs, "maps.h5")}
+                    yield self._job("refinement", section, name, files, params.refinements[name], trained, seed)
+
+    def _evaluations(self, index: Path, masks: Path) -> Iterator[Job]:
+        params = self.params
+        scores: dict[str, Path] = {}
+        stores: dict[str, Path] = {"saliency": self._file("saliency", "maps.h5"), "ground_truth": masks}
+        for section, kept in [("classifiers", "maps"), ("localizations", "maps"), ("pseudo_labels", "labels"), ("mixtures", "labels"), ("predictions", "labels")]:
+            for name in getattr(params, "segmentations" if section == "predictions" else section):
+                reference = f"{section}/{name}"
+                files = {"index": index, "ground_truth": masks, kept: self._file(reference, f"{kept}.h5")}
+                if section == "classifiers":
+                    files["snapshots"] = self._file(reference, "snapshots.h5")
+                scores[f"scores of {reference}"] = self._file(f"evaluation/{reference}", "scores.json")
+                stores[reference] = files[kept]
+                yield Job("evaluation", reference, files, {"scores": scores[f"scores of {reference}"]}, {}, None)
+        outputs = {"report": self.results / "report.html", "table": self.results / "metrics.json", "metrics": Path("metrics.json")}
+        wanted = {"method": params.method, "gallery": params.gallery, "rows": self._chains()}
+        for section in ("classifiers", "refinements", "segmentations"):
+            for name in getattr(params, section):
+                stores[f"log of {section}/{name}"] = self._file(f"{section}/{name}", "log.json")
+        yield Job("report", "", {"index": index, **stores, **scores}, outputs, wanted, params)
+
+    def _chains(self) -> dict[str, dict[str, str]]:
+        """For each row the references that its numbers come from: maps, labels, predictions."""
+        chains = {}
+        for name, network in self.params.segmentations.items():
+            chain = {"labels": network.labels, "predictions": f"predictions/{name}"}
+            origin = network.labels
+            if origin.startswith("mixtures/"):
+                origin = self.params.mixtures[origin.split("/")[1]].labels
+            if origin.startswith("pseudo_labels/"):
+                chain["maps"] = self.params.pseudo_labels[origin.split("/")[1]].source
+            chains[name] = chain
+        return chains
+
+    def _index_params(self) -> dict[str, Any]:
+        kept = {key: value for key, value in asdict(self.params.dataset).items() if key not in ("demo", "download")}
+        saliency = self.params.saliency
+        return {"dataset": kept, "saliency": saliency.path if saliency.kind == "folder" else None}
+
+    def _job(
+        self, stage: str, section: str, name: str, inputs: dict[str, Path], block: Any, outputs: tuple[str, ...],
+        extra: dict[str, Any] | None = None,
+    ) -> Job:
+        suffix = {"model": "pt", "log": "json", "maps": "h5", "labels": "h5", "snapshots": "h5"}
+        files = {key: self._file(f"{section}/{name}", f"{key}.{suffix[key]}") for key in outputs}
+        return Job(stage, name, inputs, files, {**(extra or {}), "block": asdict(block)}, block)
+
+
+def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:
+    """Whether the job's outputs are there and its manifest names these inputs, parameters and code.
+
+    ``hashes`` keeps what was already looked up: of a made input its own manifest's word, of any other its bytes.
+    """
+    found = manifest.read(job.folder)
+    if found is None or found.get("stage") != job.label or not all(path.exists() for path in job.outputs.values()):
+        return False
+    if found["params"] != _plain(job.params) or found["code"] != code_hash(job.code):
+        return False
+    for key, path in job.inputs.items():
+        if path not in hashes:
+            if not path.exists():
+                return False
+            beside = manifest.read(path.parent)
+            made = beside["outputs"].get(path.name) if beside else None
+            hashes[path] = made or fingerprint(path)
+        if found["inputs"].get(key) != hashes[path]:
+            return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def stale(graph: Graph) -> list[Job]:
+    """Jobs whose outputs are missing or do not fit, and all jobs that follow from them, in order."""
+    out: list[Job] = []
+    remade: set[Path] = set()
+    hashes: dict[Path, str] = {}
+    for job in graph.jobs:
+        if remade.intersection(job.inputs.values()) or not is_fresh(job, hashes):
+            out.append(job)
+            remade.update(job.outputs.values())
+    return out

@@ -1,0 +1,210 @@
+"""params.yaml -> ``schema.Params``: merged, checked whole, every fault a line of its own."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import PipelineError
+from pipeline.schema import Params
+
+DEFAULTS = ("classifiers", "refinements", "localizations", "pseudo_labels", "segmentations")
+_T = typing.TypeVar("_T")
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``, mapping by mapping; a null removes what it names."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def read(files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The raw mapping of params.yaml with profiles and overrides laid on it, in order.
+
+    Raises:
+        PipelineError: a file is missing or no YAML mapping.
+    """
+    raw: dict[str, Any] = {}
+    for file in files:
+        try:
+            found = yaml.safe_load(file.read_text())
+        except FileNotFoundError:
+            raise PipelineError(f"{file}: no such file; name a params file that exists") from None
+        except yaml.YAMLError as error:
+            raise PipelineError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(found, dict):
+            raise PipelineError(f"{file}: holds no mapping of parameters")
+        raw = merge(raw, found)
+    return merge(raw, overrides or {})
+
+
+def load(files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> Params:
+    """Read, merge, check.
+
+    Raises:
+        PipelineError: with every fault found, a line each.
+    """
+    return validate(read(files, overrides), " + ".join(map(str, files)))
+
+
+def validate(raw: Mapping[str, Any], origin: str = "params.yaml") -> Params:
+    """Check a raw mapping against ``schema.Params``; each block gets its section's entry of ``defaults`` first."""
+    raw = dict(raw)
+    faults: list[str] = []
+    defaults = raw.pop("defaults", None) or {}
+    for section in sorted(set(defaults) - set(DEFAULTS)):
+        faults.append(f"defaults.{section}: unknown section{_near(section, DEFAULTS)}")
+    for section in DEFAULTS:
+        blocks = raw.get(section)
+        if isinstance(blocks, Mapping):
+            raw[section] = {
+                name: merge(defaults.get(section) or {}, block) if isinstance(block, Mapping) else block
+                for name, block in blocks.items()
+                if block is not None
+            }
+    params = _build(Params, raw, "", faults)
+    if not faults:
+        _check(params, faults)
+    if faults:
+        raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
+    return typing.cast(Params, params)
+
+
+def _build(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
+    """``value`` as an instance of the annotation ``kind``; what does not fit is added to ``faults``."""
+    origin = typing.get_origin(kind)
+    arguments = typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build_block(typing.cast(type, kind), value, where, faults)
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        return _build(next(a for a in arguments if a is not types.NoneType), value, where, faults)
+    if origin is typing.Literal:
+        if value not in arguments or isinstance(value, bool):
+            choices = ", ".join(map(str, arguments))
+            faults.append(f"{where}: {value!r} is none of {choices}{_near(str(value), map(str, arguments))}")
+        return value
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            faults.append(f"{where}: must be a mapping of names to blocks, not {_said(value)}")
+            return {}
+        for name in value:
+            if not (isinstance(name, str) and name.replace("_", "").isalnum()):
+                faults.append(f"{where}.{name}: a block's name is made of letters, digits and '_'")
+        return {name: _build(arguments[1], block, f"{where}.{name}", faults) for name, block in value.items()}
+    if origin is tuple:
+        size = None if arguments[-1] is Ellipsis else len(arguments)
+        if not isinstance(value, Sequence) or isinstance(value, str) or (size and len(value) != size):
+            faults.append(f"{where}: must be a list{f' of {size} numbers' if size else ''}, not {_said(value)}")
+            return ()
+        return tuple(_build(arguments[0], item, f"{where}[{i}]", faults) for i, item in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        faults.append(f"{where}: must be {_word(kind)}, not {_said(value)}")
+    return value
+
+
+def _build_block(kind: type[_T], value: Any, where: str, faults: list[str]) -> _T | None:
+    if not isinstance(value, Mapping):
+        faults.append(f"{where}: must be a mapping, not {_said(value)}")
+        return None
+    hints = typing.get_type_hints(kind)
+    dot = f"{where}." if where else ""
+    for key in value:
+        if key not in hints:
+            faults.append(f"{dot}{key}: unknown key{_near(str(key), hints)}")
+    arguments = {key: _build(hints[key], value[key], f"{dot}{key}", faults) for key in hints if key in value}
+    for member in dataclasses.fields(typing.cast(Any, kind)):
+        if member.name not in arguments and _required(member):
+            faults.append(f"{dot}{member.name}: is missing")
+            return None
+    return kind(**arguments)
+
+
+def _required(member: "dataclasses.Field[Any]") -> bool:
+    return member.default is dataclasses.MISSING and member.default_factory is dataclasses.MISSING
+
+
+def _near(word: str, choices: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(choices), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _word(kind: type) -> str:
+    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(kind, kind.__name__)
+
+
+def _said(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _check(params: Params, faults: list[str]) -> None:
+    """What no single key can tell: references between blocks, and values that contradict each other."""
+    known = {
+        section: {f"{section}/{name}" for name in getattr(params, section)}
+        for section in ("classifiers", "refinements", "localizations", "pseudo_labels", "mixtures")
+    }
+    maps = known["classifiers"] | known["localizations"]
+    labels = known["pseudo_labels"] | known["mixtures"] | {"ground_truth"}
+
+    def refers(where: str, name: str, choices: set[str]) -> None:
+        if name not in choices:
+            faults.append(f"{where}: refers to {name}, which is none of {', '.join(sorted(choices))}")
+
+    for name, localization in params.localizations.items():
+        refers(f"localizations.{name}.model", localization.model, known["classifiers"] | known["refinements"])
+    for name, refinement in params.refinements.items():
+        refers(f"refinements.{name}.source", refinement.source, maps)
+    for name, rule in params.pseudo_labels.items():
+        refers(f"pseudo_labels.{name}.source", rule.source, maps)
+        if rule.saliency and params.saliency.kind == "none":
+            faults.append(f"pseudo_labels.{name}.saliency: is true, but saliency.kind is none; set it to false")
+    for name, mixture in params.mixtures.items():
+        refers(f"mixtures.{name}.labels", mixture.labels, known["pseudo_labels"])
+        if not 0 <= mixture.share <= 1:
+            faults.append(f"mixtures.{name}.share: {mixture.share} is not within 0 and 1")
+    for name, segmentation in params.segmentations.items():
+        refers(f"segmentations.{name}.labels", segmentation.labels, labels)
+    if params.method not in params.segmentations:
+        faults.append(f"method: {params.method} is none of the rows {', '.join(params.segmentations)}")
+    if params.saliency.kind in ("folder", "store") and params.saliency.path is None:
+        faults.append(f"saliency.path: is missing; saliency.kind {params.saliency.kind} needs it")
+    for section in ("classifiers", "refinements", "segmentations"):
+        for name, block in getattr(params, section).items():
+            training = block.training
+            if (training.epochs is None) == (training.iterations is None):
+                faults.append(f"{section}.{name}.training: give either epochs or iterations")
+            for key in ("batch_size", "accumulation", "epochs", "iterations"):
+                value = getattr(training, key)
+                if value is not None and value < 1:
+                    faults.append(f"{section}.{name}.training.{key}: {value} is below 1")
+            if block.augmentation.side != "none" and block.augmentation.length is None:
+                faults.append(f"{section}.{name}.augmentation.length: is missing; side {block.augmentation.side} needs it")
+    _check_cycles(params, faults)
+
+
+def _check_cycles(params: Params, faults: list[str]) -> None:
+    """A refinement may learn from maps of another refinement, but not from its own."""
+    for name in params.refinements:
+        seen, at = [f"refinements/{name}"], params.refinements[name].source
+        while at.startswith("localizations/"):
+            at = params.localizations[at.split("/")[1]].model
+            if not at.startswith("refinements/"):
+                break
+            if at in seen:
+                faults.append(f"refinements.{name}.source: goes round in a circle: {' <- '.join([*seen, at])}")
+                break
+            seen.append(at)
+            at = params.refinements[at.split("/")[1]].source

@@ -1,0 +1,237 @@
+"""What may stand in params.yaml: one dataclass a block, each key with its meaning.
+
+``pipeline.params`` reads a file into these and refuses anything else. A new method's block is added here.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The generated dataset: images and their exact masks, in VOC layout."""
+
+    train: int = 600
+    evaluation: int = 150
+    size: int = 96  # side in pixels
+    seed: int = 0  # of the images, not of the training
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder in VOC layout. All paths but ``root`` are relative to ``root``."""
+
+    root: str
+    classes: str = "voc"  # 'voc', or a text file with one class name a line
+    tags: str = "tags.json"  # .json, .csv, .npy, .txt, or a folder of XML annotations
+    images: str = "JPEGImages"
+    masks: str | None = None  # only ever read to evaluate and for supervised rows
+    train: str = "ImageSets/Segmentation/train.txt"
+    evaluation: str = "ImageSets/Segmentation/val.txt"
+    demo: Demo | None = None  # generate the dataset at root
+    download: Literal["voc2012_aug"] | None = None  # or download it there
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """Where saliency maps come from. ``folder``: grey PNG, same stem and size as the images; ``store``: an HDF5 raster
+    store; ``spectral_residual`` and ``fine_grained``: OpenCV's detectors, which need no weights."""
+
+    kind: Literal["folder", "store", "spectral_residual", "fine_grained", "none"]
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A feature extractor. ``weights``: 'imagenet' (torchvision's, downloaded), a file, or null."""
+
+    name: Literal["vgg16", "resnet50", "resnet101", "resnet38", "mobilenet_v2", "small"]
+    output_stride: Literal[4, 8, 16, 32] = 8
+    dilated: bool = True  # what loses its stride is dilated instead
+    weights: str | None = None
+    frozen_batch_norm: bool = False  # keep statistics and affine parameters as loaded
+
+
+@dataclass(frozen=True)
+class Head:
+    """``convs`` 3x3 convolutions of ``channels`` with ReLU, then the 1x1 class-aware convolution."""
+
+    convs: int = 3
+    channels: int = 512
+
+
+@dataclass(frozen=True)
+class Training:
+    """How any network is trained. Milestones count epochs, or iterations where ``iterations`` is given."""
+
+    batch_size: int
+    lr: float
+    epochs: int | None = None
+    iterations: int | None = None  # optimizer steps; exactly one of epochs and iterations
+    accumulation: int = 1  # batches an optimizer step
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    decay_biases: bool = True
+    lr_bias: float = 2.0  # multiplier for biases
+    lr_new: float = 10.0  # multiplier for layers that carry no loaded weights
+    schedule: Literal["constant", "step", "poly"] = "step"
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    power: float = 0.9
+    warmup: int = 0  # optimizer steps with linearly growing learning rate
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """From a stored image to a training input, in this order: resize, scale, flip, jitter, crop."""
+
+    side: Literal["short", "long", "square", "none"] = "none"  # which side gets ``length``; square: both
+    length: tuple[int, int] | None = None  # pixels, drawn uniformly from [low, high]
+    scale: tuple[float, float] | None = None  # factor, drawn uniformly from [low, high]
+    flip: bool = True
+    jitter: tuple[float, float, float, float] | None = None  # brightness, contrast, saturation, hue
+    crop: int | None = None  # side of a random square crop, padded where the image is smaller
+
+
+@dataclass(frozen=True)
+class Accumulate:
+    """Online attention accumulation (OAA Sec. 3.2)."""
+
+    fusion: Literal["max", "average"] = "max"  # OAA Eq. 5 or Eq. 10
+    gate: Literal["top_n", "strict", "none"] = "top_n"  # rank within the number of tags; above all non-targets
+    skip_epochs: int = 1  # epochs before accumulation begins
+    cells: int = 28  # cells on the short side of a stored map
+    snapshots: bool = False  # keep the maps of every epoch, for the attention evolution curve (OAA Fig. 11)
+
+
+@dataclass(frozen=True)
+class AttentionDrop:
+    """The attention drop layer (OAA Alg. 1)."""
+
+    target: Literal["image", "features"] = "image"
+    beta: float = 0.5  # probability that a sample is occluded
+    delta: float = 0.6  # attention above which it is occluded
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """An image-level classifier whose class-aware maps locate objects."""
+
+    backbone: Backbone
+    training: Training
+    method: Literal["cam"] = "cam"
+    head: Head = field(default_factory=Head)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    accumulate: Accumulate = field(default_factory=Accumulate)
+    attention_drop: AttentionDrop | None = None
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A network trained on maps: the integral attention model (OAA Sec. 3.4)."""
+
+    source: str  # classifiers/NAME (cumulative attention) or localizations/NAME
+    backbone: Backbone
+    training: Training
+    kind: Literal["integral"] = "integral"
+    head: Head = field(default_factory=Head)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    loss: Literal["hybrid", "cross_entropy", "enhance"] = "hybrid"  # OAA Eq. 9, 6, 7 (Table 4: HL, MCE, EP)
+    reduction: Literal["class", "pooled"] = "class"  # mean per class, summed (paper); all tagged classes pooled (code)
+    threshold: float = 0.0  # attention above which a pixel belongs to N+ (OAA Table 5)
+
+
+@dataclass(frozen=True)
+class Localization:
+    """Localization maps of a trained classifier or refinement network."""
+
+    model: str  # classifiers/NAME or refinements/NAME
+    side: Literal["short", "long", "square", "none"] = "none"
+    length: int | None = None  # pixels
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    fusion: Literal["mean", "max"] = "mean"
+    stride: int = 4  # image pixels a stored cell
+
+
+@dataclass(frozen=True)
+class Crf:
+    """Dense CRF; sigmas in pixels and grey levels."""
+
+    iterations: int = 10
+    gaussian_xy: float = 3.0
+    gaussian_weight: float = 3.0
+    bilateral_xy: float = 67.0
+    bilateral_rgb: float = 3.0
+    bilateral_weight: float = 4.0
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """From maps to label maps. Thresholds are in [0, 1]; see ``pipeline.labels.rules``."""
+
+    source: str  # classifiers/NAME (cumulative attention) or localizations/NAME
+    rule: Literal["oaa", "threshold"] = "oaa"
+    normalise: Literal["minmax", "max", "none"] = "minmax"
+    saliency: bool = True  # background score: 1 - saliency, or the constant ``background``
+    background: float = 0.3
+    attention_threshold: float = 0.3  # scores below it count as nothing
+    conflict_threshold: float = 0.9  # two scores above it: ignore
+    object_threshold: float = 0.8  # a class above it on predicted background: ignore
+    saliency_threshold: float = 0.125  # saliency from which predicted background is ignored (32/255)
+    minimum_foreground: float = 0.01  # share of the image below which all of it is ignored
+    crf: Crf | None = None  # over background and the image's tags, before the argmax
+    confidence: float = 0.0  # after the CRF, pixels whose probability is below it are ignored
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Pseudo labels of which a share of the training images carry their masks instead (OAA Table 7)."""
+
+    labels: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A segmentation network trained on label maps."""
+
+    labels: str  # pseudo_labels/NAME, mixtures/NAME, or ground_truth (the supervised upper bound)
+    backbone: Backbone
+    training: Training
+    network: Literal["deeplab_largefov"] = "deeplab_largefov"
+    channels: int = 1024  # of fc6 and fc7
+    rate: int = 12  # dilation of fc6
+    dropout: float = 0.5
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass(frozen=True)
+class Test:
+    """How every segmentation network is tested: one protocol for all rows."""
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    crf: Crf | None = None
+
+
+@dataclass(frozen=True)
+class Params:
+    """The whole of params.yaml, defaults merged into the blocks."""
+
+    experiment: str  # results/EXPERIMENT holds the outputs
+    seed: int
+    method: str  # the row whose numbers metrics.json carries
+    dataset: Dataset
+    saliency: Saliency
+    classifiers: dict[str, Classifier]
+    pseudo_labels: dict[str, PseudoLabels]
+    segmentations: dict[str, Segmentation]
+    refinements: dict[str, Refinement] = field(default_factory=dict)
+    localizations: dict[str, Localization] = field(default_factory=dict)
+    mixtures: dict[str, Mixture] = field(default_factory=dict)
+    test: Test = field(default_factory=Test)
+    gallery: int = 12  # images in the report

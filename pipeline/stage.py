@@ -1,0 +1,166 @@
+"""What every stage does around its work: arguments, checks of the inputs, the lock, publishing, the manifest."""
+
+import argparse
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import params as parameters
+from pipeline.errors import PipelineError
+from pipeline.graph import Graph, Job, is_fresh
+from pipeline.stores import manifest
+from pipeline.stores.files import code_hash, fingerprint, partial, publish
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How to run, which must not change the result: it is no parameter and no part of a manifest's key."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    workers: int = 0  # processes beside the main one that load and label images; 0: none
+    threads: int = 0  # of the arithmetic; 0: as many as the process may use
+    checkpoint_every: float = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage's function is given. ``outputs`` are temporary paths: write there, all of them."""
+
+    job: Job
+    inputs: dict[str, Path]
+    outputs: dict[str, Path]
+    runtime: Runtime
+    key: str  # hash of parameters, inputs and code: names the checkpoint
+    checkpoint: Path  # where a long stage keeps its state; survives a kill, deleted on success
+
+
+def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = None) -> None:
+    """Run one job of ``stage`` as a command; the process's exit status is 1 where the input is at fault."""
+    options = _parser(stage).parse_args(arguments)
+    try:
+        files = [Path(name) for name in options.params]
+        graph = Graph(parameters.load(files, json.loads(options.set)))
+        runtime = Runtime(options.device, options.workers, options.threads, options.checkpoint_every)
+        execute(graph.find(stage, options.name), work, runtime, options.force)
+    except PipelineError as error:
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _parser(stage: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}")
+    parser.add_argument("name", nargs="?", default="", help="the block to run, where the stage has several")
+    parser.add_argument("--params", nargs="+", default=["params.yaml"], metavar="FILE", help="each laid on the one before")
+    parser.add_argument("--set", default="{}", metavar="JSON", help="laid on the params last")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes")
+    parser.add_argument("--threads", type=int, default=0, help="arithmetic threads; 0: all that the process may use")
+    parser.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument("--force", action="store_true", help="run even if the outputs are up to date")
+    return parser
+
+
+def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: bool = False) -> None:
+    """Run the job unless its outputs are up to date; publish the outputs and then their manifest.
+
+    Raises:
+        PipelineError: an input is missing, or is not what its manifest says.
+    """
+    start = time.monotonic()
+    with _lock(job):
+        if not force and is_fresh(job, {}):
+            print(f"{job.label}: up to date", flush=True)
+            return
+        inputs = _check_inputs(job)
+        code = code_hash(job.code)
+        key = _key(job, inputs, code)
+        temporary = {name: partial(path) for name, path in job.outputs.items()}
+        for path in temporary.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint = job.folder / f".checkpoint-{job.stage}-{key[:16]}.pt"
+        made = Work(job, job.inputs, temporary, runtime, key, checkpoint)
+        work(made)
+        for path in job.outputs.values():
+            if not partial(path).is_dir():
+                publish(path)
+        manifest.write(
+            job.folder,
+            stage=job.label,
+            params=job.params,
+            inputs=inputs,
+            outputs={path.name: fingerprint(path) for path in job.outputs.values()},
+            code=code,
+            seconds=round(time.monotonic() - start, 1),
+            machine=manifest.host(),
+            device=runtime.device,
+        )
+        for old in job.folder.glob(f".checkpoint-{job.stage}-*.pt*"):
+            old.unlink()
+    print(f"{job.label}: done in {time.monotonic() - start:.1f} s", flush=True)
+
+
+def _check_inputs(job: Job) -> dict[str, str]:
+    faults, hashes = [], {}
+    for name, path in job.inputs.items():
+        try:
+            if path.is_dir():
+                hashes[name] = fingerprint(path)
+            elif path.exists():
+                hashes[name] = manifest.verify(path)
+            else:
+                faults.append(f"{path}: missing ({name} of {job.label}); run the stage that makes it")
+        except PipelineError as error:
+            faults.extend(error.lines)
+    if faults:
+        raise PipelineError(*faults)
+    return hashes
+
+
+def _key(job: Job, inputs: dict[str, str], code: str) -> str:
+    import hashlib
+
+    text = json.dumps([job.label, job.params, inputs, code], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def _lock(job: Job) -> Iterator[None]:
+    """Hold the job's lock; wait where another process holds it, as one may that outlived a killed Snakemake."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / f".lock-{job.stage}").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            print(f"{job.label}: waiting for process {file.read().strip()}, which is at work on it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def progress(items: Any, label: str, total: int | None = None) -> Any:
+    """The items with a bar on a terminal, and with a line every tenth part in a log."""
+    total = len(items) if total is None else total
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        return tqdm(items, desc=label, total=total, leave=False)
+    return _lines(items, label, total)
+
+
+def _lines(items: Any, label: str, total: int) -> Iterator[Any]:
+    step = max(1, -(-total // 10))
+    for number, item in enumerate(items, 1):
+        yield item
+        if number % step == 0 or number == total:
+            print(f"{label}: {number}/{total}", flush=True)

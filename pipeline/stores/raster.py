@@ -1,0 +1,157 @@
+"""One HDF5 container for ragged 8-bit rasters: attention, localization maps, saliency, labels and predictions.
+
+Layout: ``values`` (flat uint8, gzip-1 chunks) and one row a raster in ``offset`` (int64), ``height``, ``width``
+(int32), ``image`` (int32 index into ``image_ids``) and ``class_id`` (int16; 0 where a raster has no class). Rows of one
+image lie together. A map's value is value / 255; a label's value is its class id (0 background, 255 ignore).
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import PipelineError
+
+Raster = NDArray[np.uint8]
+CHUNK = 1 << 16
+BUFFER = 1 << 24
+
+
+class RasterWriter:
+    """Append rasters image by image; memory stays at one buffer whatever the number of images.
+
+    Write under a temporary name and rename (``stores.files``): a published store is never opened for update.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self._file = h5py.File(path, "w", track_order=False)
+        self._file.attrs["kind"] = kind
+        self._values = self._file.create_dataset(
+            "values", (0,), np.uint8, maxshape=(None,), chunks=(CHUNK,), compression="gzip", compression_opts=1
+        )
+        self._pending: list[Raster] = []
+        self._pending_bytes = 0
+        self._total = 0
+        self._rows: list[tuple[int, int, int, int, int]] = []
+        self._images: dict[str, int] = {}
+
+    def append(self, image_id: str, raster: Raster, class_id: int = 0) -> None:
+        """Add one H x W uint8 raster.
+
+        Raises:
+            ValueError: not a 2-D uint8 array, or the image's rows would not lie together.
+        """
+        if raster.ndim != 2 or raster.dtype != np.uint8:
+            raise ValueError(f"a raster is 2-D uint8, not {raster.ndim}-D {raster.dtype}")
+        image = self._images.setdefault(image_id, len(self._images))
+        if image != len(self._images) - 1:
+            raise ValueError(f"rows of image {image_id} must lie together")
+        self._rows.append((self._total, *raster.shape, image, class_id))
+        self._pending.append(np.ascontiguousarray(raster).reshape(-1))
+        self._pending_bytes += raster.size
+        self._total += raster.size
+        if self._pending_bytes >= BUFFER:
+            self._flush()
+
+    def add_image(self, image_id: str) -> None:
+        """Name an image that has no raster, so that readers can tell 'none' from 'unknown'."""
+        self._images.setdefault(image_id, len(self._images))
+
+    def _flush(self) -> None:
+        if self._pending:
+            start = self._values.shape[0]
+            self._values.resize((self._total,))
+            self._values[start:] = np.concatenate(self._pending)
+            self._pending, self._pending_bytes = [], 0
+
+    def close(self) -> None:
+        self._flush()
+        rows = np.array(self._rows, np.int64).reshape(-1, 5)
+        for column, (name, dtype) in enumerate(
+            [("offset", "i8"), ("height", "i4"), ("width", "i4"), ("image", "i4"), ("class_id", "i2")]
+        ):
+            self._file.create_dataset(name, data=rows[:, column].astype(dtype))
+        ids = np.array([name.encode() for name in self._images], dtype=bytes)
+        self._file.create_dataset("image_ids", data=ids if len(ids) else np.zeros(0, "S1"))
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+class RasterStore:
+    """Read a store by image id and class id; safe to use from forked loader workers.
+
+    Raises:
+        PipelineError: the file is no raster store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pid = -1
+        self._handle: h5py.File | None = None
+        try:
+            file = self._file()
+            self.kind = str(file.attrs["kind"])
+            self.ids: list[str] = [name.decode() for name in file["image_ids"][:]]
+            self._offset, self._height, self._width = (file[name][:] for name in ("offset", "height", "width"))
+            images, self._class = file["image"][:], file["class_id"][:]
+        except (OSError, KeyError) as error:
+            raise PipelineError(f"{path}: not a raster store ({error}); run its stage again") from error
+        self._index = {name: number for number, name in enumerate(self.ids)}
+        self._start = np.searchsorted(images, np.arange(len(self.ids) + 1))
+
+    def _file(self) -> h5py.File:
+        if self._handle is None or self._pid != os.getpid():
+            self._handle, self._pid = h5py.File(self.path, "r"), os.getpid()
+        return self._handle
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self._index
+
+    def __len__(self) -> int:
+        return len(self._offset)
+
+    def _rows(self, image_id: str) -> range:
+        if image_id not in self._index:
+            raise KeyError(f"{self.path} has no image {image_id}")
+        image = self._index[image_id]
+        return range(int(self._start[image]), int(self._start[image + 1]))
+
+    def classes(self, image_id: str) -> list[int]:
+        """Class ids of the image's rasters, in stored order."""
+        return [int(self._class[row]) for row in self._rows(image_id)]
+
+    def _read(self, row: int) -> Raster:
+        start, height, width = int(self._offset[row]), int(self._height[row]), int(self._width[row])
+        values: Raster = self._file()["values"][start : start + height * width]
+        return values.reshape(height, width)
+
+    def get(self, image_id: str, class_id: int = 0) -> Raster:
+        """The image's H x W uint8 raster of this class.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for row in self._rows(image_id):
+            if self._class[row] == class_id:
+                return self._read(row)
+        raise KeyError(f"{self.path} has no class {class_id} of image {image_id}")
+
+    def maps(self, image_id: str) -> dict[int, Raster]:
+        """All rasters of the image by class id; empty where it has none."""
+        return {int(self._class[row]): self._read(row) for row in self._rows(image_id)}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)

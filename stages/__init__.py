@@ -1,0 +1,1 @@
+"""One module a stage; run one with ``python -m stages.NAME [BLOCK]``."""
