@@ -75,7 +75,7 @@ class Training:
     weight_decay: float = 5e-4
     decay_biases: bool = True
     lr_bias: float = 2.0  # multiplier for biases
-    lr_new: float = 10.0  # multiplier for layers that carry no loaded weights
+    lr_new: float = 10.0  # multiplier for the layers added to the backbone; of their biases: lr_new * lr_bias
     schedule: Literal["constant", "step", "poly"] = "step"
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
