@@ -1,0 +1,135 @@
+"""Long work on many images that goes on where it was: rasters are computed block by block, and each block is kept.
+
+A store's file cannot be resumed (``stores.raster``), so finished blocks lie as parts beside it until it is whole.
+"""
+
+import os
+import shutil
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from pipeline.stores.files import atomic
+from pipeline.stores.raster import Raster, RasterWriter
+
+Row = tuple[str, int, Raster]  # image id, class id, H x W values
+
+
+class Identified(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+_Image = TypeVar("_Image", bound=Identified)
+
+
+def write_blocks(
+    images: Sequence[_Image],
+    compute: Callable[[Sequence[_Image]], Iterable[Row]],
+    writer: RasterWriter,
+    checkpoint: Path,
+    size: int = 128,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
+) -> None:
+    """Write the rasters of all ``images`` in their order; images without a raster are named in the store.
+
+    Args:
+        compute: gives the rows of a block of at most ``size`` images, in any order (so that it may batch images of
+            equal shape), none for an image that has no raster. It must depend on nothing but its block.
+        checkpoint: ``Work.checkpoint``; parts lie in a folder of that name ending in ``.parts``. It is removed at the
+            end, together with those that runs with other parameters left.
+        progress: wraps the list of blocks, e.g. ``partial(stage.progress, label=work.job.label)``.
+
+    Raises:
+        ValueError: a row of an image that is not in its block.
+    """
+    folder = checkpoint.with_suffix(".parts")
+    blocks = [images[start : start + size] for start in range(0, len(images), size)]
+    for number, block in enumerate(progress(blocks)):
+        ids = [image.id for image in block]
+        part = folder / f"{number:05d}.npz"
+        rows = _load(part, ids)
+        if rows is None:
+            rows = _ordered(ids, compute(block))
+            _save(part, ids, rows)
+        for image_id in ids:
+            writer.add_image(image_id)
+            for class_id, raster in rows[image_id]:
+                writer.append(image_id, raster, class_id)
+    for finished in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*.parts"):
+        shutil.rmtree(finished)
+
+
+def _ordered(ids: list[str], rows: Iterable[Row]) -> dict[str, list[tuple[int, Raster]]]:
+    found: dict[str, list[tuple[int, Raster]]] = {image_id: [] for image_id in ids}
+    for image_id, class_id, raster in rows:
+        if image_id not in found:
+            raise ValueError(f"a raster of image {image_id}, which is not in the block at work")
+        found[image_id].append((class_id, raster))
+    return found
+
+
+def _save(part: Path, ids: list[str], rows: dict[str, list[tuple[int, Raster]]]) -> None:
+    table = [(n, class_id, *raster.shape) for n, name in enumerate(ids) for class_id, raster in rows[name]]
+    values = [raster.reshape(-1) for name in ids for _, raster in rows[name]]
+    with atomic(part) as path, path.open("wb") as file:
+        np.savez_compressed(
+            file,
+            ids=np.array(ids, str),
+            table=np.array(table, np.int64).reshape(-1, 4),
+            values=np.concatenate(values) if values else np.zeros(0, np.uint8),
+        )
+
+
+def _load(part: Path, ids: list[str]) -> dict[str, list[tuple[int, Raster]]] | None:
+    """The part's rows, or None where it is missing, damaged (its arrays carry a CRC) or of other images."""
+    try:
+        with np.load(part, allow_pickle=False) as arrays:
+            stored, table, values = arrays["ids"].tolist(), arrays["table"].tolist(), arrays["values"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    if stored != ids:
+        return None
+    rows: dict[str, list[tuple[int, Raster]]] = {image_id: [] for image_id in ids}
+    start = 0
+    for number, class_id, height, width in table:
+        rows[ids[number]].append((class_id, values[start : start + height * width].reshape(height, width)))
+        start += height * width
+    return rows
+
+
+@contextmanager
+def parallel(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Give a ``map(function, items)`` that keeps the items' order: the built-in one, or over ``workers`` processes.
+
+    Processes are spawned, so that no lock or HDF5 handle of this one is inherited; ``function`` must be picklable.
+    """
+    if workers == 0:
+        yield map
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker) as executor:
+        yield partial(executor.map, chunksize=4)
+
+
+def _start_worker() -> None:
+    """One thread of arithmetic each, and no worker outlives a parent that was killed."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)

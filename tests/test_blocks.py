@@ -1,0 +1,144 @@
+"""Work in blocks: order, resumption after a kill, damaged parts, and processes that leave with their parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.stores.blocks import Row, parallel, write_blocks
+from pipeline.stores.raster import RasterStore, RasterWriter
+
+
+@dataclass(frozen=True)
+class Item:
+    id: str
+
+
+ITEMS = [Item(f"image{number}") for number in range(10)]
+
+
+class Compute:
+    """Two rasters an image, last image first; none for image3; dies at image ``dies_at``, once."""
+
+    def __init__(self, dies_at: str | None = None) -> None:
+        self.dies_at = dies_at
+        self.seen: list[str] = []
+
+    def __call__(self, block: Sequence[Item]) -> Iterator[Row]:
+        for item in reversed(block):
+            if item.id == self.dies_at:
+                raise KeyboardInterrupt
+            self.seen.append(item.id)
+            if item.id != "image3":
+                value = int(item.id[5:])
+                yield item.id, 1, np.full((2, 3), value, np.uint8)
+                yield item.id, 2, np.full((value + 1, 1), 255, np.uint8)
+
+
+def write(folder: Path, compute: Compute, size: int = 3) -> Path:
+    path = folder / "maps.h5"
+    with RasterWriter(path, "maps") as writer:
+        write_blocks(ITEMS, compute, writer, folder / ".checkpoint-stage-abc.pt", size)
+    return path
+
+
+def parts(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*.npz"))
+
+
+def test_rows_come_back_in_the_images_order(tmp_path: Path) -> None:
+    store = RasterStore(write(tmp_path, Compute()))
+    assert store.ids == [item.id for item in ITEMS]
+    assert store.classes("image3") == []
+    assert store.classes("image4") == [1, 2]
+    assert store.get("image4", 1).tolist() == [[4, 4, 4], [4, 4, 4]]
+    assert store.get("image4", 2).shape == (5, 1)
+    assert list(tmp_path.iterdir()) == [tmp_path / "maps.h5"]
+
+
+def test_goes_on_after_a_kill_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole = write(tmp_path / "whole", Compute())
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "killed", Compute(dies_at="image7"))
+    assert parts(tmp_path / "killed") == ["00000.npz", "00001.npz"]
+    again = Compute()
+    killed = write(tmp_path / "killed", again)
+    assert sorted(again.seen) == ["image6", "image7", "image8", "image9"]
+    assert killed.read_bytes() == whole.read_bytes()
+    assert parts(tmp_path) == []
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
+def test_a_damaged_part_is_computed_again(tmp_path: Path, harm: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, Compute(dies_at="image7"))
+    part = next(tmp_path.rglob("00001.npz"))
+    data = bytearray(part.read_bytes())
+    if harm == "flip":
+        at = data.index(b"values.npy") + len(b"values.npy") + 30
+        data[at] ^= 0xFF
+    part.write_bytes({"flip": bytes(data), "cut": bytes(data[:-40]), "empty": b""}[harm])
+    again = Compute()
+    store = RasterStore(write(tmp_path, again))
+    assert {"image3", "image4", "image5"} <= set(again.seen)
+    assert "image2" not in again.seen
+    assert store.get("image5", 1)[0, 0] == 5
+
+
+def test_parts_of_other_blocks_are_not_used_and_old_ones_go(tmp_path: Path) -> None:
+    old = tmp_path / ".checkpoint-stage-old.parts"
+    old.mkdir()
+    other = tmp_path / ".checkpoint-other-abc.parts"
+    other.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, Compute(dies_at="image7"), size=3)
+    again = Compute()
+    store = RasterStore(write(tmp_path, again, size=4))
+    assert len(again.seen) == len(ITEMS)
+    assert store.get("image9", 1)[0, 0] == 9
+    assert not old.exists()
+    assert other.exists()
+
+
+def test_a_row_of_a_foreign_image_is_refused(tmp_path: Path) -> None:
+    with RasterWriter(tmp_path / "maps.h5", "maps") as writer, pytest.raises(ValueError, match="image foreign"):
+        write_blocks(ITEMS, lambda block: [("foreign", 0, np.zeros((1, 1), np.uint8))], writer, tmp_path / ".c-s-k.pt")
+
+
+def test_processes_keep_the_order() -> None:
+    with parallel(2) as each:
+        assert list(each(abs, range(-20, 0))) == list(range(20, 0, -1))
+
+
+def test_workers_leave_with_a_killed_parent() -> None:
+    code = (
+        "import os\n"
+        "from pipeline.stores.blocks import parallel\n"
+        "if __name__ == '__main__':\n"
+        "    with parallel(1) as each:\n"
+        "        print(*each(eval, ['__import__(\"os\").getpid()']), flush=True)\n"
+        "        os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    worker = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{worker}/stat").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent")
