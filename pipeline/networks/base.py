@@ -1,0 +1,117 @@
+"""What every backbone is: named stages in a row, each of which can be tapped."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Self
+
+from torch import Tensor, nn
+
+
+class Tap(NamedTuple):
+    """A place where features can be read: their channels, and the input pixels one feature pixel spans."""
+
+    channels: int
+    stride: int
+
+
+class Backbone(nn.Module):
+    """A feature extractor: B x 3 x H x W to B x C x ceil(H / stride) x ceil(W / stride).
+
+    ``taps`` names its stages from shallow to deep; the last one is the output. ``stages`` holds one module a tap.
+    """
+
+    def __init__(self, stages: Mapping[str, nn.Module], taps: Mapping[str, Tap], frozen_batch_norm: bool) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict(stages)
+        self.taps = dict(taps)
+        self.frozen_batch_norm = frozen_batch_norm
+        if frozen_batch_norm:
+            for norm in self._batch_norms():
+                norm.requires_grad_(False)
+            self.train()
+
+    @property
+    def out_channels(self) -> int:
+        return self._output.channels
+
+    @property
+    def out_stride(self) -> int:
+        return self._output.stride
+
+    @property
+    def _output(self) -> Tap:
+        return list(self.taps.values())[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features of the last tap."""
+        for stage in self.stages.values():
+            x = stage(x)
+        return x
+
+    def features(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """The features of the named taps; stages deeper than the deepest of them are not computed.
+
+        Raises:
+            ValueError: a name is no tap of this backbone.
+        """
+        if unknown := [name for name in names if name not in self.taps]:
+            raise ValueError(f"no tap {', '.join(unknown)}; the taps are {', '.join(self.taps)}")
+        found: dict[str, Tensor] = {}
+        for name, stage in self.stages.items():
+            if len(found) == len(set(names)):
+                break
+            x = stage(x)
+            if name in names:
+                found[name] = x
+        return {name: found[name] for name in names}
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen_batch_norm:
+            for norm in self._batch_norms():
+                norm.eval()
+        return self
+
+    def _batch_norms(self) -> Iterable[nn.BatchNorm2d]:
+        return (module for module in self.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def limit_stride(blocks: Iterable[nn.Module], stride: int, output_stride: int, dilated: bool) -> list[int]:
+    """Take the stride from the blocks that would exceed ``output_stride``, and dilate what follows in its place.
+
+    A block that loses its stride keeps the dilation of those before it, and the next ones double it, so that every
+    convolution but the first sees the pixels it was trained on (as torchvision's ``replace_stride_with_dilation``).
+
+    Args:
+        blocks: shallow to deep; at most one spatial convolution of each is strided.
+        stride: of the features that enter the first block.
+
+    Returns:
+        The stride after each block.
+    """
+    dilation = 1
+    strides = []
+    for block in blocks:
+        convs = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
+        step = max(conv.stride[0] for conv in convs)
+        exceeds = stride * step > output_stride
+        for conv in convs:
+            if exceeds:
+                conv.stride = (1, 1)
+            if dilated and conv.kernel_size[0] > 1:
+                conv.dilation = (dilation, dilation)
+                conv.padding = (dilation * (conv.kernel_size[0] // 2),) * 2
+        if exceeds:
+            dilation *= step
+        else:
+            stride *= step
+        strides.append(stride)
+    return strides
+
+
+def he_normal(module: nn.Module) -> None:
+    """Initialise the convolutions within for ReLU: He et al.'s normal over the fan-out, biases 0."""
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)

@@ -1,0 +1,36 @@
+"""ResNet-50 and ResNet-101 (He et al. 2016), torchvision's, without pooling and classifier."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+from pipeline import schema
+from pipeline.networks.base import Backbone, Tap, limit_stride
+from pipeline.networks.vision import import_torchvision
+
+
+def resnet50(settings: schema.Backbone) -> Backbone:
+    """Taps layer1 to layer4 of 256, 512, 1024 and 2048 channels."""
+    return _resnet(settings)
+
+
+def resnet101(settings: schema.Backbone) -> Backbone:
+    """Taps layer1 to layer4 of 256, 512, 1024 and 2048 channels."""
+    return _resnet(settings)
+
+
+def _resnet(settings: schema.Backbone) -> Backbone:
+    published = getattr(import_torchvision().models, settings.name)(weights=None)
+    modules: dict[str, nn.Module] = dict(published.named_children())
+    layers = ["layer1", "layer2", "layer3", "layer4"]
+    blocks = [block for name in layers for block in modules[name].children()]
+    strides = dict(zip(blocks, limit_stride(blocks, 4, settings.output_stride, settings.dilated), strict=True))
+
+    stages: dict[str, nn.Module] = {}
+    taps: dict[str, Tap] = {}
+    for name in layers:
+        held = ["conv1", "bn1", "relu", "maxpool", name] if name == "layer1" else [name]
+        stages[name] = nn.Sequential(OrderedDict((part, modules[part]) for part in held))
+        last = list(modules[name].children())[-1]
+        taps[name] = Tap(last.conv3.out_channels, strides[last])  # type: ignore[union-attr, arg-type]
+    return Backbone(stages, taps, settings.frozen_batch_norm)

@@ -1,0 +1,32 @@
+"""The demo's backbone: light enough to train from scratch in a minute on two cores."""
+
+from torch import nn
+
+from pipeline import schema
+from pipeline.errors import PipelineError
+from pipeline.networks.base import Backbone, Tap, he_normal, limit_stride
+
+WIDTHS = (32, 32, 64, 64, 128, 128)
+STRIDES = (1, 2, 1, 2, 2, 1)
+
+
+def small(settings: schema.Backbone) -> Backbone:
+    """Six 3x3 convolutions, each with batch norm and ReLU. Taps conv2, conv4 and conv6 of 32, 64 and 128 channels.
+
+    Raises:
+        PipelineError: the output stride is neither 4 nor 8.
+    """
+    if settings.output_stride > 8:
+        raise PipelineError(f"small: output_stride {settings.output_stride} is too large; use 4 or 8")
+    blocks = [
+        nn.Sequential(
+            nn.Conv2d(before, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        for before, width, stride in zip((3, *WIDTHS[:-1]), WIDTHS, STRIDES, strict=True)
+    ]
+    strides = limit_stride(blocks, 1, settings.output_stride, settings.dilated)
+    stages = {f"conv{end}": nn.Sequential(*blocks[end - 2 : end]) for end in (2, 4, 6)}
+    taps = {f"conv{end}": Tap(WIDTHS[end - 1], strides[end - 1]) for end in (2, 4, 6)}
+    backbone = Backbone(stages, taps, settings.frozen_batch_norm)
+    he_normal(backbone)
+    return backbone

@@ -1,0 +1,89 @@
+"""Initial weights of a backbone: torchvision's, or a file's."""
+
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import PipelineError
+from pipeline.networks.base import Backbone
+from pipeline.networks.vision import import_torchvision
+
+# Parts of a published network that no backbone has.
+IGNORED = ("classifier.", "fc.")
+
+
+class Published(NamedTuple):
+    """Where torchvision keeps a network's ImageNet weights, and what its names of the backbone's parts begin with."""
+
+    enum: str
+    prefix: str
+
+
+def load_weights(backbone: Backbone, weights: str, published: Published | None) -> None:
+    """Fill the backbone from ``weights``: 'imagenet' or a file with a state dict.
+
+    The state dict is this backbone's own, or torchvision's of the whole network, whose classifier is left out. float16
+    tensors are cast to the parameters' float32.
+
+    Raises:
+        PipelineError: the file is missing or damaged, the download failed, or the weights do not fit.
+    """
+    if weights == "imagenet":
+        source, state = _download(published)
+    else:
+        source, state = weights, _read(Path(weights))
+    if not any(name.startswith("stages.") for name in state):
+        state = _rename(backbone, state, published.prefix if published else "")
+    own = backbone.state_dict()
+    faults = [
+        f"{name} is {_shape(value)}, not {_shape(own[name])}"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if not faults:
+        # Not strict, so that files from before batch norms counted their batches still load.
+        keys = backbone.load_state_dict(state, strict=False)
+        faults += [f"{name} is missing" for name in keys.missing_keys]
+        faults += [f"{name} is unexpected" for name in keys.unexpected_keys]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise PipelineError(f"{source}: does not fit the backbone: {'; '.join(faults[:3])}{more}")
+
+
+def _rename(backbone: Backbone, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """From torchvision's names to the backbone's, which are the same behind 'stages.TAP.'."""
+    names = {prefix + own.split(".", 2)[2]: own for own in backbone.state_dict()}
+    return {names.get(name, name): value for name, value in state.items() if not name.startswith(IGNORED)}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: missing; backbone.weights names a file, 'imagenet' or null") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise PipelineError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise PipelineError(f"{path}: holds no state dict; save one with torch.save(model.state_dict(), ...)")
+    return state
+
+
+def _download(published: Published | None) -> tuple[str, dict[str, Tensor]]:
+    if published is None:
+        raise PipelineError("weights 'imagenet': none are published for this backbone; name a file, or null")
+    url = getattr(import_torchvision().models, published.enum).IMAGENET1K_V1.url
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    try:
+        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise PipelineError(
+            f"{cached}: missing or damaged, and not to be had ({error}); fetch {url} there, or name its copy as weights"
+        ) from error
+    return url, state
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
