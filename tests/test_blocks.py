@@ -45,7 +45,7 @@ class Compute:
 def write(folder: Path, compute: Compute, size: int = 3) -> Path:
     path = folder / "maps.h5"
     with RasterWriter(path, "maps") as writer:
-        write_blocks(ITEMS, compute, writer, folder / ".checkpoint-stage-abc.pt", size)
+        write_blocks(ITEMS, compute, writer, folder / "parts", size)
     return path
 
 
@@ -60,7 +60,6 @@ def test_rows_come_back_in_the_images_order(tmp_path: Path) -> None:
     assert store.classes("image4") == [1, 2]
     assert store.get("image4", 1).tolist() == [[4, 4, 4], [4, 4, 4]]
     assert store.get("image4", 2).shape == (5, 1)
-    assert list(tmp_path.iterdir()) == [tmp_path / "maps.h5"]
 
 
 def test_goes_on_after_a_kill_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
@@ -74,7 +73,6 @@ def test_goes_on_after_a_kill_and_ends_with_the_same_bytes(tmp_path: Path) -> No
     killed = write(tmp_path / "killed", again)
     assert sorted(again.seen) == ["image6", "image7", "image8", "image9"]
     assert killed.read_bytes() == whole.read_bytes()
-    assert parts(tmp_path) == []
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
@@ -94,24 +92,18 @@ def test_a_damaged_part_is_computed_again(tmp_path: Path, harm: str) -> None:
     assert store.get("image5", 1)[0, 0] == 5
 
 
-def test_parts_of_other_blocks_are_not_used_and_old_ones_go(tmp_path: Path) -> None:
-    old = tmp_path / ".checkpoint-stage-old.parts"
-    old.mkdir()
-    other = tmp_path / ".checkpoint-other-abc.parts"
-    other.mkdir()
+def test_parts_of_other_blocks_are_not_used(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, Compute(dies_at="image7"), size=3)
     again = Compute()
     store = RasterStore(write(tmp_path, again, size=4))
     assert len(again.seen) == len(ITEMS)
     assert store.get("image9", 1)[0, 0] == 9
-    assert not old.exists()
-    assert other.exists()
 
 
 def test_a_row_of_a_foreign_image_is_refused(tmp_path: Path) -> None:
     with RasterWriter(tmp_path / "maps.h5", "maps") as writer, pytest.raises(ValueError, match="image foreign"):
-        write_blocks(ITEMS, lambda block: [("foreign", 0, np.zeros((1, 1), np.uint8))], writer, tmp_path / ".c-s-k.pt")
+        write_blocks(ITEMS, lambda block: [("foreign", 0, np.zeros((1, 1), np.uint8))], writer, tmp_path / "parts")
 
 
 def test_processes_keep_the_order() -> None:
@@ -128,7 +120,7 @@ def test_workers_leave_with_a_killed_parent() -> None:
         "        print(*each(eval, ['__import__(\"os\").getpid()']), flush=True)\n"
         "        os.kill(os.getpid(), 9)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=20)
     assert done.returncode == -signal.SIGKILL
     worker = int(done.stdout)
     deadline = time.monotonic() + 10

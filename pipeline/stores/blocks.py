@@ -4,7 +4,6 @@ A store's file cannot be resumed (``stores.raster``), so finished blocks lie as 
 """
 
 import os
-import shutil
 import threading
 import zipfile
 import zlib
@@ -45,18 +44,17 @@ def write_blocks(
     Args:
         compute: gives the rows of a block of at most ``size`` images, in any order (so that it may batch images of
             equal shape), none for an image that has no raster. It must depend on nothing but its block.
-        checkpoint: ``Work.checkpoint``; parts lie in a folder of that name ending in ``.parts``. It is removed at the
-            end, together with those that runs with other parameters left.
+        checkpoint: ``Work.checkpoint``: the folder of the parts, which the stage frame removes once the store is
+            published.
         progress: wraps the list of blocks, e.g. ``partial(stage.progress, label=work.job.label)``.
 
     Raises:
         ValueError: a row of an image that is not in its block.
     """
-    folder = checkpoint.with_suffix(".parts")
     blocks = [images[start : start + size] for start in range(0, len(images), size)]
     for number, block in enumerate(progress(blocks)):
         ids = [image.id for image in block]
-        part = folder / f"{number:05d}.npz"
+        part = checkpoint / f"{number:05d}.npz"
         rows = _load(part, ids)
         if rows is None:
             rows = _ordered(ids, compute(block))
@@ -65,8 +63,6 @@ def write_blocks(
             writer.add_image(image_id)
             for class_id, raster in rows[image_id]:
                 writer.append(image_id, raster, class_id)
-    for finished in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*.parts"):
-        shutil.rmtree(finished)
 
 
 def _ordered(ids: list[str], rows: Iterable[Row]) -> dict[str, list[tuple[int, Raster]]]:
