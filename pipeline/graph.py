@@ -14,7 +14,7 @@ from pipeline.stores import manifest
 from pipeline.stores.files import code_hash, fingerprint
 
 _DATA = ("pipeline/data",)
-_LEARN = ("pipeline/data", "pipeline/networks", "pipeline/methods", "pipeline/refinement", "pipeline/training")
+_LEARN = ("pipeline/data", "pipeline/networks", "pipeline/methods", "pipeline/refinement", "pipeline/training", "pipeline/inference")
 CODE: dict[str, tuple[str, ...]] = {
     "demo": ("stages/demo.py", "pipeline/data/demo.py"),
     "download": ("stages/download.py", "pipeline/data/download.py"),

@@ -80,6 +80,19 @@ def validate(raw: Mapping[str, Any], origin: str = "params.yaml") -> Params:
     return typing.cast(Params, params)
 
 
+def block(kind: type[_T], raw: Mapping[str, Any], origin: str) -> _T:
+    """One block from its mapping, as a model file keeps it.
+
+    Raises:
+        PipelineError: it does not fit the schema.
+    """
+    faults: list[str] = []
+    built = _build_block(kind, raw, "", faults)
+    if faults or built is None:
+        raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
+    return built
+
+
 def _build(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
     """``value`` as an instance of the annotation ``kind``; what does not fit is added to ``faults``."""
     origin = typing.get_origin(kind)

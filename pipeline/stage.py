@@ -4,6 +4,7 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,18 +16,9 @@ from typing import Any
 from pipeline import params as parameters
 from pipeline.errors import PipelineError
 from pipeline.graph import Graph, Job, is_fresh
+from pipeline.runtime import Runtime
 from pipeline.stores import manifest
 from pipeline.stores.files import code_hash, fingerprint, partial, publish
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """How to run, which must not change the result: it is no parameter and no part of a manifest's key."""
-
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    workers: int = 0  # processes beside the main one that load and label images; 0: none
-    threads: int = 0  # of the arithmetic; 0: as many as the process may use
-    checkpoint_every: float = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -38,7 +30,7 @@ class Work:
     outputs: dict[str, Path]
     runtime: Runtime
     key: str  # hash of parameters, inputs and code: names the checkpoint
-    checkpoint: Path  # where a long stage keeps its state; survives a kill, deleted on success
+    checkpoint: Path  # file, folder or prefix where a long stage keeps its state; survives a kill, deleted on success
 
 
 def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = None) -> None:
@@ -85,12 +77,11 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
         temporary = {name: partial(path) for name, path in job.outputs.items()}
         for path in temporary.values():
             path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = job.folder / f".checkpoint-{job.stage}-{key[:16]}.pt"
+        checkpoint = job.folder / f".checkpoint-{job.stage}-{key[:16]}"
         made = Work(job, job.inputs, temporary, runtime, key, checkpoint)
         work(made)
         for path in job.outputs.values():
-            if not partial(path).is_dir():
-                publish(path)
+            publish(path)
         manifest.write(
             job.folder,
             stage=job.label,
@@ -102,8 +93,8 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
             machine=manifest.host(),
             device=runtime.device,
         )
-        for old in job.folder.glob(f".checkpoint-{job.stage}-*.pt*"):
-            old.unlink()
+        for old in job.folder.glob(f".checkpoint-{job.stage}-*"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
     print(f"{job.label}: done in {time.monotonic() - start:.1f} s", flush=True)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,8 +55,10 @@ def partial(path: Path) -> Path:
 
 
 def publish(path: Path) -> None:
-    """Flush ``partial(path)`` to the disk and rename it to ``path``."""
+    """Flush ``partial(path)`` to the disk and rename it to ``path``; a folder takes the place of the old one whole."""
     temporary = partial(path)
+    if temporary.is_dir() and path.exists():
+        shutil.rmtree(path)
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
         os.fsync(descriptor)

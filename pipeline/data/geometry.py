@@ -1,0 +1,66 @@
+"""Where a training input lies in its image, and maps carried between the two.
+
+A network sees a resized, flipped, cropped window of an image; the maps of an image are kept on one grid of cells over the
+whole of it. ``to_image`` and ``to_window`` undo and redo the augmentation, so that any network input can feed the
+attention accumulator or be supervised by stored maps.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Window(NamedTuple):
+    """A window in units of the (flipped) image's height and width; beyond 0..1 lies padding."""
+
+    top: float = 0.0
+    left: float = 0.0
+    bottom: float = 1.0
+    right: float = 1.0
+    flip: bool = False
+
+
+def _centres(cells: int) -> Tensor:
+    return (torch.arange(cells, dtype=torch.float32) + 0.5) / cells
+
+
+def _sample(maps: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Bilinear values of C x h x w ``maps`` at the rows ``y`` and columns ``x`` (units of the map), C x |y| x |x|."""
+    grid = torch.stack(torch.meshgrid(2 * y - 1, 2 * x - 1, indexing="ij")[::-1], dim=-1)
+    return functional.grid_sample(maps[None], grid[None], align_corners=False, padding_mode="border")[0]
+
+
+def _inside(values: Tensor) -> Tensor:
+    return (values >= 0) & (values <= 1)
+
+
+def to_image(maps: Tensor, window: Window, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Maps over a window -> maps over its image.
+
+    Args:
+        maps: C x h x w float32 on the CPU, covering the window.
+        window: where the window lies.
+        size: rows and columns of the image's grid.
+
+    Returns:
+        C x rows x columns maps, 0 outside of the window, and the rows x columns mask of what lies inside.
+    """
+    y, x = _centres(size[0]), _centres(size[1])
+    x = 1 - x if window.flip else x
+    y = (y - window.top) / (window.bottom - window.top)
+    x = (x - window.left) / (window.right - window.left)
+    inside = _inside(y)[:, None] & _inside(x)[None, :]
+    if maps.shape[1:] == size and window == Window():
+        return maps, inside
+    return _sample(maps, y, x) * inside, inside
+
+
+def to_window(maps: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
+    """Maps over an image -> C x rows x columns maps over a window of it, 0 in the padding. The inverse of ``to_image``."""
+    y = window.top + _centres(size[0]) * (window.bottom - window.top)
+    x = window.left + _centres(size[1]) * (window.right - window.left)
+    inside = _inside(y)[:, None] & _inside(x)[None, :]
+    x = 1 - x if window.flip else x
+    return _sample(maps, y, x) * inside

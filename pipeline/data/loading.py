@@ -1,0 +1,210 @@
+"""From files to network inputs: decoding, augmentation, batches that do not depend on who loads them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.data.geometry import Window
+from pipeline.data.index import Image
+from pipeline.errors import PipelineError
+from pipeline.schema import Augmentation
+from pipeline.stores.raster import Raster, RasterStore
+
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet, RGB
+STD = np.array([0.229, 0.224, 0.225], np.float32)
+IGNORE = 255
+
+
+@dataclass
+class Batch:
+    """B images of one size. ``labels`` is B x H x W (255 ignore) where label maps were asked for."""
+
+    images: Tensor  # B x 3 x H x W, normalised; padding is 0, the mean colour
+    tags: Tensor  # B x K, 0 or 1
+    ids: list[str]
+    windows: list[Window]
+    labels: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        images = self.images.to(device, non_blocking=True, memory_format=torch.channels_last)
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return Batch(images, self.tags.to(device, non_blocking=True), self.ids, self.windows, labels)
+
+
+def read_rgb(image: Image) -> NDArray[np.uint8]:
+    """H x W x 3 uint8.
+
+    Raises:
+        PipelineError: the file does not decode to the indexed size.
+    """
+    found = cv2.imread(str(image.file), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if found is None or found.shape[:2] != (image.height, image.width):
+        raise PipelineError(f"{image.file}: is not the image that was indexed; run the index stage again")
+    return cv2.cvtColor(found, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+
+
+def normalise(rgb: NDArray[np.uint8]) -> Tensor:
+    """H x W x 3 uint8 -> 3 x H x W float32 with ImageNet mean and standard deviation."""
+    return torch.from_numpy(((rgb.astype(np.float32) / 255 - MEAN) / STD).transpose(2, 0, 1).copy())
+
+
+def resized(height: int, width: int, side: str, length: int | None) -> tuple[int, int]:
+    """The size that ``side: length`` gives an image; aspect kept but for 'square'."""
+    if side == "none" or length is None:
+        return height, width
+    if side == "square":
+        return length, length
+    factor = length / (min(height, width) if side == "short" else max(height, width))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def resize(rgb: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Area filter when shrinking, cubic when growing: no aliasing, whatever the factor."""
+    if rgb.shape[:2] == size:
+        return rgb
+    shrinks = size[0] < rgb.shape[0]
+    return cv2.resize(rgb, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC).astype(np.uint8)
+
+
+def augment(
+    rgb: NDArray[np.uint8], label: Raster | None, settings: Augmentation, random: np.random.Generator
+) -> tuple[Tensor, Tensor | None, Window]:
+    """Resize, scale, flip, jitter, crop: image and label map alike.
+
+    Returns:
+        3 x H x W normalised image, H x W int64 label map (255 in the padding) or None, and the window.
+    """
+    length = None if settings.length is None else int(random.integers(settings.length[0], settings.length[1] + 1))
+    height, width = resized(*rgb.shape[:2], settings.side, length)
+    if settings.scale is not None:
+        factor = random.uniform(*settings.scale)
+        height, width = max(1, round(height * factor)), max(1, round(width * factor))
+    rgb = resize(rgb, (height, width))
+    if label is not None and label.shape != (height, width):
+        label = cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST_EXACT).astype(np.uint8)
+    flip = settings.flip and bool(random.random() < 0.5)
+    if flip:
+        rgb, label = rgb[:, ::-1], None if label is None else label[:, ::-1]
+    if settings.jitter is not None:
+        rgb = _jitter(rgb, settings.jitter, random)
+    tensor = normalise(rgb)
+    classes = None if label is None else torch.from_numpy(label.astype(np.int64))
+    if settings.crop is None:
+        return tensor, classes, Window(flip=flip)
+    top, left = (_offset(extent, settings.crop, random) for extent in (height, width))
+    side = settings.crop
+    window = Window(top / height, left / width, (top + side) / height, (left + side) / width, flip)
+    cropped = _crop(tensor, top, left, side, 0.0)
+    return cropped, None if classes is None else _crop(classes[None], top, left, side, IGNORE)[0], window
+
+
+def _offset(extent: int, crop: int, random: np.random.Generator) -> int:
+    """Start of a random crop; negative where the image is smaller and lies somewhere within it."""
+    low, high = sorted((0, extent - crop))
+    return int(random.integers(low, high + 1))
+
+
+def _crop(values: Tensor, top: int, left: int, side: int, fill: float) -> Tensor:
+    out = values.new_full((values.shape[0], side, side), fill)
+    height, width = values.shape[1:]
+    y0, x0, y1, x1 = max(0, top), max(0, left), min(height, top + side), min(width, left + side)
+    out[:, y0 - top : y1 - top, x0 - left : x1 - left] = values[:, y0:y1, x0:x1]
+    return out
+
+
+def _jitter(
+    rgb: NDArray[np.uint8], strength: tuple[float, float, float, float], random: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Brightness, contrast, saturation by a factor from 1 +- strength, hue shifted by +- strength of the circle."""
+    brightness, contrast, saturation = (random.uniform(max(0, 1 - s), 1 + s) for s in strength[:3])
+    values = rgb.astype(np.float32) * brightness
+    grey = values @ np.array([0.299, 0.587, 0.114], np.float32)
+    values = (values - grey.mean()) * contrast + grey.mean()
+    grey = values @ np.array([0.299, 0.587, 0.114], np.float32)
+    values = (values - grey[..., None]) * saturation + grey[..., None]
+    out = np.clip(values, 0, 255).astype(np.uint8)
+    if strength[3] > 0:
+        hsv = cv2.cvtColor(out, cv2.COLOR_RGB2HSV)
+        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + round(180 * random.uniform(-strength[3], strength[3]))) % 180
+        out = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(np.uint8)
+    return out
+
+
+class TrainingSet(Dataset[tuple[Any, ...]]):
+    """Augmented images; item (epoch, number) is the same whoever loads it, in whatever order."""
+
+    def __init__(
+        self, images: Sequence[Image], num_classes: int, settings: Augmentation, seed: int, labels: RasterStore | None = None
+    ) -> None:
+        self.images = list(images)
+        self.settings = settings
+        self.seed = seed
+        self.labels = labels
+        self.tags = torch.zeros(len(self.images), num_classes)
+        for row, image in enumerate(self.images):
+            self.tags[row, [tag - 1 for tag in image.tags]] = 1
+        if labels is not None:
+            missing = [image.id for image in self.images if image.id not in labels]
+            if missing:
+                raise PipelineError(
+                    f"{labels.path}: has no label map of {len(missing)} training images, {missing[0]} the first"
+                )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:  # type: ignore[override]
+        epoch, number = key
+        image = self.images[number]
+        random = np.random.default_rng([self.seed, epoch, number])
+        label = None if self.labels is None else self.labels.get(image.id)
+        tensor, classes, window = augment(read_rgb(image), label, self.settings, random)
+        return tensor, self.tags[number], image.id, window, classes
+
+
+def collate(items: list[tuple[Any, ...]]) -> Batch:
+    """Stack items of one size.
+
+    Raises:
+        PipelineError: the sizes differ.
+    """
+    images, tags, ids, windows, labels = zip(*items, strict=True)
+    if len({image.shape for image in images}) > 1:
+        raise PipelineError("augmentation: the images of a batch differ in size; set crop, side: square, or batch_size: 1")
+    return Batch(
+        torch.stack(images), torch.stack(tags), list(ids), list(windows), None if labels[0] is None else torch.stack(labels)
+    )
+
+
+class Batches:
+    """The batches of one epoch from batch number ``first`` on, in an order that seed and epoch decide."""
+
+    def __init__(self, dataset: TrainingSet, batch_size: int, epoch: int, first: int = 0) -> None:
+        order = np.random.default_rng([dataset.seed, epoch]).permutation(len(dataset))
+        batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
+        self.batches = [[(epoch, number) for number in batch] for batch in batches[first:]]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def loader(dataset: TrainingSet, batch_size: int, epoch: int, first: int, workers: int) -> DataLoader[Any]:
+    """Load an epoch's batches; the same whatever the number of workers."""
+    return DataLoader(
+        dataset,
+        batch_sampler=Batches(dataset, batch_size, epoch, first),
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else the loader draws from the global one, and a resumed run would differ
+    )

@@ -1,0 +1,36 @@
+"""Images of equal shape go through a network together."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.data.index import Image
+from pipeline.data.loading import normalise, read_rgb, resize
+
+
+def batches(
+    images: Sequence[Image], size: Callable[[Image], tuple[int, int]], pixels: int
+) -> Iterator[tuple[list[Image], Tensor]]:
+    """Group images by the size they are resized to.
+
+    Args:
+        size: (height, width) of an image's input.
+        pixels: of a batch, at most; at least one image.
+
+    Yields:
+        The images and their B x 3 x H x W normalised inputs.
+    """
+    groups: dict[tuple[int, int], list[Image]] = {}
+    for image in images:
+        groups.setdefault(size(image), []).append(image)
+    for shape, group in groups.items():
+        step = max(1, pixels // (shape[0] * shape[1]))
+        for start in range(0, len(group), step):
+            part = group[start : start + step]
+            yield part, torch.stack([normalise(resize(read_rgb(image), shape)) for image in part])
+
+
+def pixels_per_batch(device: torch.device) -> int:
+    """More on a card, where a small batch leaves it idle; on a processor, what stays in its caches."""
+    return 16 * 512 * 512 if device.type == "cuda" else 4 * 256 * 256

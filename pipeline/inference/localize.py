@@ -1,0 +1,71 @@
+"""Localization maps of whole images: multi-scale, flipped, normalised per class, present classes only."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.data.index import Image
+from pipeline.data.loading import resized
+from pipeline.inference.batching import batches, pixels_per_batch
+from pipeline.schema import Localization
+from pipeline.stores.blocks import Row
+from pipeline.training.settings import autocast
+
+
+class Localizer(Protocol):
+    def localize(self, images: Tensor) -> Tensor: ...
+
+
+def localization_maps(
+    network: nn.Module, images: Sequence[Image], settings: Localization, device: torch.device
+) -> Iterator[Row]:
+    """Maps of each image's tags at 1 / ``settings.stride`` of the image's size, divided by their maximum.
+
+    The maps of all scales and flips are resized to the same grid and fused by mean or maximum before the division, so
+    that the scale that sees a class best weighs most.
+    """
+
+    def shape(image: Image) -> tuple[int, int]:
+        return resized(image.height, image.width, settings.side, settings.length)
+
+    for part, inputs in batches(images, shape, pixels_per_batch(device)):
+        grids = [(-(-image.height // settings.stride), -(-image.width // settings.stride)) for image in part]
+        passes = _passes(network, inputs.to(device), settings)
+        for number, (image, grid) in enumerate(zip(part, grids, strict=True)):
+            tags = torch.tensor([tag - 1 for tag in image.tags], device=device)
+            fused: Tensor | None = None
+            for maps in passes:
+                found = functional.interpolate(
+                    maps[number, tags][None], size=grid, mode="bilinear", align_corners=False
+                )[0]
+                if fused is None:
+                    fused = found
+                else:
+                    fused = torch.maximum(fused, found) if settings.fusion == "max" else fused + found
+            assert fused is not None
+            fused = fused / fused.amax((1, 2), keepdim=True).clamp_min(1e-5)
+            levels = (fused * 255).round().to(torch.uint8).cpu().numpy()
+            for tag, level in zip(image.tags, levels, strict=True):
+                yield image.id, tag, np.ascontiguousarray(level)
+
+
+@torch.inference_mode()
+def _passes(network: nn.Module, inputs: Tensor, settings: Localization) -> list[Tensor]:
+    """B x K x h x w maps of each scale and flip, unflipped."""
+    out = []
+    height, width = inputs.shape[2:]
+    for scale in settings.scales:
+        scaled = inputs
+        if scale != 1:
+            size = max(1, round(height * scale)), max(1, round(width * scale))
+            scaled = functional.interpolate(inputs, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
+        scaled = scaled.contiguous(memory_format=torch.channels_last)
+        with autocast(inputs.device, "auto"):
+            out.append(network.localize(scaled).float())  # type: ignore[operator]
+            if settings.flip:
+                out.append(network.localize(scaled.flip(3)).float().flip(3))  # type: ignore[operator]
+    return out

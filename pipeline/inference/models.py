@@ -1,0 +1,48 @@
+"""Trained networks from their files."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline import params
+from pipeline.errors import PipelineError
+from pipeline.methods import build_method
+from pipeline.networks.deeplab import build_segmentation
+from pipeline.refinement import REFINEMENTS
+from pipeline.schema import Classifier, Refinement, Segmentation
+from pipeline.training.checkpoint import load_model, save_model
+
+Block = Classifier | Refinement | Segmentation
+_BLOCKS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Classifier, Refinement, Segmentation)}
+
+
+def build(block: Block, num_classes: int) -> nn.Module:
+    """The network of a block, with the starting weights that its backbone names."""
+    if isinstance(block, Classifier):
+        return build_method(block, num_classes)
+    if isinstance(block, Refinement):
+        return REFINEMENTS[block.kind](block, num_classes)
+    return build_segmentation(block, num_classes)
+
+
+def save(path: Path, network: nn.Module, block: Block, num_classes: int) -> None:
+    """Write a trained network with the block that it was built from."""
+    save_model(path, network, block=type(block).__name__, settings=asdict(block), num_classes=num_classes)
+
+
+def load(path: Path, num_classes: int, device: torch.device) -> nn.Module:
+    """Build and fill the network in ``path``, in evaluation mode.
+
+    Raises:
+        PipelineError: it was trained on another number of classes.
+    """
+    model = load_model(path)
+    if model["num_classes"] != num_classes:
+        raise PipelineError(f"{path}: was trained on {model['num_classes']} classes, the dataset has {num_classes}")
+    block: Block = params.block(_BLOCKS[model["block"]], model["settings"], str(path))
+    network = build(replace(block, backbone=replace(block.backbone, weights=None)), num_classes)
+    network.load_state_dict(model["state"])
+    return network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]

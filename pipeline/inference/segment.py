@@ -1,0 +1,67 @@
+"""Segmentations of whole images: multi-scale, flipped, CRF."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.data.index import Image
+from pipeline.data.loading import read_rgb
+from pipeline.inference.batching import batches, pixels_per_batch
+from pipeline.labels.crf import dense_crf
+from pipeline.schema import Crf, Test
+from pipeline.stores.blocks import Row
+from pipeline.training.settings import autocast
+
+Map = Callable[..., Iterator[NDArray[np.uint8]]]
+
+
+def segmentations(
+    network: nn.Module, images: Sequence[Image], settings: Test, device: torch.device, mapper: Map
+) -> Iterator[Row]:
+    """Label maps at the images' own size: the mean of the softmax over scales and flips, then the CRF, then argmax.
+
+    Args:
+        mapper: ``map``, or one over worker processes: the CRF takes far longer than the network.
+    """
+    for part, inputs in batches(images, lambda image: (image.height, image.width), pixels_per_batch(device)):
+        mean = _probabilities(network, inputs.to(device), settings)
+        if settings.crf is None:
+            labels = mean.argmax(1).to(torch.uint8).cpu().numpy()
+        else:
+            tasks = [(image, chances, settings.crf) for image, chances in zip(part, mean.cpu().numpy(), strict=True)]
+            labels = mapper(_refined, tasks)
+        for image, label in zip(part, labels, strict=True):
+            yield image.id, 0, label
+
+
+def _refined(task: tuple[Image, NDArray[np.float32], Crf]) -> NDArray[np.uint8]:
+    """CRF over the classes that win somewhere or come close: the others cost time and change nothing."""
+    image, chances, settings = task
+    kept = np.flatnonzero(chances.reshape(len(chances), -1).max(1) > 0.05)
+    refined = dense_crf(read_rgb(image), np.ascontiguousarray(chances[kept]), settings)
+    return kept[refined.argmax(0)].astype(np.uint8)
+
+
+@torch.inference_mode()
+def _probabilities(network: nn.Module, inputs: Tensor, settings: Test) -> Tensor:
+    """B x (K + 1) x H x W mean softmax."""
+    height, width = inputs.shape[2:]
+    total: Tensor | None = None
+    for scale in settings.scales:
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        scaled = inputs
+        if scale != 1:
+            scaled = functional.interpolate(inputs, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
+        for flip in (False, True) if settings.flip else (False,):
+            view = (scaled.flip(3) if flip else scaled).contiguous(memory_format=torch.channels_last)
+            with autocast(inputs.device, "auto"):
+                logits = network(view)
+            logits = logits.float().flip(3) if flip else logits.float()
+            chances = functional.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False).softmax(1)
+            total = chances if total is None else total + chances
+    assert total is not None
+    return total / (len(settings.scales) * (2 if settings.flip else 1))

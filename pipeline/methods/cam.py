@@ -1,0 +1,31 @@
+"""Class activation maps read from a class-aware convolution (CAM; the classification network of OAA Sec. 3.1)."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.methods.base import Method, Output
+from pipeline.networks.backbones import build_backbone
+from pipeline.networks.heads import ClassAwareHead
+from pipeline.schema import Classifier
+
+
+class Cam(Method):
+    """Backbone, 3x3 convolutions, 1x1 class-aware convolution, global average pooling (OAA Eq. 1)."""
+
+    def __init__(self, settings: Classifier, num_classes: int) -> None:
+        super().__init__(settings, num_classes)
+        self.backbone = build_backbone(settings.backbone)
+        self.head = ClassAwareHead(self.backbone.out_channels, settings.head, num_classes)
+
+    def new_layers(self) -> Iterable[nn.Module]:
+        return [self.head]
+
+    def forward(self, images: Tensor, occluded: Tensor | None = None) -> Output:
+        features = self.head.penultimate(self.backbone(images))
+        if occluded is not None:
+            mask = functional.interpolate(occluded.to(features.dtype), size=features.shape[2:], mode="area")
+            features = features * (mask < 0.5)
+        maps = self.head.classify(features)
+        return Output(maps.float().mean((2, 3)), maps)

@@ -1,0 +1,78 @@
+"""The integral attention model of OAA+ (OAA Sec. 3.4): a network trained on cumulative attention maps, pixel by pixel."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.networks.backbones import build_backbone
+from pipeline.networks.heads import ClassAwareHead
+from pipeline.schema import Refinement
+
+
+def integral_loss(
+    logits: Tensor, attention: Tensor, tags: Tensor, loss: str = "hybrid", reduction: str = "class", threshold: float = 0.0
+) -> Tensor:
+    """Loss of an integral attention model.
+
+    Args:
+        logits: B x K x h x w scores of the class-aware convolution.
+        attention: B x K x h x w cumulative attention p in [0, 1]; 0 for absent classes.
+        tags: B x K, 0 or 1.
+        loss: 'hybrid': enhance + constraint loss (OAA Eq. 9); 'enhance': its first part alone (OAA Eq. 7); 'cross_entropy':
+            multi-label cross entropy over all pixels (OAA Eq. 6). Table 4 calls them HL, EP and MCE.
+        reduction: 'class': N+ and N- of each class are averaged, classes are summed (the paper); 'pooled': all classes and
+            pixels of an image form one N+ and one N- (the public code).
+        threshold: a pixel belongs to N+ where p is above it (OAA Table 5).
+
+    Returns:
+        The mean over the batch. log q is taken as logsigmoid: no logit makes it infinite, or its gradient vanish.
+    """
+    logits = logits.float()
+    log_q, log_not_q = functional.logsigmoid(logits), functional.logsigmoid(-logits)
+    if loss == "cross_entropy":
+        each = -(attention * log_q + (1 - attention) * log_not_q)
+        return each.mean((2, 3)).sum(1).mean() if reduction == "class" else each.mean((1, 2, 3)).mean()
+    dims = (2, 3) if reduction == "class" else (1, 2, 3)
+    positive = ((attention > threshold) & (tags[:, :, None, None] > 0)).float()
+    enhance = -(positive * attention * log_q).sum(dims) / positive.sum(dims).clamp_min(1)
+    if loss == "enhance":
+        return _total(enhance)
+    negative = 1 - positive
+    constraint = -(negative * log_not_q).sum(dims) / negative.sum(dims).clamp_min(1)
+    return _total(enhance + constraint)
+
+
+def _total(per_item: Tensor) -> Tensor:
+    """B x K (classes are summed) or B -> mean over the batch."""
+    return per_item.sum(1).mean() if per_item.dim() == 2 else torch.mean(per_item)
+
+
+class IntegralModel(nn.Module):
+    """The classification network of OAA without global average pooling: attention is read from its class-aware maps."""
+
+    def __init__(self, settings: Refinement, num_classes: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.backbone = build_backbone(settings.backbone)
+        self.head = ClassAwareHead(self.backbone.out_channels, settings.head, num_classes)
+
+    def new_layers(self) -> Iterable[nn.Module]:
+        return [self.head]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """B x 3 x H x W -> B x K x h x w logits."""
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
+
+    def loss(self, images: Tensor, attention: Callable[[tuple[int, int]], Tensor], tags: Tensor) -> Tensor:
+        """Scalar loss; ``attention`` gives the B x K target at the size of the network's output."""
+        logits = self(images)
+        settings = self.settings
+        target = attention((logits.shape[2], logits.shape[3])).to(logits.device)
+        return integral_loss(logits, target, tags, settings.loss, settings.reduction, settings.threshold)
+
+    def localize(self, images: Tensor) -> Tensor:
+        """B x K x h x w non-negative maps: the raw logits' positive part, as the public code has it."""
+        return self(images).float().relu()  # type: ignore[no-any-return]

@@ -1,0 +1,94 @@
+"""Devices, precision, parameter groups and learning rates."""
+
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from pipeline.errors import PipelineError
+from pipeline.schema import Training
+
+
+def prepare(device: str, threads: int) -> torch.device:
+    """Choose the device and make its arithmetic repeatable.
+
+    Args:
+        device: 'auto' (CUDA where there is one), 'cpu', 'cuda' or 'cuda:N'.
+        threads: of CPU arithmetic; 0: as many processors as this process may use.
+
+    Raises:
+        PipelineError: CUDA is asked for and there is none.
+    """
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_flush_denormal(True)  # denormal numbers make a processor several times slower and change nothing
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise PipelineError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device(device)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    try:
+        flags = next(line for line in open("/proc/cpuinfo") if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 autocast, or none, as ``Training.precision`` says."""
+    enabled = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def parameter_groups(network: nn.Module, new: Iterable[nn.Module], settings: Training) -> list[dict[str, object]]:
+    """Weights and biases, of the backbone and of the layers added to it, each with its multiplier.
+
+    The learning rates are 1 and ``lr_bias`` times the base rate, and ``lr_new`` times that for new layers: 1/2/10/20 in
+    the public code of DRS, OAA and DeepLab. Biases decay only if ``decay_biases`` says so. Frozen parameters are left out.
+    """
+    added = {id(parameter) for module in new for parameter in module.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in added, name.endswith("bias")), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "multiplier": (settings.lr_new if is_new else 1.0) * (settings.lr_bias if is_bias else 1.0),
+            "weight_decay": settings.weight_decay if settings.decay_biases or not is_bias else 0.0,
+        }
+        for (is_new, is_bias), parameters in sorted(groups.items())
+    ]
+
+
+def build_optimizer(groups: list[dict[str, object]], settings: Training) -> torch.optim.Optimizer:
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=settings.lr)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)
+
+
+def learning_rate(settings: Training, step: int, steps_per_epoch: int, steps: int) -> float:
+    """The base learning rate of optimizer step ``step`` (0-based) of ``steps``.
+
+    Milestones count epochs, or steps where ``settings.iterations`` is given: 'step' multiplies by ``gamma`` from each
+    milestone on; 'poly' is (1 - step / steps) ** power (DeepLab-v2).
+    """
+    factor = 1.0
+    if settings.schedule == "poly":
+        factor = (1 - step / steps) ** settings.power
+    elif settings.schedule == "step":
+        at = step if settings.iterations is not None else step // steps_per_epoch
+        factor = settings.gamma ** sum(at >= milestone for milestone in settings.milestones)
+    if step < settings.warmup:
+        factor *= (step + 1) / settings.warmup
+    return settings.lr * factor

@@ -1,0 +1,102 @@
+"""Train an image-level classifier; accumulate the attention of its training (OAA)."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.index import Image, Index
+from pipeline.data.loading import Batch, TrainingSet
+from pipeline.inference import models
+from pipeline.methods import Method
+from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
+from pipeline.schema import Classifier
+from pipeline.stage import Work, run
+from pipeline.stores.raster import RasterStore, RasterWriter
+from pipeline.training.loop import Loop, extent
+from pipeline.training.settings import prepare
+
+
+class ClassifierTask:
+    """A method under the attention accumulator and, where it is asked for, behind the attention drop layer."""
+
+    def __init__(self, network: Method, images: list[Image], epochs: int, seed: int, work: Work) -> None:
+        self.network = network
+        self.settings: Classifier = work.job.block
+        drop = self.settings.attention_drop
+        self.accumulator = AttentionAccumulator(images, self.settings.accumulate, epochs, keep_last=drop is not None)
+        self.drop = AttentionDropLayer(drop, self.accumulator, seed) if drop else None
+        self.work = work
+
+    def new_layers(self) -> Iterable[nn.Module]:
+        return self.network.new_layers()
+
+    def loss(self, batch: Batch, epoch: int) -> Tensor:
+        images, occluded = batch.images, None
+        if self.drop is not None:
+            size = (images.shape[2], images.shape[3])
+            mask = self.drop.mask(batch.ids, batch.tags, batch.windows, size, epoch).to(images.device)
+            if self.drop.settings.target == "image":
+                images = images.masked_fill(mask, 0)  # the mean colour
+            else:
+                occluded = mask
+        output = self.network(images, occluded)
+        self.accumulator.update(output.maps, output.logits, batch.tags, batch.ids, batch.windows, epoch)
+        return self.network.loss(output, batch.tags)
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        self.accumulator.dump(self.work.outputs["maps"])
+        if self.settings.accumulate.snapshots:
+            self.accumulator.dump(snapshot(self.work, epoch))
+        accumulator = self.accumulator
+        return {
+            "maps_seen": round(accumulator.share_seen(), 6),
+            "mean_attention": round(accumulator.mean_attention(), 6),
+        }
+
+    def state(self) -> dict[str, Any]:
+        return self.accumulator.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.accumulator.restore(state)
+
+
+def snapshot(work: Work, epoch: int) -> Path:
+    """Where an epoch's cumulative maps wait for the end of the training."""
+    return work.checkpoint.with_name(f"{work.checkpoint.name}-epoch-{epoch:03d}.h5")
+
+
+def join_snapshots(work: Work, epochs: int) -> None:
+    """All epochs' maps in one store; image ids are EPOCH/IMAGE, epochs counted from 1."""
+    with RasterWriter(work.outputs["snapshots"], "snapshots") as writer:
+        for epoch in range(epochs if work.job.block.accumulate.snapshots else 0):
+            store = RasterStore(snapshot(work, epoch))
+            for image_id in store:
+                for class_id, raster in store.maps(image_id).items():
+                    writer.append(f"{epoch + 1}/{image_id}", raster, class_id)
+
+
+def main(work: Work) -> None:
+    settings: Classifier = work.job.block
+    seed, runtime = work.job.params["seed"], work.runtime
+    device = prepare(runtime.device, runtime.threads)
+    index = Index(work.inputs["index"])
+    images = index.images("train")
+    torch.manual_seed(seed)
+    network = models.build(settings, index.num_classes)
+    assert isinstance(network, Method)
+    dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed)
+    epochs = extent(settings.training, len(images)).epochs
+    task = ClassifierTask(network, images, epochs, seed, work)
+    loop = Loop(task, dataset, settings.training, device, runtime=runtime, path=work.checkpoint, label=work.job.label)
+    log = loop.run()
+    join_snapshots(work, epochs)
+    models.save(work.outputs["model"], network, settings, index.num_classes)
+    work.outputs["log"].write_text(json.dumps(log, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run("classifier", main)

@@ -1,0 +1,25 @@
+"""Localization maps of the training images, from a trained classifier or refinement network."""
+
+from functools import partial
+
+from pipeline.data.index import Index
+from pipeline.inference import models
+from pipeline.inference.localize import localization_maps
+from pipeline.stage import Work, progress, run
+from pipeline.stores.blocks import write_blocks
+from pipeline.stores.raster import RasterWriter
+from pipeline.training.settings import prepare
+
+
+def main(work: Work) -> None:
+    device = prepare(work.runtime.device, work.runtime.threads)
+    index = Index(work.inputs["index"])
+    network = models.load(work.inputs["model"], index.num_classes, device)
+    compute = partial(localization_maps, network, settings=work.job.block, device=device)
+    with RasterWriter(work.outputs["maps"], "localization") as writer:
+        shown = partial(progress, label=work.job.label)
+        write_blocks(index.images("train"), compute, writer, work.checkpoint, progress=shown)
+
+
+if __name__ == "__main__":
+    run("localization", main)

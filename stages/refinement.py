@@ -1,0 +1,70 @@
+"""Train a refinement network on the maps of any source."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.geometry import to_window
+from pipeline.data.index import Index
+from pipeline.data.loading import Batch, TrainingSet
+from pipeline.inference import models
+from pipeline.refinement import IntegralModel
+from pipeline.schema import Refinement
+from pipeline.stage import Work, run
+from pipeline.stores.raster import RasterStore
+from pipeline.training.loop import Loop
+from pipeline.training.settings import prepare
+
+
+class RefinementTask:
+    """A refinement network and the stored maps that supervise it."""
+
+    def __init__(self, network: IntegralModel, maps: RasterStore) -> None:
+        self.network = network
+        self.maps = maps
+
+    def new_layers(self) -> Iterable[nn.Module]:
+        return self.network.new_layers()
+
+    def loss(self, batch: Batch, epoch: int) -> Tensor:
+        return self.network.loss(batch.images, lambda size: self.attention(batch, size), batch.tags)
+
+    def attention(self, batch: Batch, size: tuple[int, int]) -> Tensor:
+        """B x K target at the network's grid: the stored maps seen through each sample's window; 0 for other classes."""
+        out = torch.zeros(len(batch.ids), batch.tags.shape[1], *size)
+        for sample, (image_id, window) in enumerate(zip(batch.ids, batch.windows, strict=True)):
+            for tag, raster in self.maps.maps(image_id).items():
+                out[sample, tag - 1] = to_window(torch.from_numpy(raster)[None].float() / 255, window, size)[0]
+        return out
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def main(work: Work) -> None:
+    settings: Refinement = work.job.block
+    seed, runtime = work.job.params["seed"], work.runtime
+    device = prepare(runtime.device, runtime.threads)
+    index = Index(work.inputs["index"])
+    torch.manual_seed(seed)
+    network = models.build(settings, index.num_classes)
+    assert isinstance(network, IntegralModel)
+    dataset = TrainingSet(index.images("train"), index.num_classes, settings.augmentation, seed)
+    task = RefinementTask(network, RasterStore(work.inputs["maps"]))
+    loop = Loop(task, dataset, settings.training, device, runtime=runtime, path=work.checkpoint, label=work.job.label)
+    log = loop.run()
+    models.save(work.outputs["model"], network, settings, index.num_classes)
+    work.outputs["log"].write_text(json.dumps(log, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run("refinement", main)
