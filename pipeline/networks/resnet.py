@@ -28,9 +28,8 @@ def _resnet(settings: schema.Backbone) -> Backbone:
 
     stages: dict[str, nn.Module] = {}
     taps: dict[str, Tap] = {}
-    for name in layers:
+    for name, width in zip(layers, (256, 512, 1024, 2048), strict=True):
         held = ["conv1", "bn1", "relu", "maxpool", name] if name == "layer1" else [name]
         stages[name] = nn.Sequential(OrderedDict((part, modules[part]) for part in held))
-        last = list(modules[name].children())[-1]
-        taps[name] = Tap(last.conv3.out_channels, strides[last])  # type: ignore[union-attr, arg-type]
+        taps[name] = Tap(width, strides[list(modules[name].children())[-1]])
     return Backbone(stages, taps, settings.frozen_batch_norm)

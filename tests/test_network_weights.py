@@ -1,0 +1,192 @@
+"""Initial weights of backbones: torchvision's, a file's, and files that do not fit."""
+
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline import schema
+from pipeline.errors import PipelineError
+from pipeline.networks.backbones import Backbone, build_backbone
+from pipeline.networks.vision import import_torchvision
+
+MOBILENET_FILE = Path("../shared/weights/mobilenet_v2_imagenet_fp16.pth")
+
+
+def build(name: str, output_stride: int = 8, **settings: Any) -> Backbone:
+    return build_backbone(schema.Backbone(name, output_stride, **settings))  # type: ignore[arg-type]
+
+
+def first_conv(backbone: Backbone) -> Tensor:
+    return next(module.weight for module in backbone.modules() if isinstance(module, nn.Conv2d))
+
+
+def randomise_batch_norms(module: nn.Module) -> None:
+    """Statistics and affine parameters that a wrong order or a forgotten batch norm would show in."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor in (norm.weight.data, norm.running_var):
+                assert tensor is not None
+                tensor.uniform_(0.5, 1.5)
+            norm.bias.data.normal_(std=0.1)
+            assert norm.running_mean is not None
+            norm.running_mean.normal_(std=0.1)
+
+
+class TestPublished:
+    """With torchvision's state dict, every output is torchvision's."""
+
+    @pytest.mark.parametrize(
+        ("name", "stride", "replaced"),
+        [
+            ("resnet50", 32, [False, False, False]),
+            ("resnet50", 16, [False, False, True]),
+            ("resnet101", 8, [False, True, True]),
+        ],
+    )
+    def test_resnet_is_torchvisions(self, name: str, stride: int, replaced: list[bool], tmp_path: Path) -> None:
+        models = import_torchvision().models
+        torch.manual_seed(0)
+        published = getattr(models, name)(weights=None, replace_stride_with_dilation=replaced).eval()
+        randomise_batch_norms(published)
+        torch.save(published.state_dict(), tmp_path / "weights.pth")
+        backbone = build(name, stride, weights=str(tmp_path / "weights.pth")).eval()
+        extract = models._utils.IntermediateLayerGetter(published, {name: name for name in backbone.taps})
+        x = torch.randn(1, 3, 49, 65)
+        with torch.no_grad():
+            expected = extract(x)
+            for tap, value in backbone.features(x, list(backbone.taps)).items():
+                torch.testing.assert_close(value, expected[tap])
+
+    def test_mobilenet_is_torchvisions(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        published = import_torchvision().models.mobilenet_v2(weights=None).eval()
+        randomise_batch_norms(published)
+        torch.save(published.state_dict(), tmp_path / "weights.pth")
+        backbone = build("mobilenet_v2", 32, weights=str(tmp_path / "weights.pth")).eval()
+        x = torch.randn(1, 3, 65, 97)
+        with torch.no_grad():
+            torch.testing.assert_close(backbone(x), published.features(x))
+
+    def test_vgg16_is_torchvisions(self, tmp_path: Path) -> None:
+        vgg = import_torchvision().models.vgg
+        torch.manual_seed(0)
+        published = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
+        state = {f"features.{name}": value for name, value in published.state_dict().items()}
+        torch.save(state | {"classifier.0.weight": torch.zeros(2, 2)}, tmp_path / "weights.pth")
+        backbone = build("vgg16", 16, weights=str(tmp_path / "weights.pth"))
+        x = torch.randn(1, 3, 48, 64)
+        with torch.no_grad():
+            expected = published[:30](x)
+        assert expected.any()
+        torch.testing.assert_close(backbone(x), expected)
+
+
+class TestFiles:
+    @pytest.mark.parametrize("name", ["vgg16", "resnet50", "resnet38", "mobilenet_v2", "small"])
+    def test_own_weights_in_half_precision_load_from_a_file(self, name: str, tmp_path: Path) -> None:
+        torch.manual_seed(1)
+        state = {
+            key: value.half() if value.is_floating_point() else value for key, value in build(name).state_dict().items()
+        }
+        torch.save(state, tmp_path / "weights.pth")
+        loaded = build(name, weights=str(tmp_path / "weights.pth")).state_dict()
+        assert list(loaded) == list(state)
+        for key, value in loaded.items():
+            assert value.dtype in (torch.float32, torch.int64)
+            assert torch.equal(value, state[key].to(value.dtype)), key
+
+    def test_published_float16_file_loads(self) -> None:
+        if not MOBILENET_FILE.exists():
+            pytest.skip(f"{MOBILENET_FILE} is missing")
+        state = torch.load(MOBILENET_FILE, weights_only=True)
+        backbone = build("mobilenet_v2", weights=str(MOBILENET_FILE))
+        assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
+        assert torch.equal(first_conv(backbone), state["features.0.0.weight"].float())
+        last = backbone.state_dict()["stages.stage5.18.0.weight"]
+        assert torch.equal(last, state["features.18.0.weight"].float())
+
+    def test_all_faults_in_one_line(self, tmp_path: Path) -> None:
+        path = tmp_path / "weights.pth"
+        state = build("small").state_dict()
+        faults = {f"stages.conv2.{name}": torch.zeros(1) for name in "abcd"}
+        missing = [key for key in state if key != "stages.conv6.1.0.weight"]
+        torch.save({key: state[key] for key in missing} | faults, path)
+        with pytest.raises(PipelineError) as caught:
+            build("small", weights=str(path))
+        assert str(caught.value) == (
+            f"{path}: does not fit the backbone: stages.conv6.1.0.weight is missing; "
+            "stages.conv2.a is unexpected; stages.conv2.b is unexpected and 2 more"
+        )
+
+    def test_another_shape_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "weights.pth"
+        torch.save(build("small").state_dict() | {"stages.conv2.0.0.weight": torch.zeros(32, 1, 3, 3)}, path)
+        with pytest.raises(PipelineError, match=r"stages\.conv2\.0\.0\.weight is 32x1x3x3, not 32x3x3x3"):
+            build("small", weights=str(path))
+
+    def test_another_networks_weights_are_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "weights.pth"
+        torch.save({"fc.weight": torch.zeros(1), "layer1.0.conv1.weight": torch.zeros(1)}, path)
+        with pytest.raises(PipelineError, match="does not fit") as caught:
+            build("vgg16", weights=str(path))
+        assert "fc.weight" not in str(caught.value)
+
+    def test_a_file_without_batch_counts_loads(self, tmp_path: Path) -> None:
+        path = tmp_path / "weights.pth"
+        state = build("small").state_dict()
+        torch.save({key: value for key, value in state.items() if "num_batches_tracked" not in key}, path)
+        assert torch.equal(first_conv(build("small", weights=str(path))), state["stages.conv2.0.0.weight"])
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (None, "missing"),
+            (b"", "damaged"),
+            (b"\x89PNG not weights", "damaged"),
+            ([1, 2], "holds no state dict"),
+            ({"state_dict": {}}, "holds no state dict"),
+            ({"path": Path("x")}, "damaged, or holds more than tensors"),
+        ],
+    )
+    def test_what_is_no_state_dict_is_refused(self, content: object, message: str, tmp_path: Path) -> None:
+        path = tmp_path / "weights.pth"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        with pytest.raises(PipelineError, match=message) as caught:
+            build("small", weights=str(path))
+        assert len(caught.value.lines) == len(str(caught.value).splitlines()) == 1
+        assert str(path) in str(caught.value)
+
+    def test_imagenet_without_a_network_names_the_file(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def offline(*_: Any, **__: Any) -> None:
+            raise URLError("no route to host")
+
+        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        with pytest.raises(PipelineError, match=r"checkpoints/vgg16-\w+\.pth: missing .*; fetch https://") as caught:
+            build("vgg16", weights="imagenet")
+        assert str(tmp_path) in str(caught.value)
+
+    def test_imagenet_weights_are_checked_and_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        published = import_torchvision().models.mobilenet_v2(weights=None).state_dict()
+
+        def download(url: str, **options: Any) -> dict[str, Tensor]:
+            assert "mobilenet_v2" in url
+            assert options["check_hash"]
+            assert options["weights_only"]
+            return published  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+        backbone = build("mobilenet_v2", weights="imagenet")
+        assert torch.equal(first_conv(backbone), published["features.0.0.weight"])
+
+    @pytest.mark.parametrize("name", ["resnet38", "small"])
+    def test_imagenet_where_none_is_published(self, name: str) -> None:
+        with pytest.raises(PipelineError, match="none are published for this backbone"):
+            build(name, weights="imagenet")
