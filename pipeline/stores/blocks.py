@@ -65,6 +65,11 @@ def write_blocks(
                 writer.append(image_id, raster, class_id)
 
 
+def listed(ids: Sequence[str]) -> str:
+    """Up to 20 image ids for an error message, and how many more there are."""
+    return ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+
+
 def _ordered(ids: list[str], rows: Iterable[Row]) -> dict[str, list[tuple[int, Raster]]]:
     found: dict[str, list[tuple[int, Raster]]] = {image_id: [] for image_id in ids}
     for image_id, class_id, raster in rows:

@@ -1,0 +1,51 @@
+"""The fully connected CRF (Kraehenbuehl and Koltun, NIPS 2011) by pydensecrf's mean field."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import PipelineError
+from pipeline.schema import Crf
+
+FLOOR = 1e-5  # of a probability: log 0 is no energy
+
+
+def dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.float32], settings: Crf) -> NDArray[np.float32]:
+    """Marginals after ``settings.iterations`` of mean field.
+
+    Its time grows with C: give the background and the classes that the image has. That leaves the labels as they are,
+    for a class without evidence is carried by no neighbour.
+
+    Args:
+        image: H x W x 3 uint8, RGB.
+        probabilities: C x H x W, sums to 1 over C.
+
+    Returns:
+        C x H x W float32, sums to 1 over C.
+
+    Raises:
+        ValueError: the image's shape or type does not fit.
+        PipelineError: pydensecrf is not installed.
+    """
+    count, height, width = probabilities.shape
+    if image.shape != (height, width, 3) or image.dtype != np.uint8:
+        raise ValueError(f"an image of {height}x{width}x3 uint8 is wanted, not {image.shape} {image.dtype}")
+    try:
+        from pydensecrf.densecrf import DenseCRF2D
+    except ImportError as error:
+        raise PipelineError(
+            f"pydensecrf: cannot be imported ({error}); pip install pydensecrf2, or set crf: null"
+        ) from None
+    if count == 1:
+        return np.ones_like(probabilities)
+
+    field = DenseCRF2D(width, height, count)
+    energies = -np.log(np.maximum(probabilities, FLOOR))
+    field.setUnaryEnergy(np.ascontiguousarray(energies.reshape(count, -1), np.float32))
+    field.addPairwiseGaussian(sxy=settings.gaussian_xy, compat=settings.gaussian_weight)
+    field.addPairwiseBilateral(
+        sxy=settings.bilateral_xy,
+        srgb=settings.bilateral_rgb,
+        rgbim=np.ascontiguousarray(image),
+        compat=settings.bilateral_weight,
+    )
+    return np.array(field.inference(settings.iterations), np.float32).reshape(count, height, width)

@@ -1,0 +1,80 @@
+"""index (+ the user's saliency maps) -> maps: one saliency map an image of the index, at the image's size."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from pipeline.data.faults import Faults
+from pipeline.data.index import Image, Index
+from pipeline.data.loading import read_rgb
+from pipeline.errors import PipelineError
+from pipeline.labels import saliency
+from pipeline.schema import Saliency
+from pipeline.stage import Work, progress, run
+from pipeline.stores.blocks import Row, listed, parallel, write_blocks
+from pipeline.stores.raster import Raster, RasterStore, RasterWriter
+
+Source = Callable[[Image], Raster]
+
+
+def main(work: Work) -> None:
+    settings: Saliency = work.job.block
+    images = Index(work.inputs["index"]).images()
+    with RasterWriter(work.outputs["maps"], "saliency") as writer:
+        if settings.kind == "none":
+            for image in images:
+                writer.add_image(image.id)
+            return
+        # A raster store is read faster than its handle could be handed to other processes.
+        workers = 0 if settings.kind == "store" else work.runtime.workers
+        source = partial(_attempt, _source(settings, work.inputs, images))
+        with parallel(workers) as each:
+
+            def compute(block: Sequence[Image]) -> Iterator[Row]:
+                found = list(each(source, block))
+                faults = Faults()
+                for fault in found:
+                    if isinstance(fault, PipelineError):
+                        faults.add("unfit saliency map", str(fault))
+                faults.check()
+                return ((image.id, 0, raster) for image, raster in zip(block, found, strict=True))
+
+            write_blocks(images, compute, writer, work.checkpoint, progress=partial(progress, label=work.job.label))
+
+
+def _source(settings: Saliency, inputs: dict[str, Path], images: list[Image]) -> Source:
+    """What gives an image's map; maps that are missing are named before any is read."""
+    if settings.kind == "folder":
+        missing = [image.id for image in images if not (image.saliency and image.saliency.is_file())]
+        _all_there(str(settings.path), missing)
+        return saliency.read_file
+    if settings.kind == "store":
+        store = RasterStore(inputs["store"])
+        missing = [image.id for image in images if image.id not in store or 0 not in store.classes(image.id)]
+        _all_there(str(store.path), missing)
+        return partial(saliency.read_stored, store)
+    saliency.detector(settings.kind)
+    return partial(_detect, settings.kind)
+
+
+def _all_there(where: str, missing: list[str]) -> None:
+    if missing:
+        raise PipelineError(
+            f"{where}: no saliency map of {len(missing)} images: {listed(missing)}; add them, or set saliency.kind"
+        )
+
+
+def _attempt(source: Source, image: Image) -> Raster | PipelineError:
+    """A fault is handed back, so that a whole block's are told at once."""
+    try:
+        return source(image)
+    except PipelineError as fault:
+        return fault
+
+
+def _detect(kind: str, image: Image) -> Raster:
+    return saliency.detect(read_rgb(image), kind)
+
+
+if __name__ == "__main__":
+    run("saliency", main)
