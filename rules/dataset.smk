@@ -1,0 +1,82 @@
+"""The dataset and what is read from it once: index, masks for the evaluation, saliency maps."""
+
+if P.dataset.demo:
+
+    rule demo:
+        output:
+            root=directory(DATA),
+            manifest="<results>/dataset/manifest.json",
+        log:
+            "<logs>/demo.log",
+        conda:
+            "wsss"
+        params:
+            options=PLAN.options,
+        shell:
+            "python -m stages.demo {params.options} 2>&1 | tee {log}"
+
+
+if P.dataset.download:
+
+    rule download:
+        output:
+            root=directory(DATA),
+            manifest="<results>/dataset/manifest.json",
+        log:
+            "<logs>/download.log",
+        conda:
+            "wsss"
+        params:
+            options=PLAN.options,
+        shell:
+            "python -m stages.download {params.options} 2>&1 | tee {log}"
+
+
+rule index:
+    input:
+        root=DATA,
+    output:
+        index="<results>/index/index.json",
+        manifest="<results>/index/manifest.json",
+    log:
+        "<logs>/index.log",
+    conda:
+        "wsss"
+    params:
+        options=PLAN.options,
+    shell:
+        "python -m stages.index {params.options} 2>&1 | tee {log}"
+
+
+rule ground_truth:
+    input:
+        index="<results>/index/index.json",
+    output:
+        labels="<results>/ground_truth/labels.h5",
+        manifest="<results>/ground_truth/manifest.json",
+    log:
+        "<logs>/ground_truth.log",
+    conda:
+        "wsss"
+    params:
+        options=PLAN.options,
+    shell:
+        "python -m stages.ground_truth {params.options} 2>&1 | tee {log}"
+
+
+rule saliency:
+    input:
+        index="<results>/index/index.json",
+        store=P.saliency.path if P.saliency.kind == "store" else [],
+    output:
+        maps="<results>/saliency/maps.h5",
+        manifest="<results>/saliency/manifest.json",
+    log:
+        "<logs>/saliency.log",
+    conda:
+        "wsss"
+    threads: 2
+    params:
+        options=PLAN.options,
+    shell:
+        "python -m stages.saliency --workers {threads} {params.options} 2>&1 | tee {log}"

@@ -1,0 +1,67 @@
+"""Networks that learn from tags where objects are, and their localization maps."""
+
+
+rule classifier:
+    input:
+        index="<results>/index/index.json",
+    output:
+        model="<results>/classifiers/{name}/model.pt",
+        log="<results>/classifiers/{name}/log.json",
+        maps="<results>/classifiers/{name}/maps.h5",
+        snapshots="<results>/classifiers/{name}/snapshots.h5",
+        manifest="<results>/classifiers/{name}/manifest.json",
+    log:
+        "<logs>/classifiers/{name}.log",
+    conda:
+        "wsss"
+    threads: PLAN.threads
+    resources:
+        gpu=1,
+    params:
+        options=PLAN.options,
+        runtime=PLAN.runtime,
+    shell:
+        "python -m stages.classifier {wildcards.name} {params.runtime} {params.options} 2>&1 | tee {log}"
+
+
+rule refinement:
+    input:
+        index="<results>/index/index.json",
+        maps=lambda w: f"<results>/{P.refinements[w.name].source}/maps.h5",
+    output:
+        model="<results>/refinements/{name}/model.pt",
+        log="<results>/refinements/{name}/log.json",
+        manifest="<results>/refinements/{name}/manifest.json",
+    log:
+        "<logs>/refinements/{name}.log",
+    conda:
+        "wsss"
+    threads: PLAN.threads
+    resources:
+        gpu=1,
+    params:
+        options=PLAN.options,
+        runtime=PLAN.runtime,
+    shell:
+        "python -m stages.refinement {wildcards.name} {params.runtime} {params.options} 2>&1 | tee {log}"
+
+
+rule localization:
+    input:
+        index="<results>/index/index.json",
+        model=lambda w: f"<results>/{P.localizations[w.name].model}/model.pt",
+    output:
+        maps="<results>/localizations/{name}/maps.h5",
+        manifest="<results>/localizations/{name}/manifest.json",
+    log:
+        "<logs>/localizations/{name}.log",
+    conda:
+        "wsss"
+    threads: PLAN.threads
+    resources:
+        gpu=1,
+    params:
+        options=PLAN.options,
+        runtime=PLAN.runtime,
+    shell:
+        "python -m stages.localization {wildcards.name} {params.runtime} {params.options} 2>&1 | tee {log}"

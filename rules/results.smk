@@ -1,0 +1,50 @@
+"""The numbers after every stage, and the pages that a person looks at."""
+
+SCORED = {"classifiers": ["maps.h5", "snapshots.h5"], "localizations": ["maps.h5"]}  # of any other section: labels
+
+
+rule evaluation:
+    input:
+        index="<results>/index/index.json",
+        ground_truth="<results>/ground_truth/labels.h5",
+        scored=lambda w: [f"<results>/{w.section}/{w.name}/{file}" for file in SCORED.get(w.section, ["labels.h5"])],
+    output:
+        scores="<results>/evaluation/{section}/{name}/scores.json",
+        manifest="<results>/evaluation/{section}/{name}/manifest.json",
+    log:
+        "<logs>/evaluation/{section}/{name}.log",
+    conda:
+        "wsss"
+    params:
+        options=PLAN.options,
+    shell:
+        "python -m stages.evaluation {wildcards.section}/{wildcards.name} {params.options} 2>&1 | tee {log}"
+
+
+MAPS = PLAN.blocks("classifiers", "localizations")
+LABELS = PLAN.blocks("pseudo_labels", "mixtures", "predictions")
+TRAINED = PLAN.blocks("classifiers", "refinements", "segmentations")
+
+
+rule report:
+    input:
+        index="<results>/index/index.json",
+        ground_truth="<results>/ground_truth/labels.h5",
+        saliency="<results>/saliency/maps.h5",
+        maps=collect("<results>/{block}/maps.h5", block=MAPS),
+        labels=collect("<results>/{block}/labels.h5", block=LABELS),
+        scores=collect("<results>/evaluation/{block}/scores.json", block=MAPS + LABELS),
+        logs=collect("<results>/{block}/log.json", block=TRAINED),
+    output:
+        report=report("<results>/report.html", category="Results"),
+        table=report("<results>/metrics.json", category="Results"),
+        metrics="metrics.json",
+        manifest="<results>/manifest.json",
+    log:
+        "<logs>/report.log",
+    conda:
+        "wsss"
+    params:
+        options=PLAN.options,
+    shell:
+        "python -m stages.report {params.options} 2>&1 | tee {log}"
