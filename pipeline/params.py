@@ -99,7 +99,7 @@ def _build(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
     arguments = typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _build_block(typing.cast(type, kind), value, where, faults)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
         return _build(next(a for a in arguments if a is not types.NoneType), value, where, faults)
@@ -204,7 +204,9 @@ def _check(params: Params, faults: list[str]) -> None:
                 if value is not None and value < 1:
                     faults.append(f"{section}.{name}.training.{key}: {value} is below 1")
             if block.augmentation.side != "none" and block.augmentation.length is None:
-                faults.append(f"{section}.{name}.augmentation.length: is missing; side {block.augmentation.side} needs it")
+                faults.append(
+                    f"{section}.{name}.augmentation.length: is missing; side {block.augmentation.side} needs it"
+                )
     _check_cycles(params, faults)
 
 

@@ -33,7 +33,7 @@ class RefinementTask:
         return self.network.loss(batch.images, lambda size: self.attention(batch, size), batch.tags)
 
     def attention(self, batch: Batch, size: tuple[int, int]) -> Tensor:
-        """B x K target at the network's grid: the stored maps seen through each sample's window; 0 for other classes."""
+        """B x K x h x w target: the stored maps seen through each sample's window; 0 for absent classes."""
         out = torch.zeros(len(batch.ids), batch.tags.shape[1], *size)
         for sample, (image_id, window) in enumerate(zip(batch.ids, batch.windows, strict=True)):
             for tag, raster in self.maps.maps(image_id).items():

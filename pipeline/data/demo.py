@@ -1,10 +1,10 @@
 """The demo: a generated dataset in VOC layout that shows the field's problem.
 
-Each object is a large body with a faint tint and stripes of its class, and a small head whose bright pattern gives the class
-away. A plain CAM covers the head; what finds the body wins. Objects of several classes share an image, over clutter that
-has the colours of none. Masks are exact. Saliency is simulated: METHODS' public pipelines bring maps of a trained detector,
-which a generated image has none of, so the demo degrades the union of its objects to about the quality that such detectors
-have on VOC (see ``simulated_saliency``); it carries no class. Tags are the classes of the objects drawn.
+Each object is a large body with a faint tint and stripes of its class, and a small head whose bright pattern gives the
+class away. A plain CAM covers the head; what finds the body wins. Objects of several classes share an image, over clutter
+in the colours of none. Masks are exact. Saliency is SIMULATED: the papers bring maps of a trained detector, which there
+is none of for generated images, so the demo degrades the union of its objects to about the quality that such detectors
+have on VOC (``simulated_saliency``); it tells nothing of a class. Tags are the classes of the objects drawn.
 """
 
 import json
@@ -74,7 +74,9 @@ def _background(size: int, random: np.random.Generator) -> NDArray[np.float32]:
     return cv2.GaussianBlur(canvas, (0, 0), 0.7).astype(np.float32)
 
 
-def _object(canvas: NDArray[np.float32], mask: NDArray[np.uint8], class_index: int, random: np.random.Generator) -> None:
+def _object(
+    canvas: NDArray[np.float32], mask: NDArray[np.uint8], class_index: int, random: np.random.Generator
+) -> None:
     """Paint one object over what is there; a thin outline of 255 separates it in the mask, as VOC's do."""
     size = mask.shape[0]
     long = random.uniform(0.17, 0.30) * size

@@ -1,7 +1,7 @@
 """Where a training input lies in its image, and maps carried between the two.
 
-A network sees a resized, flipped, cropped window of an image; the maps of an image are kept on one grid of cells over the
-whole of it. ``to_image`` and ``to_window`` undo and redo the augmentation, so that any network input can feed the
+A network sees a resized, flipped, cropped window of an image; the maps of an image are kept on one grid of cells over
+the whole of it. ``to_image`` and ``to_window`` undo and redo the augmentation, so that any network input can feed the
 attention accumulator or be supervised by stored maps.
 """
 
@@ -58,7 +58,7 @@ def to_image(maps: Tensor, window: Window, size: tuple[int, int]) -> tuple[Tenso
 
 
 def to_window(maps: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
-    """Maps over an image -> C x rows x columns maps over a window of it, 0 in the padding. The inverse of ``to_image``."""
+    """Maps over an image -> C x rows x columns maps over a window of it, 0 in the padding; inverts ``to_image``."""
     y = window.top + _centres(size[0]) * (window.bottom - window.top)
     x = window.left + _centres(size[1]) * (window.right - window.left)
     inside = _inside(y)[:, None] & _inside(x)[None, :]

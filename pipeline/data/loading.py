@@ -82,7 +82,7 @@ def augment(
         3 x H x W normalised image, H x W int64 label map (255 in the padding) or None, and the window.
     """
     length = None if settings.length is None else int(random.integers(settings.length[0], settings.length[1] + 1))
-    height, width = resized(*rgb.shape[:2], settings.side, length)
+    height, width = resized(rgb.shape[0], rgb.shape[1], settings.side, length)
     if settings.scale is not None:
         factor = random.uniform(*settings.scale)
         height, width = max(1, round(height * factor)), max(1, round(width * factor))
@@ -141,7 +141,12 @@ class TrainingSet(Dataset[tuple[Any, ...]]):
     """Augmented images; item (epoch, number) is the same whoever loads it, in whatever order."""
 
     def __init__(
-        self, images: Sequence[Image], num_classes: int, settings: Augmentation, seed: int, labels: RasterStore | None = None
+        self,
+        images: Sequence[Image],
+        num_classes: int,
+        settings: Augmentation,
+        seed: int,
+        labels: RasterStore | None = None,
     ) -> None:
         self.images = list(images)
         self.settings = settings
@@ -160,7 +165,7 @@ class TrainingSet(Dataset[tuple[Any, ...]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:  # type: ignore[override]
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         epoch, number = key
         image = self.images[number]
         random = np.random.default_rng([self.seed, epoch, number])
@@ -177,9 +182,15 @@ def collate(items: list[tuple[Any, ...]]) -> Batch:
     """
     images, tags, ids, windows, labels = zip(*items, strict=True)
     if len({image.shape for image in images}) > 1:
-        raise PipelineError("augmentation: the images of a batch differ in size; set crop, side: square, or batch_size: 1")
+        raise PipelineError(
+            "augmentation: the images of a batch differ in size; set crop, side: square, or batch_size: 1"
+        )
     return Batch(
-        torch.stack(images), torch.stack(tags), list(ids), list(windows), None if labels[0] is None else torch.stack(labels)
+        torch.stack(images),
+        torch.stack(tags),
+        list(ids),
+        list(windows),
+        None if labels[0] is None else torch.stack(labels),
     )
 
 

@@ -62,7 +62,9 @@ def _passes(network: nn.Module, inputs: Tensor, settings: Localization) -> list[
         scaled = inputs
         if scale != 1:
             size = max(1, round(height * scale)), max(1, round(width * scale))
-            scaled = functional.interpolate(inputs, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
+            scaled = functional.interpolate(
+                inputs, size=size, mode="bilinear", align_corners=False, antialias=scale < 1
+            )
         scaled = scaled.contiguous(memory_format=torch.channels_last)
         with autocast(inputs.device, "auto"):
             out.append(network.localize(scaled).float())  # type: ignore[operator]

@@ -45,4 +45,5 @@ def load(path: Path, num_classes: int, device: torch.device) -> nn.Module:
     block: Block = params.block(_BLOCKS[model["block"]], model["settings"], str(path))
     network = build(replace(block, backbone=replace(block.backbone, weights=None)), num_classes)
     network.load_state_dict(model["state"])
-    return network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]
+    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.eval()

@@ -1,6 +1,6 @@
 """Segmentations of whole images: multi-scale, flipped, CRF."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ def segmentations(
     """
     for part, inputs in batches(images, lambda image: (image.height, image.width), pixels_per_batch(device)):
         mean = _probabilities(network, inputs.to(device), settings)
+        labels: Iterable[NDArray[np.uint8]]
         if settings.crf is None:
             labels = mean.argmax(1).to(torch.uint8).cpu().numpy()
         else:
@@ -43,7 +44,8 @@ def _refined(task: tuple[Image, NDArray[np.float32], Crf]) -> NDArray[np.uint8]:
     image, chances, settings = task
     kept = np.flatnonzero(chances.reshape(len(chances), -1).max(1) > 0.05)
     refined = dense_crf(read_rgb(image), np.ascontiguousarray(chances[kept]), settings)
-    return kept[refined.argmax(0)].astype(np.uint8)
+    labels: NDArray[np.uint8] = kept.astype(np.uint8)[refined.argmax(0)]
+    return labels
 
 
 @torch.inference_mode()
@@ -55,13 +57,17 @@ def _probabilities(network: nn.Module, inputs: Tensor, settings: Test) -> Tensor
         size = max(1, round(height * scale)), max(1, round(width * scale))
         scaled = inputs
         if scale != 1:
-            scaled = functional.interpolate(inputs, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
+            scaled = functional.interpolate(
+                inputs, size=size, mode="bilinear", align_corners=False, antialias=scale < 1
+            )
         for flip in (False, True) if settings.flip else (False,):
             view = (scaled.flip(3) if flip else scaled).contiguous(memory_format=torch.channels_last)
             with autocast(inputs.device, "auto"):
                 logits = network(view)
             logits = logits.float().flip(3) if flip else logits.float()
-            chances = functional.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False).softmax(1)
+            chances = functional.interpolate(
+                logits, size=(height, width), mode="bilinear", align_corners=False
+            ).softmax(1)
             total = chances if total is None else total + chances
     assert total is not None
     return total / (len(settings.scales) * (2 if settings.flip else 1))

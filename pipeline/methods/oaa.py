@@ -1,9 +1,9 @@
 """Online attention accumulation (OAA Sec. 3.2) and the attention drop layer (OAA Sec. 3.3, Alg. 1).
 
-Both wrap the training of any classifier. The maps of all (image, tag) pairs live in one flat uint8 array in memory: about
-16 MB for the 15,555 pairs of VOC train_aug at the paper's size, where the public code reads and writes a PNG for each pair
-and epoch. They are keyed by image id and cover the whole image on a fixed grid; flips and crops are undone before a map is
-fused, and redone before it occludes.
+Both wrap the training of any classifier. The maps of all (image, tag) pairs live in one flat uint8 array in memory:
+about 16 MB for the 15,555 pairs of VOC train_aug at the paper's size, where the public code reads and writes a PNG for
+each pair and epoch. They are keyed by image id and cover the whole image on a fixed grid; flips and crops are undone
+before a map is fused, and redone before it occludes.
 """
 
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ class AttentionAccumulator:
                 starts.append(starts[-1] + grid[0] * grid[1])
         self._starts = np.array(starts)
         average = settings.fusion == "average"
-        self._values = np.zeros(starts[-1], np.float32 if average else np.uint8)
+        self._values: NDArray[np.float32 | np.uint8] = np.zeros(starts[-1], np.float32 if average else np.uint8)
         self._counts = np.zeros(starts[-1], np.uint16) if average else np.zeros(0, np.uint16)
         self._seen = np.zeros(len(self._pairs), np.int32)
         self._last = np.zeros(starts[-1] if keep_last else 0, np.uint8)
@@ -121,7 +121,7 @@ class AttentionAccumulator:
         if self.settings.fusion == "max":  # OAA Eq. 5; a pixel outside of the window holds 0 and changes nothing
             np.maximum(self._values[at], levels, out=self._values[at])
         else:  # OAA Eq. 10, t counted cell by cell, as a crop may leave cells out
-            self._counts[at] += inside
+            self._counts[at] += inside.astype(np.uint16)
             step = np.where(inside, (values * 255 - self._values[at]) / np.maximum(self._counts[at], 1), 0)
             self._values[at] += step.astype(np.float32)
         self._seen[pair] += 1

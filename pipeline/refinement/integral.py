@@ -1,4 +1,4 @@
-"""The integral attention model of OAA+ (OAA Sec. 3.4): a network trained on cumulative attention maps, pixel by pixel."""
+"""The integral attention model of OAA+ (OAA Sec. 3.4): a network trained on cumulative attention, pixel by pixel."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,7 +12,12 @@ from pipeline.schema import Refinement
 
 
 def integral_loss(
-    logits: Tensor, attention: Tensor, tags: Tensor, loss: str = "hybrid", reduction: str = "class", threshold: float = 0.0
+    logits: Tensor,
+    attention: Tensor,
+    tags: Tensor,
+    loss: str = "hybrid",
+    reduction: str = "class",
+    threshold: float = 0.0,
 ) -> Tensor:
     """Loss of an integral attention model.
 
@@ -20,10 +25,10 @@ def integral_loss(
         logits: B x K x h x w scores of the class-aware convolution.
         attention: B x K x h x w cumulative attention p in [0, 1]; 0 for absent classes.
         tags: B x K, 0 or 1.
-        loss: 'hybrid': enhance + constraint loss (OAA Eq. 9); 'enhance': its first part alone (OAA Eq. 7); 'cross_entropy':
-            multi-label cross entropy over all pixels (OAA Eq. 6). Table 4 calls them HL, EP and MCE.
-        reduction: 'class': N+ and N- of each class are averaged, classes are summed (the paper); 'pooled': all classes and
-            pixels of an image form one N+ and one N- (the public code).
+        loss: 'hybrid': enhance + constraint loss (OAA Eq. 9); 'enhance': its first part alone (OAA Eq. 7);
+            'cross_entropy': multi-label cross entropy over all pixels (OAA Eq. 6). Table 4 calls them HL, EP and MCE.
+        reduction: 'class': N+ and N- of each class are averaged, classes are summed (the paper); 'pooled': all classes
+            and pixels of an image form one N+ and one N- (the public code).
         threshold: a pixel belongs to N+ where p is above it (OAA Table 5).
 
     Returns:
@@ -75,4 +80,4 @@ class IntegralModel(nn.Module):
 
     def localize(self, images: Tensor) -> Tensor:
         """B x K x h x w non-negative maps: the raw logits' positive part, as the public code has it."""
-        return self(images).float().relu()  # type: ignore[no-any-return]
+        return self(images).float().relu()

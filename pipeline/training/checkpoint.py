@@ -34,7 +34,9 @@ def load(path: Path) -> dict[str, Any] | None:
     expected, payload = content[:_DIGEST].decode("latin-1"), content[_DIGEST:]
     found = hashlib.sha256(payload).hexdigest()
     if found != expected:
-        raise PipelineError(f"{path}: damaged checkpoint: sha256 is {found}, saved as {expected}; delete it to start over")
+        raise PipelineError(
+            f"{path}: damaged checkpoint: sha256 is {found}, saved as {expected}; delete it to start over"
+        )
     state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     return state
 

@@ -27,7 +27,8 @@ LOGGED = 20  # points an epoch on the loss curve, at most
 class Task(Protocol):
     """What is trained."""
 
-    network: nn.Module
+    @property
+    def network(self) -> nn.Module: ...
 
     def new_layers(self) -> Iterable[nn.Module]:
         """The layers added to the backbone: they learn at ``lr_new`` times the rate."""
@@ -79,7 +80,7 @@ class Loop:
         self.task, self.dataset, self.settings, self.device = task, dataset, settings, device
         self.workers, self.every, self.path, self.label = runtime.workers, runtime.checkpoint_every, path, label
         self.batches, self.steps_per_epoch, self.steps, self.epochs = extent(settings, len(dataset))
-        task.network.to(device, memory_format=torch.channels_last)
+        task.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = parameter_groups(task.network, task.new_layers(), settings)
         self.optimizer = build_optimizer(groups, settings)
         self.epoch = self.first = self.step = 0  # first: batches of this epoch that are done

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     try:
-        flags = next(line for line in open("/proc/cpuinfo") if line.startswith("flags"))
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
@@ -53,8 +54,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def parameter_groups(network: nn.Module, new: Iterable[nn.Module], settings: Training) -> list[dict[str, object]]:
     """Weights and biases, of the backbone and of the layers added to it, each with its multiplier.
 
-    The learning rates are 1 and ``lr_bias`` times the base rate, and ``lr_new`` times that for new layers: 1/2/10/20 in
-    the public code of DRS, OAA and DeepLab. Biases decay only if ``decay_biases`` says so. Frozen parameters are left out.
+    The learning rates are 1 and ``lr_bias`` times the base rate, and ``lr_new`` times that for new layers: 1/2/10/20
+    in the public code of DRS, OAA and DeepLab. Biases decay only if ``decay_biases`` says so. Frozen parameters are
+    left out.
     """
     added = {id(parameter) for module in new for parameter in module.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
