@@ -37,7 +37,7 @@ def write_blocks(
     writer: RasterWriter,
     checkpoint: Path,
     size: int = 128,
-    progress: Callable[[list[Any]], Iterable[Any]] = iter,
+    progress: Callable[[Sequence[_Image]], Iterable[_Image]] = iter,
 ) -> None:
     """Write the rasters of all ``images`` in their order; images without a raster are named in the store.
 
@@ -46,23 +46,31 @@ def write_blocks(
             equal shape), none for an image that has no raster. It must depend on nothing but its block.
         checkpoint: ``Work.checkpoint``: the folder of the parts, which the stage frame removes once the store is
             published.
-        progress: wraps the list of blocks, e.g. ``partial(stage.progress, label=work.job.label)``.
+        progress: wraps the images, e.g. ``partial(stage.progress, label=work.job.label)``.
 
     Raises:
         ValueError: a row of an image that is not in its block.
     """
-    blocks = [images[start : start + size] for start in range(0, len(images), size)]
-    for number, block in enumerate(progress(blocks)):
-        ids = [image.id for image in block]
-        part = checkpoint / f"{number:05d}.npz"
-        rows = _load(part, ids)
-        if rows is None:
-            rows = _ordered(ids, compute(block))
-            _save(part, ids, rows)
-        for image_id in ids:
-            writer.add_image(image_id)
-            for class_id, raster in rows[image_id]:
-                writer.append(image_id, raster, class_id)
+    rows: dict[str, list[tuple[int, Raster]]] = {}
+    for number, image in enumerate(progress(images)):
+        if number % size == 0:
+            block = images[number : number + size]
+            rows = _block(checkpoint / f"{number // size:05d}.npz", block, compute)
+        writer.add_image(image.id)
+        for class_id, raster in rows[image.id]:
+            writer.append(image.id, raster, class_id)
+
+
+def _block(
+    part: Path, block: Sequence[_Image], compute: Callable[[Sequence[_Image]], Iterable[Row]]
+) -> dict[str, list[tuple[int, Raster]]]:
+    """The block's rows by image: from its part, or computed and kept as one."""
+    ids = [image.id for image in block]
+    rows = _load(part, ids)
+    if rows is None:
+        rows = _ordered(ids, compute(block))
+        _save(part, ids, rows)
+    return rows
 
 
 def listed(ids: Sequence[str]) -> str:

@@ -1,0 +1,37 @@
+"""By hand, no part of the graph: ``python -m stages.export STORE.h5 FOLDER`` writes a store's rasters as PNG."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+from pipeline.labels.export import export
+from pipeline.stores import manifest
+from pipeline.stores.raster import RasterStore
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m stages.export", description=__doc__)
+    parser.add_argument(
+        "store", type=Path, metavar="STORE.h5", help="label maps become palette PNG, other maps grey PNG"
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    try:
+        if not options.store.is_file():
+            raise PipelineError(f"{options.store}: no such file; name a store, such as results/demo/saliency/maps.h5")
+        manifest.verify(options.store)
+        store = RasterStore(options.store)
+        written = export(store, options.folder)
+    except PipelineError as error:
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)
+    bare = sum(not store.classes(image_id) for image_id in store)
+    print(
+        f"{options.folder}: {written} PNG of {len(store.ids)} images" + (f", {bare} of which have none" if bare else "")
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""index, maps, saliency -> labels: the pseudo label of every training image."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+from pipeline.data.index import Image, Index
+from pipeline.data.loading import read_rgb
+from pipeline.errors import PipelineError
+from pipeline.labels.rules import label_image
+from pipeline.schema import PseudoLabels
+from pipeline.stage import Work, progress, run
+from pipeline.stores.blocks import Row, listed, parallel, write_blocks
+from pipeline.stores.raster import Raster, RasterStore, RasterWriter
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """Labels one image; opens the stores in the process that it was sent to. ``key`` stands for their contents."""
+
+    rule: PseudoLabels
+    maps: Path
+    saliency: Path
+    key: str
+
+    def __call__(self, image: Image) -> Raster:
+        stored = _open(self.maps, self.key).maps(image.id)
+        maps = {class_id: stored[class_id] for class_id in image.tags if class_id in stored}
+        saliency = _open(self.saliency, self.key).get(image.id) if self.rule.saliency else None
+        rgb = read_rgb(image) if self.rule.crf else None
+        return label_image(maps, saliency, rgb, self.rule, (image.height, image.width))
+
+
+@lru_cache(maxsize=2)
+def _open(path: Path, key: str) -> RasterStore:
+    return RasterStore(path)
+
+
+def main(work: Work) -> None:
+    rule: PseudoLabels = work.job.block
+    images = Index(work.inputs["index"]).images("train")
+    _check(images, work.inputs["maps"])
+    if rule.saliency:
+        _check(images, work.inputs["saliency"])
+    labeller = Labeller(rule, work.inputs["maps"], work.inputs["saliency"], work.key)
+    with parallel(work.runtime.workers) as each, RasterWriter(work.outputs["labels"], "labels") as writer:
+
+        def compute(block: Sequence[Image]) -> Iterator[Row]:
+            return ((image.id, 0, label) for image, label in zip(block, each(labeller, block), strict=True))
+
+        write_blocks(images, compute, writer, work.checkpoint, progress=partial(progress, label=work.job.label))
+
+
+def _check(images: list[Image], path: Path) -> None:
+    store = RasterStore(path)
+    missing = [image.id for image in images if image.id not in store]
+    if missing:
+        raise PipelineError(f"{path}: lacks {len(missing)} training images: {listed(missing)}; run its stage again")
+
+
+if __name__ == "__main__":
+    run("pseudo_labels", main)

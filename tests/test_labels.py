@@ -1,0 +1,370 @@
+"""Label rules on hand-worked cases, and the stages around them: pseudo labels, mixture, export."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+
+import stages.export
+import stages.mixture
+import stages.pseudo_labels
+from pipeline.errors import PipelineError
+from pipeline.graph import Job
+from pipeline.labels import export, rules
+from pipeline.labels.rules import label_image
+from pipeline.runtime import Runtime
+from pipeline.schema import Crf, Mixture, PseudoLabels
+from pipeline.stage import Work
+from pipeline.stores.raster import Raster, RasterStore, RasterWriter
+
+OAA = PseudoLabels("classifiers/x", normalise="none", minimum_foreground=0)
+PLAIN = PseudoLabels("classifiers/x", rule="threshold", normalise="none", saliency=False, background=0.3)
+
+
+def raster(*rows: list[int]) -> Raster:
+    return np.array(rows, np.uint8)
+
+
+def grey(*rows: list[float]) -> Raster:
+    return np.rint(np.array(rows) * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("saliency", "cat", "dog", "label"),
+    [
+        (0, 0, 0, 0),  # nothing speaks for an object
+        (0, 180, 100, 0),  # background 1 beats 0.71
+        (255, 180, 100, 3),
+        (255, 180, 200, 15),
+        (255, 180, 180, 3),  # of equals the lower id
+        (31, 128, 0, 0),  # saliency just below 32/255
+        (32, 128, 0, 255),  # salient, yet background wins
+        (255, 70, 60, 255),  # all below 0.3: background by default, and salient
+        (178, 77, 0, 255),  # background 0.302 and class 0.302: background wins, salient
+        (179, 77, 0, 3),  # background falls below 0.3 and counts as nothing
+        (10, 210, 0, 255),  # background 0.96 beats an object above 0.8
+        (10, 204, 0, 0),  # 0.8 itself is not above it
+        (255, 240, 235, 255),  # two classes above 0.9
+        (255, 240, 229, 3),  # 229/255 is below 0.9
+        (0, 240, 0, 255),  # background and a class above 0.9
+    ],
+)
+def test_oaa_pixel_by_pixel(saliency: int, cat: int, dog: int, label: int) -> None:
+    maps = {15: raster([dog]), 3: raster([cat])}
+    assert label_image(maps, raster([saliency]), None, OAA, (1, 1)).tolist() == [[label]]
+
+
+def test_oaa_without_saliency_has_a_constant_background() -> None:
+    rule = replace(OAA, saliency=False, background=0.4)
+    assert label_image({3: grey([0.2, 0.39, 0.41, 0.95])}, None, None, rule, (1, 4)).tolist() == [[0, 0, 3, 3]]
+
+
+@pytest.mark.parametrize(("objects", "kept"), [(9, False), (10, True)])
+def test_oaa_ignores_an_image_with_too_little_foreground(objects: int, kept: bool) -> None:
+    rule = replace(OAA, minimum_foreground=0.1)
+    saliency = np.zeros((10, 10), np.uint8)
+    saliency.flat[:objects] = 255
+    saliency.flat[50:60] = 100  # ignored pixels are no foreground
+    label = label_image({3: saliency}, saliency, None, rule, (10, 10))
+    assert np.unique(label).tolist() == ([0, 3, 255] if kept else [255])
+
+
+def test_oaa_thresholds_are_the_rules() -> None:
+    maps, saliency = {3: grey([0.5, 0.5, 0.5])}, grey([0.45, 0.55, 0.05])
+    strict = replace(OAA, attention_threshold=0.52, saliency_threshold=0.6, object_threshold=0.6)
+    assert label_image(maps, saliency, None, strict, (1, 3)).tolist() == [[0, 0, 0]]
+    loose = replace(OAA, attention_threshold=0, saliency_threshold=0.4, object_threshold=0.4, conflict_threshold=0.51)
+    assert label_image(maps, saliency, None, loose, (1, 3)).tolist() == [[255, 3, 255]]
+    clashing = replace(loose, conflict_threshold=0.44)
+    assert label_image(maps, saliency, None, clashing, (1, 3)).tolist() == [[255, 255, 255]]
+
+
+def test_threshold_rule() -> None:
+    maps = {7: grey([0.29, 0.31, 0.95]), 2: grey([0.0, 0.31, 0.96])}
+    assert label_image(maps, None, None, PLAIN, (1, 3)).tolist() == [[0, 2, 2]]
+    salient = replace(PLAIN, saliency=True)
+    assert label_image(maps, grey([0.9, 0.6, 0.0]), None, salient, (1, 3)).tolist() == [[7, 0, 0]]
+
+
+def test_no_class_is_background_or_nothing() -> None:
+    assert label_image({}, None, None, PLAIN, (2, 2)).tolist() == [[0, 0], [0, 0]]
+    rule = replace(OAA, minimum_foreground=0.01)
+    assert label_image({}, np.zeros((2, 2), np.uint8), None, rule, (2, 2)).tolist() == [[255, 255], [255, 255]]
+
+
+@pytest.mark.parametrize(
+    ("normalise", "expected"), [("none", [0.2, 0.4, 0.6]), ("max", [1 / 3, 2 / 3, 1]), ("minmax", [0, 0.5, 1])]
+)
+def test_normalisation(normalise: str, expected: list[float]) -> None:
+    assert rules.class_score(grey([0.2, 0.4, 0.6]), normalise, (1, 3))[0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("normalise", ["none", "max", "minmax"])
+def test_an_empty_map_scores_nothing(normalise: str) -> None:
+    assert not rules.class_score(np.zeros((3, 3), np.uint8), normalise, (5, 4)).any()
+
+
+def test_a_small_map_is_upsampled_bilinearly_and_then_stretched() -> None:
+    score = rules.class_score(raster([0, 100]), "none", (2, 4))
+    np.testing.assert_allclose(score, np.tile([0, 25, 75, 100], (2, 1)) / 255, atol=1e-6)
+    assert rules.class_score(raster([50, 100], [50, 50]), "minmax", (9, 7)).max() == 1
+
+
+def test_what_the_rule_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="none is given"):
+        label_image({}, None, None, OAA, (1, 1))
+    with pytest.raises(ValueError, match=r"the saliency map is \(2, 1\), the image \(1, 2\)"):
+        label_image({}, np.zeros((2, 1), np.uint8), None, OAA, (1, 2))
+    with pytest.raises(ValueError, match="no image is given"):
+        label_image({}, None, None, replace(PLAIN, crf=Crf()), (1, 1))
+
+
+def halves() -> tuple[NDArray[np.uint8], Raster]:
+    """An image red on the left and blue on the right, and a map that misses two columns of the red half."""
+    image = np.zeros((24, 32, 3), np.uint8)
+    image[:, :16, 0], image[:, 16:, 2] = 200, 200
+    attention = np.zeros((24, 32), np.uint8)
+    attention[:, :14] = 255
+    return image, attention
+
+
+def test_crf_moves_the_label_to_the_edge() -> None:
+    image, attention = halves()
+    attention[:, 14:16] = 64  # 0.25: below the background
+    assert label_image({5: attention}, None, image, PLAIN, (24, 32))[:, 14:16].max() == 0
+    label = label_image({5: attention}, None, image, replace(PLAIN, crf=Crf(bilateral_rgb=10)), (24, 32))
+    assert np.array_equal(label, np.where(np.arange(32) < 16, 5, 0) * np.ones((24, 1)))
+
+
+def test_crf_confidence_ignores_what_is_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[NDArray[np.float32]] = []
+
+    def marginals(image: Any, probabilities: NDArray[np.float32], settings: Crf) -> NDArray[np.float32]:
+        given.append(probabilities)
+        return np.array([[[0.9, 0.55, 0.3, 0.6]], [[0.1, 0.45, 0.7, 0.4]]], np.float32)
+
+    monkeypatch.setattr(rules, "dense_crf", marginals)
+    image = np.zeros((1, 4, 3), np.uint8)
+    sure = replace(PLAIN, crf=Crf(), confidence=0.6)
+    assert label_image({5: grey([0.2, 0.9, 0.9, 0.0])}, None, image, sure, (1, 4)).tolist() == [[0, 255, 5, 0]]
+    np.testing.assert_allclose(given[0].sum(0), 1, atol=1e-6)
+    assert given[0][1, 0].tolist() == pytest.approx([0.4, 0.75, 0.75, 1e-5 / 0.3], rel=0.01)
+
+    # OAA: the marginals choose; salient background and objects on background are ignored as without a CRF
+    maps, saliency = {5: grey([0.0, 0.85, 0.25, 0.0])}, grey([0.0, 0.0, 0.9, 0.5])
+    assert label_image(maps, saliency, image, replace(OAA, crf=Crf()), (1, 4)).tolist() == [[0, 255, 5, 255]]
+    assert given[1][:, 0, 2].tolist() == [0.5, 0.5]  # thresholding left nothing: no preference
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def write_index(root: Path, tags: dict[str, list[int]], size: tuple[int, int]) -> None:
+    images = {
+        name: {
+            "file": f"{name}.png",
+            "height": size[0],
+            "width": size[1],
+            "tags": found,
+            "mask": None,
+            "saliency": None,
+        }
+        for name, found in tags.items()
+    }
+    splits = {"train": [name for name in tags if name != "val"], "evaluation": [name for name in tags if name == "val"]}
+    index = {"classes": ["a", "b", "c"], "tag_source": "test", "splits": splits, "root": str(root), "images": images}
+    (root / "index.json").write_text(json.dumps(index))
+
+
+def write_store(path: Path, kind: str, rasters: dict[str, dict[int, Raster]]) -> Path:
+    with RasterWriter(path, kind) as writer:
+        for name, found in rasters.items():
+            writer.add_image(name)
+            for class_id, values in found.items():
+                writer.append(name, values, class_id)
+    return path
+
+
+def run(
+    main: Callable[[Work], None], root: Path, inputs: dict[str, Path], block: Any, workers: int = 0, seed: int = 1
+) -> RasterStore:
+    outputs = {"labels": root / "labels.h5"}
+    inputs = {"index": root / "index.json", **inputs}
+    job = Job("stage", "", inputs, outputs, {"seed": seed}, block)
+    main(Work(job, inputs, outputs, Runtime(workers=workers), f"key of {root}", root / "parts"))
+    return RasterStore(outputs["labels"])
+
+
+def label(root: Path, rule: PseudoLabels, workers: int = 0) -> RasterStore:
+    inputs = {"maps": root / "maps.h5", "saliency": root / "saliency.h5"}
+    return run(stages.pseudo_labels.main, root, inputs, rule, workers)
+
+
+@pytest.fixture
+def maps(tmp_path: Path) -> Path:
+    """Four training images of 12 x 16 with maps of 3 x 4, and one of the evaluation split."""
+    write_index(tmp_path, {"d": [1], "val": [1], "a": [1, 2], "b": [3], "c": [2]}, (12, 16))
+    left, right = raster(*[[255, 255, 0, 0]] * 3), raster(*[[0, 0, 0, 255]] * 3)
+    stored = {"a": {1: left, 2: right}, "b": {}, "c": {1: left, 2: right}, "d": {1: left}}
+    write_store(tmp_path / "maps.h5", "localization", stored)
+    write_store(tmp_path / "saliency.h5", "saliency", {name: {0: np.full((12, 16), 255, np.uint8)} for name in "abcd"})
+    for name in "abcd":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.random.default_rng(0).integers(0, 255, (12, 16, 3), np.uint8))
+    return tmp_path
+
+
+def test_pseudo_labels_of_the_training_split(maps: Path) -> None:
+    store = label(maps, PLAIN)
+    assert store.kind == "labels"
+    assert store.ids == ["d", "a", "b", "c"]
+    assert store.get("d")[5].tolist() == [1] * 9 + [0] * 7
+    assert store.get("a")[5].tolist() == [1] * 9 + [0] * 2 + [2] * 5
+    assert not store.get("b").any()  # a tag without a map
+    assert set(np.unique(store.get("c"))) == {0, 2}  # the map of a class that is no tag is not used
+
+
+def test_pseudo_labels_by_saliency(maps: Path) -> None:
+    assert label(maps, OAA).get("a")[5, [0, 8, 15]].tolist() == [1, 1, 2]
+    assert (label(maps, OAA).get("b") == 255).all()
+
+
+@pytest.mark.parametrize("rule", [OAA, replace(PLAIN, crf=Crf(iterations=2), confidence=0.6)])
+def test_pseudo_labels_by_processes_are_the_same_bytes(maps: Path, rule: PseudoLabels) -> None:
+    alone = label(maps, rule).path.read_bytes()
+    for part in (maps / "parts").iterdir():
+        part.unlink()
+    assert label(maps, rule, workers=2).path.read_bytes() == alone
+
+
+def test_pseudo_labels_name_the_images_without_maps(maps: Path) -> None:
+    write_store(maps / "maps.h5", "localization", {"a": {}, "c": {}})
+    with pytest.raises(PipelineError, match=r"maps\.h5: lacks 2 training images: d, b; run its stage again"):
+        label(maps, PLAIN)
+
+
+def test_pseudo_labels_go_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"i{number:03d}" for number in range(150)]
+    write_index(tmp_path, {name: [1] for name in names}, (4, 4))
+    random = np.random.default_rng(0)
+    write_store(tmp_path / "maps.h5", "maps", {name: {1: random.integers(0, 255, (2, 2), np.uint8)} for name in names})
+    write_store(tmp_path / "saliency.h5", "saliency", {name: {} for name in names})
+    whole = label(tmp_path, PLAIN).path.read_bytes()
+    for part in (tmp_path / "parts").iterdir():
+        part.unlink()
+
+    calls = 0
+
+    def mortal(*arguments: Any) -> Raster:
+        nonlocal calls
+        calls += 1
+        if calls == 140:
+            raise KeyboardInterrupt
+        return label_image(*arguments)
+
+    monkeypatch.setattr(stages.pseudo_labels, "label_image", mortal)
+    with pytest.raises(KeyboardInterrupt):
+        label(tmp_path, PLAIN)
+    calls = 1000
+    assert label(tmp_path, PLAIN).path.read_bytes() == whole
+    assert calls == 1000 + 150 - 128
+
+
+@pytest.fixture
+def two_kinds(tmp_path: Path) -> dict[str, Path]:
+    """Ten images whose pseudo label is 1 and whose mask is 2 everywhere."""
+    names = [f"i{number}" for number in range(10)]
+    write_index(tmp_path, {name: [1] for name in names}, (2, 2))
+    both = {"labels": 1, "ground_truth": 2}
+    return {
+        key: write_store(tmp_path / f"{key}.in.h5", "labels", {n: {0: np.full((2, 2), v, np.uint8)} for n in names})
+        for key, v in both.items()
+    }
+
+
+def annotated(root: Path, inputs: dict[str, Path], share: float, seed: int) -> set[str]:
+    store = run(stages.mixture.main, root, inputs, Mixture("pseudo_labels/x", share), seed=seed)
+    assert store.ids == [f"i{number}" for number in range(10)]
+    return {name for name in store if (store.get(name) == 2).all()}
+
+
+def test_mixture_draws_a_share_by_seed(tmp_path: Path, two_kinds: dict[str, Path]) -> None:
+    drawn = annotated(tmp_path, two_kinds, 0.4, 1)
+    assert len(drawn) == 4
+    assert annotated(tmp_path, two_kinds, 0.4, 1) == drawn
+    assert any(annotated(tmp_path, two_kinds, 0.4, seed) != drawn for seed in range(2, 6))
+    assert annotated(tmp_path, two_kinds, 0.7, 1) > drawn
+    assert annotated(tmp_path, two_kinds, 0, 1) == set()
+    assert len(annotated(tmp_path, two_kinds, 1, 1)) == 10
+
+
+def test_mixture_names_the_images_without_masks(tmp_path: Path, two_kinds: dict[str, Path]) -> None:
+    drawn = sorted(annotated(tmp_path, two_kinds, 0.4, 1))
+    mask = {0: np.full((2, 2), 2, np.uint8)}
+    two_kinds["ground_truth"] = write_store(
+        tmp_path / "some.h5", "labels", {f"i{n}": mask for n in range(10) if f"i{n}" not in drawn[:2]} | {drawn[0]: {}}
+    )
+    with pytest.raises(PipelineError, match=f"no mask of 2 of the images drawn: {drawn[0]}, {drawn[1]};"):
+        annotated(tmp_path, two_kinds, 0.4, 1)
+
+
+# --- export ---------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_exported_in_vocs_palette(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few, all_ids = raster([0, 1], [1, 255]), np.arange(256, dtype=np.uint8).reshape(16, 16)
+    path = write_store(tmp_path / "labels.h5", "labels", {"few": {0: few}, "folder/all": {0: all_ids}, "none": {}})
+    stages.export.main([str(path), str(tmp_path / "png")])
+    assert capsys.readouterr().out == f"{tmp_path}/png: 2 PNG of 3 images, 1 of which have none\n"
+    for name, values in [("few", few), ("folder/all", all_ids)]:
+        with Pillow.open(tmp_path / f"png/{name}.png") as picture:
+            assert picture.mode == "P"
+            assert np.array_equal(np.asarray(picture), values)
+            palette = np.array(picture.getpalette()).reshape(-1, 3)
+            shown = np.asarray(picture.convert("RGB"))
+    assert palette[[0, 1, 2, 15, 20, 255]].tolist() == [
+        [0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192],
+    ]  # fmt: skip
+    assert shown[15, 15].tolist() == [224, 224, 192]
+    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == ["few.png", "folder"]
+
+
+def test_maps_are_exported_grey(tmp_path: Path) -> None:
+    maps = {"i": {3: raster([0, 90]), 12: raster([255, 1])}}
+    stages.export.main([str(write_store(tmp_path / "maps.h5", "localization", maps)), str(tmp_path / "png")])
+    for class_id, values in maps["i"].items():
+        with Pillow.open(tmp_path / f"png/i_{class_id}.png") as picture:
+            assert picture.mode == "L"
+            assert np.array_equal(np.asarray(picture), values)
+
+
+def test_export_notices_values_that_change_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pillow.Image, "putpalette", lambda image, palette: image.paste(1, (0, 0, 1, 1)))
+    with pytest.raises(PipelineError, match=r"i\.png: reads back other values"):
+        export.write_png(tmp_path / "i.png", raster([0, 2]), np.zeros((256, 3), np.uint8))
+    assert not (tmp_path / "i.png").exists()
+
+
+def test_export_tells_its_faults_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.h5").write_text("no store")
+    for name, message in [("missing.h5", "no such file"), ("text.h5", "not a raster store")]:
+        with pytest.raises(SystemExit, match="1"):
+            stages.export.main([str(tmp_path / name), str(tmp_path / "png")])
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {tmp_path / name}: {message}")
+        assert error.count("\n") == 1
+
+
+def test_label_stages_start_without_the_crf_library(monkeypatch: pytest.MonkeyPatch, maps: Path) -> None:
+    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
+    assert label(maps, PLAIN).ids == ["d", "a", "b", "c"]
+    (maps / "parts/00000.npz").unlink()
+    with pytest.raises(PipelineError, match="pip install pydensecrf2"):
+        label(maps, replace(PLAIN, crf=Crf()))
