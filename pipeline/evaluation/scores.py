@@ -1,0 +1,75 @@
+"""The scores of a stage's output as a mapping ready for JSON: stable keys, numbers of 6 digits, null for 'none'."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.evaluation import confusion
+from pipeline.evaluation.confusion import ConfusionMatrix, Counts, Ratios
+from pipeline.evaluation.maps import STEPS, THRESHOLDS, HalfMaximum, ThresholdSweep
+
+
+def label_scores(matrix: ConfusionMatrix, names: Sequence[str]) -> dict[str, Any]:
+    """Scores of label maps that may ignore pixels. ``names``: background first, K+1 of them."""
+    return {
+        **_matrix_scores(matrix.matrix(), names),
+        "ignored": matrix.ignored,
+        "miou_ignored_as_background": float(confusion.mean(confusion.iou(matrix.matrix(ignored_as_background=True)))),
+    }
+
+
+def prediction_scores(matrix: ConfusionMatrix, names: Sequence[str]) -> dict[str, Any]:
+    """Scores of a segmentation network's predictions; a predicted 255 counts as background."""
+    counts = matrix.matrix(ignored_as_background=True)
+    return {
+        **_matrix_scores(counts, names),
+        "all_background_miou": confusion.all_background_miou(counts),
+        "confusion": counts,
+    }
+
+
+def map_scores(half: HalfMaximum, sweep: ThresholdSweep, names: Sequence[str]) -> dict[str, Any]:
+    """Scores of maps. What begins with ``best_threshold`` is swept on ground truth: an upper bound, not a result."""
+    recall, noise, miou = half.recall(), half.noise(), sweep.miou()
+    best = int(np.argmax(miou))
+    return {
+        "recall": confusion.mean(recall),
+        "recall_per_class": _named(recall, names[1:]),
+        "noise": confusion.mean(noise),
+        "noise_per_class": _named(noise, names[1:]),
+        "coverage": half.coverage(),
+        "best_threshold": best / STEPS,
+        "best_threshold_miou": miou[best],
+        "best_threshold_iou": _named(confusion.iou(sweep.matrices()[best]), names),
+        "sweep": {"threshold": np.arange(THRESHOLDS) / STEPS, "miou": miou},
+    }
+
+
+def plain(value: Any) -> Any:
+    """As JSON may hold it: arrays as lists, numbers rounded to 6 digits, NaN as null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return round(float(value), 6) if math.isfinite(value) else None
+    return value
+
+
+def _matrix_scores(counts: Counts, names: Sequence[str]) -> dict[str, Any]:
+    iou = confusion.iou(counts)
+    return {
+        "miou": confusion.mean(iou),
+        "iou": _named(iou, names),
+        "absent": [name for name, value in zip(names, iou, strict=True) if np.isnan(value)],
+        "pixel_accuracy": confusion.pixel_accuracy(counts),
+        "class_accuracy": _named(confusion.class_accuracy(counts), names),
+    }
+
+
+def _named(values: Ratios, names: Sequence[str]) -> dict[str, float]:
+    return dict(zip(names, values.tolist(), strict=True))

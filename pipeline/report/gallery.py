@@ -1,0 +1,64 @@
+"""Galleries: the same images at every step of the way from tags to masks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+from pipeline.data.index import Image
+from pipeline.report.pictures import PALETTE, Pixels, colours, data_uri, grey, overlay, read_photo
+from pipeline.report.tables import table
+from pipeline.stores.raster import RasterStore
+
+
+@dataclass(frozen=True)
+class Step:
+    """A column: what a store holds of each image. ``kind``: how to draw it."""
+
+    heading: str
+    name: str
+    kind: Literal["saliency", "maps", "labels"]
+    store: RasterStore
+
+
+def gallery(images: Sequence[Image], steps: Sequence[Step], names: Sequence[str]) -> str:
+    """A table of pictures: a row an image, a column a step. ``names``: background first."""
+    head = '<th scope="col">Image</th><th scope="col">Photo</th>' + "".join(
+        f'<th scope="col">{escape(step.heading)}<small>{escape(step.name)}</small></th>' for step in steps
+    )
+    return table(f"<tr>{head}</tr>", (_row(image, steps, names) for image in images), "gallery")
+
+
+def holds(store: RasterStore, image: Image) -> bool:
+    """Whether the store has a raster of the image."""
+    return image.id in store and bool(store.classes(image.id))
+
+
+def legend(names: Sequence[str]) -> str:
+    """The colours of label maps. ``names``: background first."""
+    chips = "".join(_chip(class_id, name) for class_id, name in enumerate(names))
+    return f'<ul class="tags">{chips}{_chip(255, "ignored")}</ul>'
+
+
+def _row(image: Image, steps: Sequence[Step], names: Sequence[str]) -> str:
+    photo = read_photo(image)
+    tags = "".join(_chip(tag, names[tag]) for tag in image.tags)
+    cells = f'<td><img src="{data_uri(photo, lossless=False)}" alt="photo of {escape(image.id)}"></td>'
+    for step in steps:
+        words = escape(f"{step.heading} of {image.id}")
+        kind = ' class="flat"' if step.kind == "labels" else ""
+        drawn = f'<img{kind} src="{_draw(step, image, photo)}" alt="{words}">' if holds(step.store, image) else "none"
+        cells += f"<td>{drawn}</td>"
+    return f'<tr><th scope="row">{escape(image.id)}<ul class="tags">{tags}</ul></th>{cells}</tr>'
+
+
+def _draw(step: Step, image: Image, photo: Pixels) -> str:
+    if step.kind == "maps":
+        return data_uri(overlay(photo, step.store.maps(image.id)), lossless=False)
+    raster = step.store.get(image.id)
+    return data_uri(colours(raster), lossless=True) if step.kind == "labels" else data_uri(grey(raster), lossless=False)
+
+
+def _chip(class_id: int, name: str) -> str:
+    red, green, blue = PALETTE[class_id].tolist()
+    return f'<li><i style="background:rgb({red},{green},{blue})"></i>{escape(name)}</li>'

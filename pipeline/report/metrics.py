@@ -1,0 +1,89 @@
+"""The rows of an experiment in numbers: what metrics.json holds and the terminal shows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Scores = Mapping[str, Mapping[str, Any]]  # reference of a store -> its scores.json
+Chains = Mapping[str, Mapping[str, str]]  # row -> references of its maps, labels and predictions
+Metrics = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of the table: ``score`` of the row's ``step``. ``better``: 1 higher, -1 lower, 0 neither."""
+
+    key: str
+    step: str
+    score: str
+    title: str
+    better: int
+
+
+COLUMNS = (
+    Column("maps_recall", "maps", "recall", "recall", 1),
+    Column("maps_noise", "maps", "noise", "noise", -1),
+    Column("maps_best_threshold_miou", "maps", "best_threshold_miou", "mIoU*", 1),
+    Column("labels_miou", "labels", "miou", "mIoU", 1),
+    Column("labels_ignored", "labels", "ignored", "ignored", 0),
+    Column("labels_miou_ignored_as_background", "labels", "miou_ignored_as_background", "mIoU+", 1),
+    Column("miou", "predictions", "miou", "mIoU", 1),
+    Column("pixel_accuracy", "predictions", "pixel_accuracy", "accuracy", 1),
+)
+STEPS = {"maps": "Maps", "labels": "Pseudo labels", "predictions": "Segmentation"}
+CELL = 10  # characters of a number in the plain text
+
+
+def supervision(chain: Mapping[str, str]) -> str:
+    """What a row learned from: 'weak' (tags alone), 'mixed' (some masks) or 'full' (all masks: the upper bound)."""
+    if chain["labels"] == "ground_truth":
+        return "full"
+    return "mixed" if chain["labels"].startswith("mixtures/") else "weak"
+
+
+def collect(rows: Chains, scores: Scores) -> Metrics:
+    """The numbers of every row, shares in [0, 1]; what was not or cannot be scored is left out."""
+    metrics: Metrics = {}
+    for row, chain in rows.items():
+        found = {column.key: scores.get(chain.get(column.step, ""), {}).get(column.score) for column in COLUMNS}
+        metrics[row] = {key: value for key, value in found.items() if value is not None}
+    return metrics
+
+
+def headline(method: str, rows: Chains, scores: Scores) -> dict[str, Any]:
+    """The numbers of one row with its IoU per class: the metrics.json at the top."""
+    iou = scores.get(rows[method]["predictions"], {}).get("iou", {})
+    return {"method": method, **collect(rows, scores)[method], "iou": {k: v for k, v in iou.items() if v is not None}}
+
+
+def best(metrics: Metrics, rows: Chains) -> set[tuple[str, str]]:
+    """(row, key) of the best weakly supervised rows, where there are several to compare; ties all count."""
+    weak = [row for row in rows if supervision(rows[row]) == "weak"]
+    out: set[tuple[str, str]] = set()
+    for column in COLUMNS:
+        values = {row: column.better * metrics[row][column.key] for row in weak if column.key in metrics[row]}
+        if column.better and len(values) > 1:
+            out |= {(row, column.key) for row, value in values.items() if value == max(values.values())}
+    return out
+
+
+def text_table(metrics: Metrics, rows: Chains, method: str) -> str:
+    """Aligned plain text, in percent; '>' marks the selected method, '*' beside a number the best weak row."""
+    used = [column for column in COLUMNS if any(column.key in values for values in metrics.values())]
+    if not used:
+        return "no masks: nothing was scored"
+    winners = best(metrics, rows)
+    heading = "  method (%)"
+    width = max(len(heading), *(len(row) + 2 for row in metrics))
+    counts = {title: sum(column.step == step for column in used) for step, title in STEPS.items()}
+    groups = "".join(
+        f"   {title[: CELL * count - 4]:-<{CELL * count - 4}} " for title, count in counts.items() if count
+    )
+    lines = [" " * width + groups, heading.ljust(width) + "".join(f"{c.title:>{CELL - 1}} " for c in used)]
+    for row, values in metrics.items():
+        line = f"{'>' if row == method else ' '} {row}".ljust(width)
+        for column in used:
+            number = f"{100 * values[column.key]:.1f}" if column.key in values else "-"
+            line += f"{number:>{CELL - 1}}" + ("*" if (row, column.key) in winners else " ")
+        lines.append(line)
+    return "\n".join(line.rstrip() for line in lines)

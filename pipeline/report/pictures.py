@@ -1,0 +1,104 @@
+"""Photos, maps and label maps as small pictures that a page can carry within itself."""
+
+import base64
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.index import Image
+from pipeline.errors import PipelineError
+
+Pixels = NDArray[np.uint8]
+LONG_SIDE = 264  # pixels of a picture; the page shows it at half of that, sharp on dense screens
+
+
+def palette() -> Pixels:
+    """(256, 3) RGB: PASCAL VOC's colours, the bits of a class id dealt to the channels from the top; 255 is cream."""
+    ids = np.arange(256)
+    colours = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    colours[255] = (224, 224, 192)
+    return colours
+
+
+PALETTE = palette()
+
+
+def choose(images: Sequence[Image], count: int) -> list[Image]:
+    """``count`` images spread over the list, those of several classes first; in the list's order."""
+    several = [image for image in images if len(image.tags) > 1]
+    single = [image for image in images if len(image.tags) <= 1]
+    chosen = _spread(several, count)
+    chosen += _spread(single, count - len(chosen))
+    picked = {image.id for image in chosen}
+    return [image for image in images if image.id in picked]
+
+
+def _spread(images: Sequence[Image], count: int) -> list[Image]:
+    count = min(count, len(images))
+    return [images[number * len(images) // count] for number in range(count)]
+
+
+def read_photo(image: Image) -> Pixels:
+    """RGB, its long side brought to ``LONG_SIDE``.
+
+    Raises:
+        PipelineError: the file does not decode.
+    """
+    found = cv2.imread(str(image.file), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if found is None:
+        raise PipelineError(f"{image.file}: is not the image that was indexed; run the index stage again")
+    factor = LONG_SIDE / max(found.shape[:2])
+    size = max(1, round(found.shape[1] * factor)), max(1, round(found.shape[0] * factor))
+    filtered = cv2.resize(found, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    return np.asarray(cv2.cvtColor(filtered, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def overlay(photo: Pixels, maps: Mapping[int, Pixels]) -> Pixels:
+    """The strongest map as heat over the photo, and a line in its class's colour around half of each map's maximum."""
+    height, width = photo.shape[:2]
+    values = {
+        class_id: cv2.resize(raster.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+        for class_id, raster in maps.items()
+    }
+    strongest = np.max([np.zeros((height, width), np.float32), *values.values()], axis=0)
+    heat = cv2.applyColorMap(strongest.round().astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    share = (0.25 + 0.5 * strongest / 255)[..., None]
+    out = np.ascontiguousarray((photo * (1 - share) + heat * share).round().astype(np.uint8))
+    for class_id, raster in values.items():
+        half = (raster >= raster.max() / 2) & (raster > 0)
+        outlines, _ = cv2.findContours(half.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(out, outlines, -1, (255, 255, 255), 5, cv2.LINE_AA)
+        cv2.drawContours(out, outlines, -1, PALETTE[class_id].tolist(), 2, cv2.LINE_AA)
+    return out
+
+
+def grey(raster: Pixels) -> Pixels:
+    """A saliency map as an RGB picture."""
+    return np.repeat(_shrunk(raster, cv2.INTER_AREA)[..., None], 3, axis=2)
+
+
+def colours(labels: Pixels) -> Pixels:
+    """A label map in the palette's colours."""
+    return PALETTE[_shrunk(labels, cv2.INTER_NEAREST)]
+
+
+def _shrunk(raster: Pixels, interpolation: int) -> Pixels:
+    factor = LONG_SIDE / max(raster.shape)
+    if factor >= 1:
+        return raster
+    size = max(1, round(raster.shape[1] * factor)), max(1, round(raster.shape[0] * factor))
+    return np.asarray(cv2.resize(raster, size, interpolation=interpolation), np.uint8)
+
+
+def data_uri(rgb: Pixels, lossless: bool) -> str:
+    """The picture as PNG or JPEG within a data URI."""
+    kind, options = ("png", []) if lossless else ("jpeg", [cv2.IMWRITE_JPEG_QUALITY, 85])
+    done, encoded = cv2.imencode(f".{kind}", np.ascontiguousarray(rgb[..., ::-1]), options)
+    if not done:
+        raise RuntimeError(f"cannot encode a picture of shape {rgb.shape} as {kind}")
+    return f"data:image/{kind};base64,{base64.b64encode(encoded.tobytes()).decode()}"

@@ -1,0 +1,84 @@
+"""Under which conditions the numbers were made: no score is worth reading without them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.data.index import Index
+from pipeline.schema import Backbone, Crf, Params
+
+
+def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple[str, str]]:
+    """What holds for every row, as (term, words). ``scored``: images with masks by split."""
+    splits = "; ".join(
+        f"{split}: {len(index.splits[split])} images, {scored[split]} with masks" for split in ("train", "evaluation")
+    )
+    saliency = params.saliency
+    scales = ", ".join(f"{scale:g}" for scale in params.test.scales)
+    return [
+        ("Dataset", f"{Path(params.dataset.root).name}, {index.num_classes} classes and background"),
+        ("Splits", splits),
+        ("Image-level labels", index.tag_source),
+        ("Saliency", saliency.kind + (f" {saliency.path}" if saliency.path else "")),
+        ("Test", f"scales {scales}; flip {'on' if params.test.flip else 'off'}; dense CRF {_crf(params.test.crf)}"),
+        ("Seed", str(params.seed)),
+    ]
+
+
+def lineage(params: Params, reference: str) -> list[str]:
+    """All that maps come from, the classifier first and the maps themselves last."""
+    chain = [reference]
+    while not chain[0].startswith("classifiers/"):
+        section, name = chain[0].split("/")
+        before = params.localizations[name].model if section == "localizations" else params.refinements[name].source
+        chain.insert(0, before)
+    return chain
+
+
+def map_columns(params: Params, reference: str) -> dict[str, str]:
+    """Heading and reference of each map store on the way to ``reference``; plain CAM first where it was made."""
+    chain = lineage(params, reference)
+    plain = [f"localizations/{name}" for name, block in params.localizations.items() if block.model == chain[0]]
+    columns = {"CAM": next((name for name in plain if name in chain), plain[0])} if plain else {}
+    columns["Cumulative attention"] = chain[0]
+    refined = [name for name in chain if name.startswith("localizations/") and name not in plain]
+    for number, name in enumerate(refined):
+        columns["Refined map" if len(refined) == 1 else f"Refined map {number + 1}"] = name
+    return columns
+
+
+def provenance(params: Params, row: str) -> dict[str, str]:
+    """Where a row's numbers come from: maps, label rule, networks and their initial weights."""
+    network = params.segmentations[row]
+    labels, words = network.labels, ""
+    if labels.startswith("mixtures/"):
+        mixture = params.mixtures[labels.split("/")[1]]
+        labels, words = mixture.labels, f"; masks of {100 * mixture.share:g} % of the images"
+    told = {"Maps": "none", "Map networks": "none", "Pseudo labels": "ground truth"}
+    if labels.startswith("pseudo_labels/"):
+        rule = params.pseudo_labels[labels.split("/")[1]]
+        chain = lineage(params, rule.source)
+        told["Maps"] = " → ".join(chain)
+        told["Map networks"] = "; ".join(dict.fromkeys(_backbone(_trained(params, name)) for name in _networks(chain)))
+        saliency = "saliency" if rule.saliency else f"constant background {rule.background:g}"
+        told["Pseudo labels"] = f"rule {rule.rule}, {saliency}, dense CRF {_crf(rule.crf)}{words}"
+    told["Segmentation network"] = f"{network.network}, {_backbone(network.backbone)}"
+    return told
+
+
+def _networks(chain: list[str]) -> list[str]:
+    return [name for name in chain if not name.startswith("localizations/")]
+
+
+def _trained(params: Params, reference: str) -> Backbone:
+    section, name = reference.split("/")
+    return (params.classifiers[name] if section == "classifiers" else params.refinements[name]).backbone
+
+
+def _backbone(backbone: Backbone) -> str:
+    weights = backbone.weights
+    start = "random" if weights is None else "ImageNet" if weights == "imagenet" else Path(weights).name
+    return f"{backbone.name} from {start} weights"
+
+
+def _crf(crf: Crf | None) -> str:
+    return "off" if crf is None else f"on ({crf.iterations} iterations)"

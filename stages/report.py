@@ -1,0 +1,54 @@
+"""Gather every row's numbers: metrics.json, and report.html for a person."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.index import Index
+from pipeline.errors import PipelineError
+from pipeline.report import metrics
+from pipeline.report.sections import Results, document
+from pipeline.stage import Work, run
+from pipeline.stores.raster import RasterStore
+
+
+def main(work: Work) -> None:
+    """Write the page, the table of all rows, and the selected method's numbers; print the table."""
+    rows, method = work.job.params["rows"], work.job.params["method"]
+    scores = _read(work, "scores of ")
+    table = metrics.collect(rows, scores)
+    results = Results(
+        params=work.job.block,
+        index=Index(work.inputs["index"]),
+        rows=rows,
+        metrics=table,
+        scores=scores,
+        logs=_read(work, "log of "),
+        stores={name: RasterStore(path) for name, path in work.inputs.items() if path.suffix == ".h5"},
+    )
+    work.outputs["report"].write_text(document(results), encoding="utf-8")
+    _write(work.outputs["table"], table)
+    _write(work.outputs["metrics"], metrics.headline(method, rows, scores))
+    print(metrics.text_table(table, rows, method), flush=True)
+
+
+def _read(work: Work, prefix: str) -> dict[str, Any]:
+    """The JSON inputs whose names begin with ``prefix``, by the rest of their names."""
+    found, faults = {}, []
+    for name, path in work.inputs.items():
+        if name.startswith(prefix):
+            try:
+                found[name.removeprefix(prefix)] = json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                faults.append(f"{path}: not JSON ({error}); run its stage again")
+    if faults:
+        raise PipelineError(*faults)
+    return found
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    run("report", main)

@@ -1,0 +1,283 @@
+"""The report of a small experiment whose rasters are drawn, not learned."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from pipeline import params as parameters
+from pipeline.graph import Graph
+from pipeline.report import charts, metrics, pictures, protocol
+from pipeline.runtime import Runtime
+from pipeline.stage import Work
+from pipeline.stores.raster import RasterWriter
+from stages import evaluation, report
+
+SIDE = 48
+NAMES = ["circle", "square", "cross"]
+SMALL = {"backbone": {"name": "small"}, "training": {"batch_size": 2, "lr": 0.1, "epochs": 3}}
+RAW: dict[str, Any] = {
+    "experiment": "drawn",
+    "seed": 3,
+    "method": "oaa_plus",
+    "dataset": {"root": "data/drawn", "classes": "classes.txt", "masks": "SegmentationClass"},
+    "saliency": {"kind": "folder", "path": "data/drawn/Saliency"},
+    "classifiers": {"base": SMALL},
+    "refinements": {"oaa_plus": {"source": "classifiers/base", **SMALL}},
+    "localizations": {"cam": {"model": "classifiers/base"}, "refined": {"model": "refinements/oaa_plus"}},
+    "pseudo_labels": {
+        "cam": {"source": "localizations/cam"},
+        "oaa": {"source": "classifiers/base", "crf": {"iterations": 4}},
+        "oaa_plus": {"source": "localizations/refined"},
+    },
+    "mixtures": {"tenth": {"labels": "pseudo_labels/oaa", "share": 0.1}},
+    "segmentations": {
+        "cam": {"labels": "pseudo_labels/cam", **SMALL},
+        "oaa": {"labels": "pseudo_labels/oaa", **SMALL},
+        "oaa_plus": {"labels": "pseudo_labels/oaa_plus", **SMALL},
+        "mixed": {"labels": "mixtures/tenth", **SMALL},
+        "supervised": {"labels": "ground_truth", **SMALL},
+    },
+    "gallery": 4,
+}
+QUALITY = {"cam": 0.2, "base": 0.35, "refined": 0.5, "oaa": 0.4, "oaa_plus": 0.6, "mixed": 0.7, "tenth": 0.5}
+
+
+def draw(number: int) -> tuple[Any, Any, list[int]]:
+    """A photo, its mask and tags."""
+    random = np.random.default_rng(number)
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    photo = random.integers(60, 120, (SIDE, SIDE, 3), dtype=np.uint8)
+    for class_id in random.choice([1, 2, 3], 1 + number % 2, replace=False).tolist():
+        (x, y), r = random.integers(10, SIDE - 10, 2).tolist(), int(random.integers(6, 12))
+        if class_id == 2:
+            cv2.rectangle(mask, (x - r, y - r), (x + r, y + r), class_id, -1)
+        else:
+            cv2.circle(mask, (x, y), r, class_id, -1)
+    photo[mask > 0] //= 2
+    for class_id in range(1, 4):
+        photo[..., class_id - 1][mask == class_id] += 120
+    return photo, mask, sorted(set(mask.ravel().tolist()) - {0})
+
+
+def blurred(mask: Any, class_id: int, quality: float) -> Any:
+    """A map that covers the more of the class the higher the quality."""
+    field = cv2.distanceTransform((mask == class_id).astype(np.uint8), cv2.DIST_L2, 5)
+    field = cv2.GaussianBlur(field ** (1.2 - quality), (0, 0), 3)
+    return cv2.resize((255 * field / max(field.max(), 1e-5)).astype(np.uint8), (SIDE // 4, SIDE // 4))
+
+
+def damaged(mask: Any, quality: float, random: np.random.Generator, ignore: bool) -> Any:
+    noise = cv2.GaussianBlur(random.random(mask.shape), (0, 0), 3)
+    out = mask.copy()
+    out[noise > np.quantile(noise, quality)] = 0
+    if ignore:
+        out[noise < np.quantile(noise, 0.1)] = 255
+    return out
+
+
+def experiment(raw: dict[str, Any], train: int = 8, held: int = 5, masks: bool = True) -> Graph:
+    """Everything but evaluation and report, below the working directory; then those, by their stages."""
+    graph = Graph(parameters.validate(raw))
+    drawn = {f"i{number:03d}": draw(number) for number in range(train + held)}
+    root = Path(raw["dataset"]["root"])
+    (root / "JPEGImages").mkdir(parents=True)
+    images = {}
+    for name, (photo, mask, tags) in drawn.items():
+        cv2.imwrite(str(root / f"JPEGImages/{name}.png"), photo)
+        size = {"height": mask.shape[0], "width": mask.shape[1]}
+        images[name] = {"file": f"JPEGImages/{name}.png", **size, "tags": tags, "mask": None, "saliency": None}
+    ids = list(drawn)
+    splits = {"train": ids[:train], "evaluation": ids[train:]}
+    index = {"classes": NAMES, "tag_source": "tags.json", "splits": splits, "root": str(root), "images": images}
+    for job in graph.jobs:
+        for key, path in job.outputs.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if key == "index":
+                path.write_text(json.dumps(index))
+            elif key == "log":
+                path.write_text(json.dumps(training_log(len(job.name))))
+            elif path.suffix == ".h5":
+                with RasterWriter(path, kind=key) as writer:
+                    fill(writer, f"{job.stage} {key}", job.name, drawn, splits, masks)
+    for job in graph.jobs:
+        main = {"evaluation": evaluation.main, "report": report.main}.get(job.stage)
+        if main:
+            for path in job.outputs.values():
+                path.parent.mkdir(parents=True, exist_ok=True)
+            main(Work(job, job.inputs, job.outputs, Runtime(), "key", Path("checkpoint")))
+    return graph
+
+
+def training_log(seed: int) -> dict[str, Any]:
+    random = np.random.default_rng(seed)
+    steps = [
+        {"step": step, "epoch": step // 40, "loss": float(np.exp(-step / 50) + 0.1 * random.random()), "lr": 0.1}
+        for step in range(1, 161)
+    ]
+    return {"steps": steps, "epochs": [{"epoch": epoch, "loss": 1 / (epoch + 1)} for epoch in range(4)]}
+
+
+def fill(writer: RasterWriter, kind: str, name: str, drawn: Any, splits: Any, masks: bool) -> None:
+    random = np.random.default_rng(5)
+    quality = QUALITY.get(name, 0.9)
+    used = splits["evaluation"] if kind.startswith("prediction") else splits["train"]
+    if kind == "classifier snapshots":
+        for epoch in (1, 2, 3):
+            for key in used:
+                for tag in drawn[key][2]:
+                    writer.append(f"{epoch}/{key}", blurred(drawn[key][1], tag, 0.1 * epoch), tag)
+    elif kind == "saliency maps":
+        for key, (_, mask, _) in drawn.items():
+            writer.append(key, cv2.GaussianBlur(255 * (mask > 0).astype(np.uint8), (0, 0), 2))
+    elif kind == "ground_truth labels":
+        for key, (_, mask, _) in drawn.items() if masks else ():
+            writer.append(key, mask)
+    else:
+        for key in used:
+            writer.add_image(key)
+            _, mask, tags = drawn[key]
+            for tag in tags if kind.endswith("maps") else ():
+                writer.append(key, blurred(mask, tag, quality), tag)
+            if kind.endswith("labels"):
+                writer.append(key, damaged(mask, quality, random, ignore=kind != "prediction labels"))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_report_shows_every_row_and_needs_nothing_beside_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment(RAW)
+    html = (place / "results/drawn/report.html").read_text()
+    for row in RAW["segmentations"]:
+        assert html.count(f'<th scope="row">{row}') >= 3  # methods, protocol, IoU by class
+    assert "upper bound" in html
+    assert not re.search(r"https?:|<script|<link|@import|url\(", html)
+    sources = re.findall(r'(?:src|href)="([^"]{1,20})', html)
+    assert sources
+    assert all(source.startswith(("data:image/", "#")) for source in sources)
+    # 4 images: photo, saliency, CAM, cumulative, refined, label, mask; photo, five rows, mask
+    assert len(re.findall(r"<img", html)) == 4 * 7 + 4 * 7
+    assert html.count('<svg class="chart"') == 6
+    last = capsys.readouterr().out.splitlines()[-5:]
+    assert [line.split()[0] for line in last] == ["cam", "oaa", ">", "mixed", "supervised"]
+
+
+def test_metrics_files(place: Path) -> None:
+    graph = experiment(RAW)
+    table = json.loads((place / "results/drawn/metrics.json").read_text())
+    assert list(table) == sorted(RAW["segmentations"])
+    every = {column.key for column in metrics.COLUMNS}
+    assert set(table["oaa"]) == set(table["mixed"]) == every
+    assert set(table["supervised"]) == {"miou", "pixel_accuracy"}
+    assert all(isinstance(value, float) and 0 <= value <= 1 for row in table.values() for value in row.values())
+    scores = {
+        name: json.loads(path.read_text()) for name, path in graph.find("report").inputs.items() if "scores" in name
+    }
+    assert table["oaa_plus"]["maps_recall"] == scores["scores of localizations/refined"]["recall"]
+    assert table["oaa_plus"]["labels_ignored"] == scores["scores of pseudo_labels/oaa_plus"]["ignored"]
+    assert table["mixed"]["labels_miou"] == scores["scores of mixtures/tenth"]["miou"]
+    top = json.loads((place / "metrics.json").read_text())
+    assert top.pop("method") == "oaa_plus"
+    assert set(top.pop("iou")) == {"background", *NAMES}
+    assert top == table["oaa_plus"]
+
+
+def test_equal_inputs_give_equal_bytes(place: Path) -> None:
+    graph = experiment(RAW)
+    page = place / "results/drawn/report.html"
+    first = page.read_bytes()
+    job = graph.find("report")
+    report.main(Work(job, job.inputs, job.outputs, Runtime(), "key", Path("checkpoint")))
+    assert page.read_bytes() == first
+
+
+def test_missing_pieces_leave_their_columns_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = {
+        **RAW,
+        "method": "oaa",
+        "saliency": {"kind": "none"},
+        "pseudo_labels": {"oaa": {"source": "classifiers/base", "saliency": False}},
+        "segmentations": {"oaa": {"labels": "pseudo_labels/oaa", **SMALL}},
+        **{section: {} for section in ("refinements", "localizations", "mixtures")},
+    }
+    experiment(raw, masks=False)
+    html = (place / "results/drawn/report.html").read_text()
+    assert len(re.findall(r"<img", html)) == 4 * 3 + 4 * 2  # photo, cumulative attention, label; photo, prediction
+    assert "no masks" in html
+    assert "Saliency</th>" not in html
+    assert json.loads((place / "results/drawn/metrics.json").read_text()) == {"oaa": {}}
+    assert json.loads((place / "metrics.json").read_text()) == {"method": "oaa", "iou": {}}
+    assert "no masks: nothing was scored" in capsys.readouterr().out
+
+
+def test_best_is_the_best_weak_row() -> None:
+    rows = {"a": {"labels": "pseudo_labels/a"}, "b": {"labels": "pseudo_labels/b"}, "s": {"labels": "ground_truth"}}
+    table = {"a": {"miou": 0.5, "maps_noise": 0.2}, "b": {"miou": 0.6, "maps_noise": 0.4}, "s": {"miou": 0.9}}
+    assert metrics.best(table, rows) == {("b", "miou"), ("a", "maps_noise")}
+    assert metrics.best({"a": table["a"], "s": table["s"]}, {"a": rows["a"], "s": rows["s"]}) == set()
+    assert metrics.text_table(table, rows, "a").splitlines() == [
+        "               Maps--    Segmen",
+        "  method (%)    noise      mIoU",
+        "> a              20.0*     50.0",
+        "  b              40.0      60.0*",
+        "  s                 -      90.0",
+    ]
+
+
+def test_map_columns_follow_the_selected_method() -> None:
+    params = parameters.validate(RAW)
+    assert protocol.lineage(params, "localizations/refined") == [
+        "classifiers/base",
+        "refinements/oaa_plus",
+        "localizations/refined",
+    ]
+    assert protocol.map_columns(params, "localizations/refined") == {
+        "CAM": "localizations/cam",
+        "Cumulative attention": "classifiers/base",
+        "Refined map": "localizations/refined",
+    }
+    assert "dense CRF on (4 iterations)" in protocol.provenance(params, "oaa")["Pseudo labels"]
+    assert "masks of 10 %" in protocol.provenance(params, "mixed")["Pseudo labels"]
+    assert protocol.provenance(params, "supervised")["Pseudo labels"] == "ground truth"
+
+
+def test_palette_is_that_of_pascal_voc() -> None:
+    colours = pictures.palette()
+    assert colours[[0, 1, 2, 15, 20, 255]].tolist() == [
+        [0, 0, 0],
+        [128, 0, 0],
+        [0, 128, 0],
+        [192, 128, 128],
+        [0, 64, 128],
+        [224, 224, 192],
+    ]
+
+
+def test_gallery_prefers_images_of_several_classes() -> None:
+    class Tagged:
+        def __init__(self, number: int) -> None:
+            self.id = str(number)
+            self.tags = (1, 2) if number % 3 == 0 else (1,)
+
+    images: Any = [Tagged(number) for number in range(12)]
+    assert [image.id for image in pictures.choose(images, 2)] == ["0", "6"]
+    assert [image.id for image in pictures.choose(images, 6)] == ["0", "1", "3", "6", "7", "9"]
+    assert len(pictures.choose(images, 40)) == 12
+
+
+def test_chart_axes_are_round_and_long_curves_are_thinned() -> None:
+    assert charts.ticks(0, 0.59) == [0, 0.2, 0.4, 0.6]
+    assert charts.ticks(1, 12) == [0, 5, 10, 15]
+    assert charts.ticks(3, 3) == [3, 4]
+    points = charts.thin([(step, float(step)) for step in range(1000)] + [(1000, float("nan"))], 100)
+    assert len(points) == 100
+    assert points[0] == (4.5, 4.5)
+    assert charts.line_chart("none", "x", "y", {"a": []}) == ""
