@@ -78,6 +78,8 @@ def test_oaa_ignores_an_image_with_too_little_foreground(objects: int, kept: boo
 
 
 def test_oaa_thresholds_are_the_rules() -> None:
+    at_threshold = replace(OAA, attention_threshold=0.2)
+    assert label_image({3: raster([50, 51])}, raster([255, 255]), None, at_threshold, (1, 2)).tolist() == [[255, 3]]
     maps, saliency = {3: grey([0.5, 0.5, 0.5])}, grey([0.45, 0.55, 0.05])
     strict = replace(OAA, attention_threshold=0.52, saliency_threshold=0.6, object_threshold=0.6)
     assert label_image(maps, saliency, None, strict, (1, 3)).tolist() == [[0, 0, 0]]
@@ -161,6 +163,8 @@ def test_crf_confidence_ignores_what_is_unsure(monkeypatch: pytest.MonkeyPatch) 
     # OAA: the marginals choose; salient background and objects on background are ignored as without a CRF
     maps, saliency = {5: grey([0.0, 0.85, 0.25, 0.0])}, grey([0.0, 0.0, 0.9, 0.5])
     assert label_image(maps, saliency, image, replace(OAA, crf=Crf()), (1, 4)).tolist() == [[0, 255, 5, 255]]
+    unsure = replace(OAA, crf=Crf(), confidence=0.75)
+    assert label_image(maps, saliency, image, unsure, (1, 4)).tolist() == [[0, 255, 255, 255]]
     assert given[1][:, 0, 2].tolist() == [0.5, 0.5]  # thresholding left nothing: no preference
 
 
