@@ -9,7 +9,10 @@ from pipeline.errors import PipelineError
 
 @dataclass(frozen=True)
 class Image:
-    """One image. Tags are sorted class ids in 1..K; ``mask`` may be read by the ground-truth stage alone."""
+    """One image. Tags are sorted class ids in 1..K (none where an evaluation image's tags are unknown).
+
+    ``mask`` may be read by the ground-truth stage alone.
+    """
 
     id: str
     file: Path
@@ -18,6 +21,9 @@ class Image:
     tags: tuple[int, ...]
     mask: Path | None
     saliency: Path | None
+    sha256: str | None = None  # of the image file
+    mask_sha256: str | None = None
+    saliency_sha256: str | None = None
 
 
 class Index:
@@ -41,6 +47,7 @@ class Index:
                 tuple(entry["tags"]),
                 root / entry["mask"] if entry["mask"] else None,
                 Path(entry["saliency"]) if entry["saliency"] else None,
+                *(entry.get(key) for key in ("sha256", "mask_sha256", "saliency_sha256")),
             )
             for name, entry in raw["images"].items()
         }

@@ -1,0 +1,121 @@
+"""The field's cls_labels.npy (psa, irn): a pickled dict {image id: float32[K]}, read without executing anything in it.
+
+numpy would unpickle anything. Here the few constructors that such a file needs are replaced by records of plain data,
+and any other name in the pickle is refused.
+"""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NUMBERS = {"b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
+
+
+class _Dtype:
+    """In place of numpy.dtype: its name and, once its state is set, its byte order."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        self.name = name
+        self.order: Any = "|"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """In place of numpy.ndarray: shape, type and bytes (or, of the object array around the dict, a list)."""
+
+    shape: Any = None
+    dtype: Any = None
+    data: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.shape, self.dtype, _, self.data = state
+
+
+def _array(*_: Any) -> _Array:
+    return _Array()
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Protocols below 3 spell bytes as text."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text in {encoding}")
+    return text.encode("latin1")
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> Any:
+    return _numbers(dtype, data)[0].item()
+
+
+_KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _latin1,
+    ("numpy.core.multiarray", "_reconstruct"): _array,
+    ("numpy._core.multiarray", "_reconstruct"): _array,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        if (module, name) not in _KNOWN:
+            raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which is not part of a label file")
+        return _KNOWN[module, name]
+
+
+def _numbers(dtype: Any, data: Any) -> NDArray[Any]:
+    if not isinstance(dtype, _Dtype) or dtype.name not in _NUMBERS or not isinstance(data, bytes):
+        raise ValueError("it holds something else than arrays of numbers")
+    order = dtype.order if dtype.order in ("<", ">", "|") else "<"
+    return np.frombuffer(data, np.dtype(order + dtype.name))
+
+
+def load(path: Path) -> dict[str, NDArray[Any]]:
+    """Image id -> vector of K values, positive where the class is present.
+
+    Keys are text ('2007_000032', psa) or integers (2007000032, irn); the underscore is put back into the latter.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such dict, is damaged, or asks for anything but numpy arrays.
+    """
+    with path.open("rb") as file:
+        try:
+            content = _content(file)
+        except OSError:
+            raise
+        except Exception as error:  # damaged bytes can make the unpickler raise anything
+            raise ValueError(f"not a label file of the kind cls_labels.npy: {error or type(error).__name__}") from None
+    return content
+
+
+def _content(file: BinaryIO) -> dict[str, NDArray[Any]]:
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if shape != () or dtype.kind != "O":
+        raise ValueError("it holds an array, not a dict")
+    outer = _Unpickler(file).load()
+    content = outer.data[0] if isinstance(outer, _Array) and isinstance(outer.data, list) and outer.data else None
+    if not isinstance(content, dict):
+        raise ValueError("it holds no dict")
+    vectors = {}
+    for key, value in content.items():
+        if not isinstance(key, str | int) or not isinstance(value, _Array):
+            raise ValueError(f"entry {key!r} is not an image id with an array")
+        vectors[_image_id(key)] = _numbers(value.dtype, value.data)
+    if len(vectors) < len(content):
+        raise ValueError("it names an image both by text and by number")
+    return vectors
+
+
+def _image_id(key: str | int) -> str:
+    digits = str(key)
+    return key if isinstance(key, str) else f"{digits[:4]}_{digits[4:]}"

@@ -1,0 +1,24 @@
+"""Masks of the index -> labels.h5. No other stage reads a mask file; images without a mask are absent."""
+
+from pipeline.data.checks import read_mask
+from pipeline.data.faults import Faults
+from pipeline.data.index import Index
+from pipeline.errors import PipelineError
+from pipeline.stage import Work, progress, run
+from pipeline.stores.raster import RasterWriter
+
+
+def main(work: Work) -> None:
+    images = [image for image in Index(work.inputs["index"]).images() if image.mask]
+    faults = Faults()
+    with RasterWriter(work.outputs["labels"], kind="labels") as writer:
+        for image in progress(images, work.job.label):
+            try:
+                writer.append(image.id, read_mask(image))
+            except PipelineError as error:
+                faults.add("changed mask", str(error))
+        faults.check()
+
+
+if __name__ == "__main__":
+    run("ground_truth", main)

@@ -1,0 +1,19 @@
+"""Dataset -> index.json: everything that later stages know of the dataset, checked in full."""
+
+import json
+import os
+from pathlib import Path
+
+from pipeline.data.build_index import build_index
+from pipeline.stage import Work, progress, run
+
+
+def main(work: Work) -> None:
+    folder = work.job.params["saliency"]
+    threads = work.runtime.threads or len(os.sched_getaffinity(0))
+    index = build_index(work.job.block, Path(folder) if folder else None, threads, progress)
+    work.outputs["index"].write_text(json.dumps(index, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run("index", main)

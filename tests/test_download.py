@@ -1,0 +1,275 @@
+"""The download, from small archives that the test makes and a server of its own."""
+
+import hashlib
+import io
+import re
+import tarfile
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.build_index import build_index
+from pipeline.data.download import Archive, Release, download, is_complete, voc2012_aug
+from pipeline.data.palette import voc_palette
+from pipeline.errors import PipelineError
+from pipeline.graph import Job
+from pipeline.runtime import Runtime
+from pipeline.schema import Dataset
+from pipeline.stage import execute
+from pipeline.stores.files import partial
+from stages import download as stage
+
+scipy_io = pytest.importorskip("scipy.io", reason="scipy is not installed; it reads and writes SBD's masks")
+
+SIZE = (12, 16)
+TRAIN, VAL, SBD_TRAIN, SBD_VAL = ("2007_1", "2007_2"), ("2007_3",), ("2007_1", "2008_4"), ("2007_3", "2008_5")
+IMAGES = ("2007_1", "2007_2", "2007_3", "2008_4", "2008_5", "2008_6")
+
+
+def png(mask: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    picture = Image.fromarray(mask)
+    picture.putpalette(voc_palette().reshape(-1).tolist())
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def mat(mask: np.ndarray[Any, Any]) -> bytes:
+    """As SBD keeps it: a struct with the masks of the borders beside the classes."""
+    borders = np.empty((20, 1), object)
+    borders[:, 0] = [np.zeros(SIZE, np.uint8) for _ in range(20)]
+    buffer = io.BytesIO()
+    content = {"Boundaries": borders, "Segmentation": mask, "CategoriesPresent": np.unique(mask[mask > 0])}
+    scipy_io.savemat(buffer, {"GTcls": content}, do_compression=True)
+    return buffer.getvalue()
+
+
+def pack(path: Path, files: dict[str, bytes]) -> Archive:
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return Archive(path.name, path.as_uri(), hashlib.md5(path.read_bytes()).hexdigest())
+
+
+def ids(names: tuple[str, ...]) -> bytes:
+    return "".join(f"{name}\n" for name in names).encode()
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Release:
+    """VOC has masks (class 1) of 2007_*; SBD has masks (class 20) of 2007_1, 2007_3, 2008_4 and 2008_5."""
+    source = tmp_path / "source"
+    source.mkdir()
+    random = np.random.default_rng(0)
+    ones = np.ones(SIZE, np.uint8)
+    annotation = b"<annotation><object><name>dog</name></object></annotation>"
+    voc = {"ImageSets/Segmentation/train.txt": ids(TRAIN), "ImageSets/Segmentation/val.txt": ids(VAL)}
+    for name in IMAGES:
+        pixels = random.integers(0, 256, (*SIZE, 3)).astype(np.uint8)
+        voc[f"JPEGImages/{name}.jpg"] = cv2.imencode(".jpg", pixels)[1].tobytes()
+        voc[f"Annotations/{name}.xml"] = annotation
+    for name in TRAIN + VAL:
+        voc[f"SegmentationClass/{name}.png"] = png(ones)
+        voc[f"SegmentationObject/{name}.png"] = png(ones)
+    members = {f"VOCdevkit/VOC2012/{name}": data for name, data in voc.items()}
+    members["VOCdevkit/VOC2012/JPEGImages/../../../../escaped.jpg"] = b"must not be written"
+    masks = {f"cls/{name}.mat": mat(20 * ones) for name in {*SBD_TRAIN, *SBD_VAL}}
+    sbd = {**masks, "train.txt": ids(SBD_TRAIN), "val.txt": ids(SBD_VAL), "img/2008_4.jpg": b"not needed"}
+    return Release(
+        pack(source / "voc.tar", members),
+        pack(source / "sbd.tgz", {f"benchmark_RELEASE/dataset/{name}": data for name, data in sbd.items()}),
+        train=4,
+        evaluation=1,
+        needs=1000,
+    )
+
+
+def test_makes_train_aug_in_voc_layout(tmp_path: Path, release: Release) -> None:
+    root = tmp_path / "data/voc"
+    assert not is_complete(root, release)
+    download(release, root)
+    assert is_complete(root, release)
+    for file in ("JPEGImages/2008_4.jpg", "Annotations/2007_3.xml", "SegmentationClassAug/2008_5.png"):
+        (root / file).rename(root / "aside")
+        assert not is_complete(root, release)
+        (root / "aside").rename(root / file)
+    assert (root / "ImageSets/Segmentation/train_aug.txt").read_text() == "2007_1\n2007_2\n2008_4\n2008_5\n"
+    masks = {path.stem: Image.open(path) for path in (root / "SegmentationClassAug").iterdir()}
+    found = {name: set(np.asarray(mask).flat) for name, mask in masks.items()}
+    assert found == {"2007_1": {1}, "2007_2": {1}, "2007_3": {1}, "2008_4": {20}, "2008_5": {20}}
+    assert all(mask.mode == "P" for mask in masks.values())
+    assert sorted(path.name for path in root.iterdir()) == [
+        "Annotations", "ImageSets", "JPEGImages", "SegmentationClass", "SegmentationClassAug"
+    ]  # fmt: skip
+    assert not list(tmp_path.rglob("escaped.jpg"))
+
+
+def test_the_index_takes_what_was_downloaded(tmp_path: Path, release: Release) -> None:
+    download(release, tmp_path / "voc")
+    lists = "ImageSets/Segmentation"
+    dataset = Dataset(
+        root=str(tmp_path / "voc"), tags="Annotations", masks="SegmentationClassAug", train=f"{lists}/train_aug.txt"
+    )
+    index = build_index(dataset)
+    assert {name: image["tags"] for name, image in index["images"].items()} == {
+        name: [12] for name in ("2007_1", "2007_2", "2007_3", "2008_4", "2008_5")
+    }
+
+
+def test_a_wrong_checksum_is_one_line_and_the_file_goes(tmp_path: Path, release: Release) -> None:
+    wrong = replace(release, sbd=replace(release.sbd, md5="0" * 32))
+    with pytest.raises(PipelineError) as caught:
+        download(wrong, tmp_path / "voc")
+    (line,) = caught.value.lines
+    assert line.startswith(f"{release.sbd.url}: arrived damaged or was changed: its MD5 is {release.sbd.md5}, not 000")
+    assert [path.name for path in (tmp_path / "voc/.archives").iterdir()] == ["voc.tar"]
+    download(release, tmp_path / "voc")
+    assert is_complete(tmp_path / "voc", release)
+
+
+def test_an_unreachable_source_is_one_line(tmp_path: Path, release: Release) -> None:
+    gone = replace(release, voc=replace(release.voc, url=(tmp_path / "gone.tar").as_uri()))
+    with pytest.raises(PipelineError) as caught:
+        download(gone, tmp_path / "voc")
+    (line,) = caught.value.lines
+    assert line.startswith(f"{gone.voc.url}: ")
+    assert line.endswith("run the stage again: it goes on from what has arrived")
+
+
+def test_too_little_disk_is_told_before_anything_is_fetched(tmp_path: Path, release: Release) -> None:
+    with pytest.raises(PipelineError, match=r"GB free on its disk, but the download needs 1000000000\.0 GB; free some"):
+        download(replace(release, needs=10**18), tmp_path / "voc")
+    assert not list((tmp_path / "voc/.archives").iterdir())
+
+
+def test_archives_that_give_other_images_are_refused(tmp_path: Path, release: Release) -> None:
+    with pytest.raises(PipelineError, match=r"do not give the 5 \+ 1 images"):
+        download(replace(release, train=5), tmp_path / "voc")
+
+
+class Server(ThreadingHTTPServer):
+    """Serves one folder's files, ranges too; breaks off after ``limit`` bytes of a response where it is set."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.limit: int | None = None
+        self.asked: list[tuple[str, str | None]] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        data = (self.server.folder / self.path[1:]).read_bytes()
+        asked = self.headers.get("Range")
+        self.server.asked.append((self.path[1:], asked))
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        self.send_response(416 if start >= len(data) else 206 if asked else 200)
+        self.send_header("Content-Length", str(max(0, len(data) - start)))
+        self.end_headers()
+        self.wfile.write(data[start:][: self.server.limit])
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def server(tmp_path: Path, release: Release) -> Iterator[Server]:
+    with Server(tmp_path / "source") as serving:
+        thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield serving
+        serving.shutdown()
+        thread.join()
+
+
+def served(release: Release, server: Server) -> Release:
+    """The release as the server gives it."""
+    base = f"http://127.0.0.1:{server.server_port}"
+    voc, sbd = (replace(archive, url=f"{base}/{archive.name}") for archive in (release.voc, release.sbd))
+    return replace(release, voc=voc, sbd=sbd)
+
+
+def test_goes_on_from_the_bytes_it_has(tmp_path: Path, release: Release, server: Server) -> None:
+    root, release = tmp_path / "voc", served(release, server)
+    server.limit = 700
+    with pytest.raises(PipelineError, match=r"voc\.tar: broke off \d+ bytes before the end; run the stage again"):
+        download(release, root)
+    assert (root / ".archives/voc.tar.part").stat().st_size == 700
+    server.limit = None
+    download(release, root)
+    assert is_complete(root, release)
+    assert server.asked == [("voc.tar", None), ("voc.tar", "bytes=700-"), ("sbd.tgz", None)]
+
+
+def test_killed_before_the_checksum_it_fetches_nothing_again(tmp_path: Path, release: Release, server: Server) -> None:
+    archives = tmp_path / "voc/.archives"
+    archives.mkdir(parents=True)
+    for archive, kept in ((release.voc, "voc.tar"), (release.sbd, "sbd.tgz.part")):
+        (archives / kept).write_bytes((tmp_path / "source" / archive.name).read_bytes())
+    download(served(release, server), tmp_path / "voc")
+    assert server.asked == [("sbd.tgz", f"bytes={(tmp_path / 'source/sbd.tgz').stat().st_size}-")]
+
+
+def job(tmp_path: Path) -> Job:
+    root = tmp_path / "data/voc"
+    dataset = Dataset(root=str(root), download="voc2012_aug")
+    home = tmp_path / "results/dataset"
+    return Job("download", "", {}, {"root": root}, {"download": "voc2012_aug"}, dataset, home)
+
+
+def test_the_stage_fetches_once(tmp_path: Path, release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "voc2012_aug", lambda: release)
+    root = job(tmp_path).outputs["root"]
+    execute(job(tmp_path), stage.main, Runtime())
+    assert is_complete(root, release)
+    for archive in (release.voc, release.sbd):
+        (tmp_path / "source" / archive.name).unlink()
+    execute(job(tmp_path), stage.main, Runtime(), force=True)
+    assert is_complete(root, release)
+    assert [path.name for path in root.parent.iterdir()] == ["voc"]
+
+
+def test_the_stage_leaves_what_else_is_there(tmp_path: Path, release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "voc2012_aug", lambda: release)
+    saliency = tmp_path / "data/voc/Saliency/2007_1.png"
+    saliency.parent.mkdir(parents=True)
+    saliency.write_bytes(b"map")
+    execute(job(tmp_path), stage.main, Runtime())
+    assert is_complete(tmp_path / "data/voc", release)
+    assert saliency.read_bytes() == b"map"
+
+
+def test_the_stage_finds_what_a_killed_run_had_moved(
+    tmp_path: Path, release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "voc2012_aug", lambda: release)
+    root = tmp_path / "data/voc"
+    download(release, partial(root))
+    (tmp_path / "source/voc.tar").unlink()
+    execute(job(tmp_path), stage.main, Runtime())
+    assert is_complete(root, release)
+    partial(root).mkdir()
+    with pytest.raises(PipelineError, match=r"left by a killed run, but .* is there too; merge or remove one of them"):
+        execute(job(tmp_path), stage.main, Runtime(), force=True)
+    assert is_complete(root, release)
+
+
+def test_the_true_source_is_torchvisions() -> None:
+    release = voc2012_aug()
+    assert (release.train, release.evaluation) == (10582, 1449)
+    for archive in (release.voc, release.sbd):
+        assert archive.url.startswith("https://")
+        assert archive.url.endswith(archive.name)
+        assert re.fullmatch("[0-9a-f]{32}", archive.md5)

@@ -1,0 +1,323 @@
+"""The index and the ground truth: what they hold, and every fault that a dataset can have."""
+
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.build_index import build_index
+from pipeline.data.checks import Unfit, image_size, mask_values
+from pipeline.data.index import Index
+from pipeline.errors import PipelineError
+from pipeline.graph import Job
+from pipeline.runtime import Runtime
+from pipeline.schema import Dataset
+from pipeline.stage import execute
+from pipeline.stores.raster import RasterStore
+from stages import ground_truth
+from tests.voc_tree import CLASSES, LISTS, make_index, make_tree, minimal_params, write_mask
+
+REPOSITORY = Path(__file__).parent.parent
+FULL_SIZE = Path("../shared/data/voc12_fullsize_48")
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return make_tree(tmp_path / "voc")
+
+
+def lines(dataset: Dataset, saliency: Path | None = None) -> list[str]:
+    """The faults of a dataset that must have some."""
+    with pytest.raises(PipelineError) as caught:
+        build_index(dataset, saliency, threads=2)
+    return list(caught.value.lines)
+
+
+def edit(path: Path, change: Callable[[str], str]) -> None:
+    path.write_text(change(path.read_text()))
+
+
+def test_a_sound_dataset(tmp_path: Path) -> None:
+    root = tmp_path / "voc"
+    index = Index(make_index(root, train=3, evaluation=2, size=(20, 30)))
+    assert index.classes == list(CLASSES)
+    assert index.tag_source == "tags.json"
+    assert index.splits == {"train": ["img_000", "img_001", "img_002"], "evaluation": ["img_003", "img_004"]}
+    assert len(index.images()) == 5
+    image = index["img_001"]
+    assert (image.height, image.width, image.tags) == (20, 30, (2, 3))
+    files = ((image.file, image.sha256), (image.mask, image.mask_sha256), (image.saliency, image.saliency_sha256))
+    for folder, (file, sha256) in zip(("JPEGImages", "SegmentationClass", "Saliency"), files, strict=True):
+        assert file is not None
+        assert file.parent == root / folder
+        assert sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_the_index_is_the_same_whatever_the_threads_and_another_after_a_change(dataset: Dataset) -> None:
+    first = build_index(dataset, threads=1)
+    assert build_index(dataset, threads=3) == first
+    image = Path(dataset.root) / "JPEGImages/img_000.jpg"
+    data = image.read_bytes()
+    image.write_bytes(data[:15] + bytes([data[15] ^ 1]) + data[16:])  # in the header's density
+    assert build_index(dataset) != first
+
+
+def test_training_images_need_no_masks_and_lists_may_be_psas(dataset: Dataset) -> None:
+    root = Path(dataset.root)
+    (root / "SegmentationClass/img_000.png").unlink()
+    edit(root / LISTS / "train.txt", lambda text: "".join(f"/JPEGImages/{i}.jpg /x/{i}.png\n" for i in text.split()))
+    images = build_index(dataset)["images"]
+    assert images["img_000"]["mask"] is None
+    assert images["img_000"]["mask_sha256"] is None
+    assert images["img_001"]["mask"] == "SegmentationClass/img_001.png"
+    assert build_index(replace(dataset, masks=None))["images"]["img_005"]["mask"] is None
+
+
+def test_evaluation_images_may_all_lack_tags_and_saliency(dataset: Dataset) -> None:
+    root = Path(dataset.root)
+    edit(root / "tags.json", lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k < "img_004"}))
+    for name in ("img_004", "img_005"):
+        (root / f"Saliency/{name}.png").unlink()
+    images = build_index(dataset, root / "Saliency")["images"]
+    assert images["img_004"]["tags"] == []
+    assert images["img_004"]["saliency"] is None
+    assert images["img_003"]["saliency"] == f"{root}/Saliency/img_003.png"
+
+
+def test_grey_masks_and_png_images_are_read(dataset: Dataset) -> None:
+    root = Path(dataset.root)
+    mask = root / "SegmentationClass/img_000.png"
+    cv2.imwrite(str(mask), mask_values(mask.read_bytes()))
+    jpeg = root / "JPEGImages/img_000.jpg"
+    cv2.imwrite(str(jpeg.with_suffix(".PNG")), cv2.imread(str(jpeg)))
+    jpeg.unlink()
+    assert build_index(dataset)["images"]["img_000"]["file"] == "JPEGImages/img_000.PNG"
+
+
+def rgb(root: Path) -> None:
+    Image.open(root / "SegmentationClass/img_004.png").convert("RGB").save(root / "SegmentationClass/img_004.png")
+
+
+def cut(name: str, keep: float) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        data = (root / name).read_bytes()
+        (root / name).write_bytes(data[: int(len(data) * keep)])
+
+    return change
+
+
+def replaced(name: str, old: str, new: str) -> Callable[[Path], None]:
+    return lambda root: edit(root / name, lambda text: text.replace(old, new))
+
+
+def masked(height: int, width: int, value: int) -> Callable[[Path], None]:
+    return lambda root: write_mask(root / "SegmentationClass/img_001.png", np.full((height, width), value))
+
+
+def grey(height: int, width: int) -> Callable[[Path], None]:
+    return lambda root: Image.new("L", (width, height)).save(root / "Saliency/img_002.png")
+
+
+TRAIN, VAL = f"{LISTS}/train.txt", f"{LISTS}/val.txt"
+IMAGE, MASK, MAP = "JPEGImages/img_000.jpg", "SegmentationClass/img_005.png", "Saliency/img_002.png"
+FAULTS: list[tuple[Callable[[Path], Any], str, str]] = [
+    (lambda root: (root / IMAGE).unlink(), IMAGE, "(or .png): missing, though listed; add it or unlist it"),
+    (cut(IMAGE, 0.6), IMAGE, "truncated JPEG; copy or download it again"),
+    (cut(IMAGE, 0.999), IMAGE, "truncated JPEG; copy or download it again"),
+    (cut(IMAGE, 0), IMAGE, "neither JPEG nor PNG; convert it"),
+    (lambda root: (root / IMAGE).write_bytes(b"\xff\xd8\xff\xd9"), IMAGE, "cannot be decoded"),
+    (lambda root: (root / IMAGE).write_text("<html>"), IMAGE, "neither JPEG nor PNG; convert it"),
+    (lambda root: (root / IMAGE.replace("jpg", "png")).touch(), IMAGE, "img_000.png has the same stem; remove"),
+    (lambda root: (root / MASK).unlink(), MASK, "missing, though an evaluation image; add it or unlist it"),
+    (cut(MASK, 0.7), MASK, "truncated or damaged PNG"),
+    (rgb, "SegmentationClass/img_004.png", "its pixels are RGB colours; save it as a palette or grey PNG of class ids"),
+    (masked(24, 31, 1), "SegmentationClass/img_001.png", "is 31x24, its image 32x24; make them equal"),
+    (masked(24, 32, 4), "SegmentationClass/img_001.png", "has the values 4, but class ids are 0..3 and 255 (ignore)"),
+    (lambda root: (root / MAP).unlink(), MAP, "missing; add it, or choose another saliency.kind"),
+    (grey(32, 24), MAP, "is 24x32, its image 32x24; make them equal"),
+    (lambda root: write_mask(root / MAP, np.zeros((24, 32))), MAP, "indices of a palette; save it as a grey 8-bit PNG"),
+    (replaced("tags.json", '"img_001": [2, 3]', '"img_001": ["dgo"]'), "tags.json", "tag 'dgo'; did you mean dog?"),
+    (replaced("tags.json", '"img_001": [2, 3]', '"img_001": [2, 4]'), "tags.json", "class id 4, but ids are 1..3 here"),
+    (replaced("tags.json", "[2, 3]", "[]"), "tags.json", "training image img_001 has no tag; tag it or unlist it"),
+    (lambda root: (root / "tags.json").write_text("{}"), "tags.json", "tags no listed image; correct dataset.tags"),
+    (replaced("tags.json", '"img_001"', '"other"'), "tags.json", "has no entry for img_001; tag it or unlist it"),
+    (replaced("tags.json", '"img_005"', '"other"'), "tags.json", "has no entry for img_005; tag it or unlist it"),
+    (replaced(TRAIN, "img_001", "img_000"), TRAIN, "img_000 stands twice (lines 1 and 2)"),
+    (replaced(TRAIN, "img_001", "img_005"), TRAIN, "img_005 is also in"),
+    (lambda root: (root / VAL).unlink(), VAL, "cannot be read as image list (No such file"),
+    (replaced("classes.txt", "cat", "background"), "classes.txt", "names background, which is class 0 of itself"),
+    (replaced("classes.txt", "dog", "cat"), "classes.txt", "names cat twice; remove one"),
+    (lambda root: (root / "classes.txt").unlink(), "classes.txt", "write one class name a line, or set"),
+    (lambda root: (root / "Saliency").rename(root / "S"), "Saliency", "create it or correct saliency.path"),
+]
+
+
+@pytest.mark.parametrize(("change", "file", "said"), FAULTS, ids=[said for _, _, said in FAULTS])
+def test_one_fault_is_one_line(dataset: Dataset, change: Callable[[Path], Any], file: str, said: str) -> None:
+    root = Path(dataset.root)
+    build_index(dataset, root / "Saliency")
+    change(root)
+    (line,) = lines(dataset, root / "Saliency")
+    assert line.startswith(str(root / file))
+    assert said in line
+    assert "\n" not in line
+
+
+def test_missing_folders_are_one_line_each(dataset: Dataset) -> None:
+    found = lines(replace(dataset, images="Images", masks="Masks"), Path("no/maps"))
+    assert found == [
+        f"{dataset.root}/Images: cannot be listed (No such file or directory); create it or correct dataset.images",
+        f"{dataset.root}/Masks: cannot be listed (No such file or directory); create it or correct dataset.masks",
+        "no/maps: cannot be listed (No such file or directory); create it or correct saliency.path",
+    ]
+
+
+def test_many_faults_of_a_kind_are_summed_up(tmp_path: Path) -> None:
+    dataset = make_tree(tmp_path, train=30, evaluation=1, size=(8, 8))
+    for image in sorted((tmp_path / "JPEGImages").iterdir())[:27]:
+        image.unlink()
+    found = lines(dataset)
+    assert len(found) == 21
+    assert found[-1] == "... and 7 more of this kind (missing image)"
+
+
+def test_no_truncation_of_a_jpeg_passes_and_trailing_bytes_do(tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    for options in ([], [cv2.IMWRITE_JPEG_PROGRESSIVE, 1], [cv2.IMWRITE_JPEG_RST_INTERVAL, 2]):
+        cv2.imwrite(str(path), noise, options)
+        data = path.read_bytes()
+        thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + 64) + data[:62] + b"\xff\xd9"  # an end marker within a segment
+        data = data[:2] + thumbnail + data[2:]
+        assert image_size(data) == (40, 60)
+        assert image_size(data + bytes(100)) == (40, 60)
+        for length in range(2, len(data)):
+            with pytest.raises(Unfit):
+                image_size(data[:length])
+            with pytest.raises(Unfit):
+                image_size(data[:length] + bytes(len(data) - length))  # as an interrupted copy may leave it
+
+
+def test_any_flipped_bit_of_a_png_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    write_mask(path, np.eye(5))
+    data = path.read_bytes()
+    assert mask_values(data).tolist() == np.eye(5).tolist()
+    for position in range(len(data)):
+        with pytest.raises(Unfit):
+            mask_values(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
+    for length in range(len(data)):
+        with pytest.raises(Unfit):
+            mask_values(data[:length])
+
+
+@pytest.mark.parametrize("side", [4, 100_000])
+def test_a_png_with_sound_checksums_and_broken_pixels_is_refused(side: int) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(7))) + chunk(b"IEND", b"")
+    with pytest.raises(Unfit, match="cannot be decoded"):
+        mask_values(data)
+    with pytest.raises(Unfit, match="cannot be decoded"):
+        image_size(data)
+
+
+def test_orientation_in_exif_is_not_applied_as_the_loader_does_not(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (30, 20))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert image_size((tmp_path / "turned.jpg").read_bytes()) == (20, 30)
+
+
+@pytest.mark.skipif(not FULL_SIZE.is_dir(), reason=f"no VOC images at {FULL_SIZE}")
+def test_real_images_and_masks_pass() -> None:
+    for path in sorted((FULL_SIZE / "JPEGImages").iterdir()):
+        size = image_size(path.read_bytes())
+        mask = mask_values((FULL_SIZE / "SegmentationClass" / f"{path.stem}.png").read_bytes())
+        assert mask.shape == size
+        assert {*np.unique(mask)} <= {*range(21), 255}
+
+
+def stage(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a stage as a command in ``folder``, which looks like the repository."""
+    for room in ("pipeline", "stages"):
+        if not (folder / room).exists():
+            (folder / room).symlink_to(REPOSITORY / room)
+    command = [sys.executable, "-m", f"stages.{name}", *arguments]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_stages_as_commands(tmp_path: Path) -> None:
+    """Several faults at once are all shown with exit status 1; mended, the stage ends; nothing is done twice."""
+    dataset = replace(make_tree(tmp_path / "voc"), root="voc")
+    params = tmp_path / "params.json"
+    params.write_text(json.dumps(minimal_params(dataset, Path("voc/Saliency"))))
+    kept = {name: (tmp_path / "voc" / name).read_bytes() for name in (IMAGE, MAP, "tags.json")}
+    cut(IMAGE, 0.5)(tmp_path / "voc")
+    (tmp_path / "voc" / MAP).unlink()
+    replaced("tags.json", '"img_001": [2, 3]', '"img_001": [2, "zebra"]')(tmp_path / "voc")
+    failed = stage("index", tmp_path, "--params", "params.json")
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines() == [
+        "error: voc/tags.json: img_001 has the unknown tag 'zebra'; correct it, or add it to dataset.classes",
+        f"error: voc/{MAP}: missing; add it, or choose another saliency.kind",
+        f"error: voc/{IMAGE}: truncated JPEG; copy or download it again",
+    ]
+    assert not list(tmp_path.glob("results/**/index.json"))
+    for name, data in kept.items():
+        (tmp_path / "voc" / name).write_bytes(data)
+    for name, output in (("index", "index.json"), ("ground_truth", "labels.h5")):
+        done = stage(name, tmp_path, "--params", "params.json")
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / f"results/test/{name}/{output}").exists()
+    again = stage("index", tmp_path, "--params", "params.json")
+    assert again.stdout == "index: up to date\n"
+
+
+def truth(index: Path) -> Job:
+    return Job("ground_truth", "", {"index": index}, {"labels": index.parent / "truth/labels.h5"}, {})
+
+
+def test_ground_truth_holds_every_mask_and_no_other(tmp_path: Path) -> None:
+    dataset = make_tree(tmp_path)
+    (tmp_path / "SegmentationClass/img_001.png").unlink()
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps(build_index(dataset)))
+    job = truth(index)
+    execute(job, ground_truth.main, Runtime())
+    store = RasterStore(job.outputs["labels"])
+    assert store.kind == "labels"
+    assert store.ids == ["img_000", "img_002", "img_003", "img_004", "img_005"]
+    for name in store.ids:
+        with Image.open(tmp_path / f"SegmentationClass/{name}.png") as mask:
+            assert np.array_equal(store.get(name), np.asarray(mask))
+
+
+def test_ground_truth_refuses_masks_that_changed(tmp_path: Path) -> None:
+    index = make_index(tmp_path)
+    mask = Index(index)["img_002"].mask
+    assert mask is not None
+    write_mask(mask, np.ones((24, 32)))
+    (tmp_path / "SegmentationClass/img_003.png").unlink()
+    with pytest.raises(PipelineError) as caught:
+        execute(truth(index), ground_truth.main, Runtime())
+    changed, gone = caught.value.lines
+    assert changed.startswith(f"{mask}: changed since it was indexed: sha256 is ")
+    assert gone.startswith(f"{tmp_path}/SegmentationClass/img_003.png: cannot be read (No such file or directory)")
+    assert not truth(index).outputs["labels"].exists()
