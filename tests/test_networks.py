@@ -107,6 +107,12 @@ class TestContract:
         x = torch.empty(1, 3, 65, 81, device="meta")
         assert plain(x).shape == dilated(x).shape
 
+    def test_it_starts_from_he_normal(self, backbone: Backbone) -> None:
+        for conv in (module for module in backbone.modules() if isinstance(module, nn.Conv2d)):
+            expected = (2 / (conv.out_channels * conv.kernel_size[0] ** 2)) ** 0.5
+            assert conv.weight.std().item() == pytest.approx(expected, rel=0.2)
+            assert conv.bias is None or not conv.bias.any()
+
     def test_forward_is_the_last_tap(self, backbone: Backbone) -> None:
         backbone.eval()
         x = torch.randn(1, 3, 33, 41)
@@ -202,7 +208,7 @@ class TestGeometry:
         assert size(on_meta(lambda: build(name))) == published - classifier
 
     def test_sizes(self) -> None:
-        found = {name: size(on_meta(lambda name=name: build(name))) for name in BACKBONES}
+        found = {name: size(on_meta(partial(build, name))) for name in BACKBONES}
         assert found == {
             "vgg16": 14_714_688,
             "resnet50": 23_508_032,
@@ -364,6 +370,14 @@ class TestDeepLab:
         y = F.conv2d(y, next(weights), next(weights), padding=3, dilation=3).clamp(min=0)
         y = F.conv2d(y, next(weights), next(weights)).clamp(min=0)
         torch.testing.assert_close(head(x), F.conv2d(y, next(weights), next(weights)))
+
+    def test_scores_start_near_zero(self) -> None:
+        torch.manual_seed(0)
+        *_, fc8 = segmentation("small", channels=512).head.children()
+        assert isinstance(fc8, nn.Conv2d)
+        assert fc8.weight.std().item() == pytest.approx(0.01, rel=0.1)
+        assert fc8.bias is not None
+        assert not fc8.bias.any()
 
     def test_dropout_follows_the_settings(self) -> None:
         network = on_meta(lambda: segmentation("small", dropout=0.25))
