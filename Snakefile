@@ -16,7 +16,6 @@ configfile: "params.yaml"
 
 PLAN = plan(workflow, config)
 P = PLAN.params
-DATA = P.dataset.root
 
 
 pathvars:
@@ -29,7 +28,7 @@ wildcard_constraints:
     name="[^/]+",
 
 
-# Every stage's outputs, not the report alone: a failed rerun of an early stage must not pass for 'nothing to be done'.
+# Every stage, not the report alone: a failed rerun of an early one must not pass for 'nothing to be done'.
 rule all:
     input:
         PLAN.targets,

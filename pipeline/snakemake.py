@@ -1,8 +1,8 @@
-"""What the Snakefile asks before its first rule: are the params right, and which jobs are stale?
+"""What the Snakefile asks before its first rule: are the params right, and what is up to date?
 
-Snakemake judges by modification times, which git, DVC and a copy change, and by records of its own, which a fresh
-clone lacks. The manifests know better. So ``plan`` forces the jobs that they call stale, and sets the times of all
-others right: Snakemake then runs exactly what the manifests ask for, on any machine.
+Snakemake judges by modification times, which git, DVC and a copy change, or by records of its own, which a fresh clone
+lacks. The manifests know better. So ``plan`` makes the times say what the manifests say, and profiles/default leaves
+Snakemake no other trigger: it then runs what is stale and nothing else, on any machine, after any checkout.
 """
 
 import fcntl
@@ -24,6 +24,8 @@ from pipeline.schema import Params
 from pipeline.stores import manifest
 
 PARAMS = "params.yaml"
+DVC_RUNS = "DVC_STAGE"  # DVC sets it for its commands: they force their one rule and record it themselves
+SECOND = 10**9  # nanoseconds
 _alive: list[IO[str]] = []  # the lock of this process, held until it ends
 
 
@@ -41,8 +43,8 @@ class Plan:
 
     @property
     def targets(self) -> list[str]:
-        """Every file that the rules make."""
-        return [str(path) for job in self.graph.jobs for path in made(job)]
+        """The manifest of every job."""
+        return [str(made(job)[-1]) for job in self.graph.jobs]
 
     def blocks(self, *sections: str) -> list[str]:
         """SECTION/NAME of every block; each segmentation has its predictions."""
@@ -58,7 +60,7 @@ class Plan:
 
         Only of a run of params.yaml as it stands, since that is what dvc.yaml describes; DVC records its own runs.
         """
-        if self.options or "DVC_STAGE" in os.environ or not Path(".dvc").is_dir() or not shutil.which("dvc"):
+        if self.options or DVC_RUNS in os.environ or not Path(".dvc").is_dir() or not shutil.which("dvc"):
             return
         behind = stale(self.graph)
         stages = [stage_of(job) for job in self.graph.jobs if job not in behind and job.stage != "download"]
@@ -68,8 +70,9 @@ class Plan:
 
 
 def made(job: Job) -> list[Path]:
-    """The job's outputs and their manifest."""
-    return [*job.outputs.values(), job.folder / manifest.NAME]
+    """The files that the job's rule names. Of a dataset its manifest alone: Snakemake deletes what a rule is to make,
+    and nobody's images may go that way."""
+    return [*(() if job.home else job.outputs.values()), job.folder / manifest.NAME]
 
 
 def stage_of(job: Job) -> str:
@@ -80,7 +83,7 @@ def stage_of(job: Job) -> str:
 
 
 def plan(workflow: Any, config: Mapping[str, Any]) -> Plan:
-    """Check the params; make Snakemake's schedule follow the manifests.
+    """Check the params; make the files' times follow the manifests.
 
     Ends the process with status 1 and a line a fault where the params are wrong.
     """
@@ -89,14 +92,14 @@ def plan(workflow: Any, config: Mapping[str, Any]) -> Plan:
         graph = Graph(parameters.validate(config, " + ".join(files)))
     except PipelineError as error:
         _refuse(error.lines)
-    main = workflow.is_main_process and workflow.dag_settings is not None
-    if main:
+    cards = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if workflow.is_main_process:
         if not workflow.output_settings.dryrun:
             _drop_dead_locks(Path(".snakemake"))
-        _schedule(graph, workflow.dag_settings)
-    cards = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if main and cards and workflow.resource_settings.nodes is None:
-        workflow.global_resources.setdefault("gpu", cards)
+        if DVC_RUNS not in os.environ:
+            _set_times(graph)
+        if cards and workflow.resource_settings.nodes is None:
+            workflow.global_resources.setdefault("gpu", cards)
     given = files != [PARAMS] or overrides
     arguments = ["--params", *files, "--set", json.dumps(overrides)] if given else []
     return Plan(graph, shlex.join(arguments), 8 if cards else 2)
@@ -115,46 +118,24 @@ def _sources(settings: Any) -> tuple[list[str], dict[str, Any]]:
     return [*base, *(name for name in given if name != PARAMS)], dict(settings.config)
 
 
-def _schedule(graph: Graph, settings: Any) -> None:
-    """Force the stale jobs that the targets need; leave no trigger but time, and set the times of all others right."""
-    from snakemake.settings.types import RerunTrigger
+def _set_times(graph: Graph) -> None:
+    """Make the outputs of fresh jobs as new as the inputs where they are older, and those of stale jobs older.
 
+    The change is harmless, even by a dry run with other params: the next plan sets the times as it needs them.
+    """
     behind = stale(graph)
-    needed = _needed(graph, {*settings.targets, *settings.forcerun})
-    allowed = settings.allowed_rules
-    forced = [job for job in behind if job in needed and (not allowed or job.stage in allowed)]
-    settings.forcerun = {*settings.forcerun, *(str(made(job)[-1]) for job in forced)}
-    settings.rerun_triggers = {RerunTrigger.MTIME}
-    _set_times([job for job in graph.jobs if job not in behind])
-
-
-def _needed(graph: Graph, targets: set[str]) -> list[Job]:
-    """The jobs that a run of these targets (files or rules; none: all) may run."""
-    if not targets or "all" in targets:
-        return graph.jobs
-    wanted = {os.path.relpath(target) for target in targets}
-    needed: list[Job] = []
-    inputs: set[Path] = set()
-    for job in reversed(graph.jobs):
-        if job.stage in targets or wanted & set(map(str, made(job))) or inputs & set(job.outputs.values()):
-            needed.append(job)
-            inputs.update(job.inputs.values())
-    return needed
-
-
-def _set_times(fresh: list[Job]) -> None:
-    """Where a fresh output is older than an input, as after a checkout, make it as old as the newest input."""
-    for job in fresh:
-        newest = max((_clock(path).stat().st_mtime_ns for path in job.inputs.values()), default=0)
-        for path in made(job):
-            if _clock(path).stat().st_mtime_ns < newest:
-                os.utime(_clock(path), ns=(newest, newest))
-
-
-def _clock(path: Path) -> Path:
-    """Where Snakemake looks for the time of a file or a folder."""
-    stamp = path / ".snakemake_timestamp"
-    return stamp if stamp.exists() else path
+    makers = {path: job for job in graph.jobs for path in job.outputs.values()}
+    for job in graph.jobs:
+        sources = [file for path in job.inputs.values() for file in (made(makers[path]) if path in makers else [path])]
+        times = [path.stat().st_mtime_ns for path in sources or [Path(job.code[0])] if path.exists()]
+        if not times:
+            continue
+        newest = max(times)
+        for path in filter(Path.exists, made(job)):
+            older = path.stat().st_mtime_ns < newest
+            if older != (job in behind):
+                time = newest - SECOND if job in behind else newest
+                os.utime(path, ns=(time, time))
 
 
 def _drop_dead_locks(folder: Path) -> None:

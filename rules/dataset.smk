@@ -1,31 +1,34 @@
 """The dataset and what is read from it once: index, masks for the evaluation, saliency maps."""
 
+MADE = P.dataset.demo or P.dataset.download
+
 if P.dataset.demo:
 
     rule demo:
+        input:
+            "stages/demo.py",
         output:
-            root=directory(DATA),
             manifest="<results>/dataset/manifest.json",
         log:
             "<logs>/demo.log",
         conda:
-            "wsss"
+            "../environment.yml"
         params:
             options=PLAN.options,
         shell:
             "python -m stages.demo {params.options} 2>&1 | tee {log}"
 
-
-if P.dataset.download:
+elif P.dataset.download:
 
     rule download:
+        input:
+            "stages/download.py",
         output:
-            root=directory(DATA),
             manifest="<results>/dataset/manifest.json",
         log:
             "<logs>/download.log",
         conda:
-            "wsss"
+            "../environment.yml"
         params:
             options=PLAN.options,
         shell:
@@ -34,14 +37,14 @@ if P.dataset.download:
 
 rule index:
     input:
-        root=DATA,
+        dataset="<results>/dataset/manifest.json" if MADE else P.dataset.root,
     output:
         index="<results>/index/index.json",
         manifest="<results>/index/manifest.json",
     log:
         "<logs>/index.log",
     conda:
-        "wsss"
+        "../environment.yml"
     params:
         options=PLAN.options,
     shell:
@@ -57,7 +60,7 @@ rule ground_truth:
     log:
         "<logs>/ground_truth.log",
     conda:
-        "wsss"
+        "../environment.yml"
     params:
         options=PLAN.options,
     shell:
@@ -74,7 +77,7 @@ rule saliency:
     log:
         "<logs>/saliency.log",
     conda:
-        "wsss"
+        "../environment.yml"
     threads: 2
     params:
         options=PLAN.options,

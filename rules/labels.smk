@@ -12,7 +12,7 @@ rule pseudo_labels:
     log:
         "<logs>/pseudo_labels/{name}.log",
     conda:
-        "wsss"
+        "../environment.yml"
     threads: PLAN.threads
     params:
         options=PLAN.options,
@@ -31,7 +31,7 @@ rule mixture:
     log:
         "<logs>/mixtures/{name}.log",
     conda:
-        "wsss"
+        "../environment.yml"
     params:
         options=PLAN.options,
     shell:

@@ -13,7 +13,7 @@ rule classifier:
     log:
         "<logs>/classifiers/{name}.log",
     conda:
-        "wsss"
+        "../environment.yml"
     threads: PLAN.threads
     resources:
         gpu=1,
@@ -35,7 +35,7 @@ rule refinement:
     log:
         "<logs>/refinements/{name}.log",
     conda:
-        "wsss"
+        "../environment.yml"
     threads: PLAN.threads
     resources:
         gpu=1,
@@ -56,7 +56,7 @@ rule localization:
     log:
         "<logs>/localizations/{name}.log",
     conda:
-        "wsss"
+        "../environment.yml"
     threads: PLAN.threads
     resources:
         gpu=1,

@@ -14,7 +14,7 @@ rule evaluation:
     log:
         "<logs>/evaluation/{section}/{name}.log",
     conda:
-        "wsss"
+        "../environment.yml"
     params:
         options=PLAN.options,
     shell:
@@ -43,7 +43,7 @@ rule report:
     log:
         "<logs>/report.log",
     conda:
-        "wsss"
+        "../environment.yml"
     params:
         options=PLAN.options,
     shell:

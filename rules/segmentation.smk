@@ -12,7 +12,7 @@ rule segmentation:
     log:
         "<logs>/segmentations/{name}.log",
     conda:
-        "wsss"
+        "../environment.yml"
     threads: PLAN.threads
     resources:
         gpu=1,
@@ -33,7 +33,7 @@ rule prediction:
     log:
         "<logs>/predictions/{name}.log",
     conda:
-        "wsss"
+        "../environment.yml"
     threads: PLAN.threads
     resources:
         gpu=1,
