@@ -1,0 +1,55 @@
+"""A copy of this project in a folder of a test's own, to run Snakemake and DVC in."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PARTS = [
+    "Snakefile",
+    "rules",
+    "profiles",
+    "dvc.yaml",
+    "params.yaml",
+    "pipeline",
+    "stages",
+    ".dvcignore",
+    ".gitignore",
+    "environment.yml",
+]
+TOOLS = Path(sys.executable).parent  # where snakemake and dvc lie
+DVC_CONFIG = "[core]\n    analytics = false\n    autostage = false\n"
+
+
+def copy(folder: Path, git: bool) -> Path:
+    """The project's files in ``folder``; DVC works without git where ``git`` is false."""
+    folder.mkdir(parents=True)
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / part)
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc" / "config").write_text(DVC_CONFIG + ("" if git else "    no_scm = true\n"))
+    (folder / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    return folder
+
+
+def run(folder: Path, *command: str, check: bool = True) -> str:
+    """stdout and stderr of a command of the environment's, run in ``folder``."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "GIT_"))}
+    environment |= {
+        "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}",
+        "GIT_AUTHOR_NAME": "test",
+        "GIT_AUTHOR_EMAIL": "test@localhost",
+        "GIT_COMMITTER_NAME": "test",
+        "GIT_COMMITTER_EMAIL": "test@localhost",
+    }
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert not check or done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}"
+    return done.stdout

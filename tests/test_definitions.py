@@ -1,0 +1,218 @@
+"""Three statements of one graph: pipeline/graph.py, the Snakefile, dvc.yaml."""
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from dvc.dependency import ParamsDependency
+from dvc.repo import Repo
+
+from pipeline import params as parameters
+from pipeline.errors import PipelineError
+from pipeline.graph import CODE, Graph, Job
+from pipeline.snakemake import made, stage_of
+from tests import project
+
+PARAMS = Path("params.yaml")
+RUNS = {
+    "params.yaml": [PARAMS],
+    "voc2012": [PARAMS, Path("profiles/voc2012.yaml")],
+    "voc2012_small": [PARAMS, Path("profiles/voc2012.yaml"), Path("profiles/voc2012_small.yaml")],
+    "voc12_mini": [PARAMS, Path("profiles/voc12_mini.yaml")],
+}
+
+
+class Rule(NamedTuple):
+    """One run of a rule or stage: what it is called, reads and makes."""
+
+    stage: str
+    inputs: frozenset[str]
+    outputs: frozenset[str]
+
+
+def graph_of(files: list[Path]) -> Graph:
+    return Graph(parameters.load([project.ROOT / file for file in files]))
+
+
+def names(paths: Any) -> frozenset[str]:
+    return frozenset(map(str, paths))
+
+
+def planned(graph: Graph) -> set[Rule]:
+    """The graph as Snakemake should state it: a dataset stands for its manifest, and is made of its stage's program."""
+    home = {job.outputs["root"]: made(job)[0] for job in graph.jobs if job.home}
+    return {
+        Rule(
+            job.stage,
+            names(home.get(path, path) for path in job.inputs.values()) or names([job.code[0]]),
+            names(made(job)),
+        )
+        for job in graph.jobs
+    }
+
+
+def snakemake_rules(folder: Path, files: list[Path]) -> set[Rule]:
+    """The jobs that a dry run prints, without the target rule."""
+    command = ["snakemake", "--dry-run", "--forceall", "--cores", "1"]
+    text = project.run(folder, *command, "--configfile", *map(str, files))
+    found = set()
+    for stage, body in re.findall(r"^(?:local)?rule (\w+):\n((?:    .*\n)+)", text, re.MULTILINE):
+        listed = {key: names(value.split(", ")) for key, value in re.findall(r"^    (\w+): (.*)$", body, re.MULTILINE)}
+        if stage != "all":
+            found.add(Rule(stage, listed.get("input", frozenset()), listed["output"]))
+    return found
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_snakemake_states_the_graph(run: str, tmp_path: Path) -> None:
+    folder = project.copy(tmp_path / "project", git=False)
+    graph = graph_of(RUNS[run])
+    dataset = graph.params.dataset
+    if not (dataset.demo or dataset.download):
+        (folder / dataset.root).mkdir(parents=True)
+    assert snakemake_rules(folder, RUNS[run]) == planned(graph)
+
+
+class Stage(NamedTuple):
+    """A stage of dvc.yaml."""
+
+    command: str
+    data: frozenset[str]
+    code: frozenset[str]
+    keys: frozenset[str]
+    outputs: frozenset[str]
+
+
+@pytest.fixture(scope="module")
+def dvc_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
+    folder = project.copy(tmp_path_factory.mktemp("definitions") / "project", git=False)
+    stages = {}
+    for stage in Repo(str(folder)).index.stages:
+        files = {dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)}
+        code = {path for path in files if path.startswith(("stages/", "pipeline/"))}
+        keys = {key for dep in stage.deps if isinstance(dep, ParamsDependency) for key in dep.params}
+        outputs = names(out.def_path for out in stage.outs)
+        stages[stage.name] = Stage(stage.cmd, names(files - code), names(code), names(keys), outputs)
+    return stages
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return graph_of([PARAMS])
+
+
+def test_dvc_states_the_graph(graph: Graph, dvc_stages: dict[str, Stage]) -> None:
+    assert dvc_stages.keys() == {stage_of(job) for job in graph.jobs}
+    for job in graph.jobs:
+        stage = dvc_stages[stage_of(job)]
+        assert stage.outputs == names({*job.outputs.values(), *made(job)}), job.label
+        if job.stage != "report":
+            assert stage.data == names(job.inputs.values()), job.label
+            assert stage.code == names(job.code), job.label
+
+
+def test_every_dvc_command_runs_one_rule(graph: Graph, dvc_stages: dict[str, Stage]) -> None:
+    for job in graph.jobs:
+        command = dvc_stages[stage_of(job)].command
+        match = re.fullmatch(r"snakemake --cores all --quiet all --force --allowed-rules (\w+) -- (\S+)", command)
+        assert match, command
+        assert match[1] == job.stage
+        assert match[2] in names(made(job))
+
+
+def test_dvc_report_depends_on_all_that_the_graph_names(graph: Graph, dvc_stages: dict[str, Stage]) -> None:
+    """By its path, by a folder above it, by a manifest in such a folder, or by the program that writes it."""
+    stage, job = dvc_stages["report"], graph.find("report")
+
+    def below(path: Path) -> bool:
+        return not stage.data.isdisjoint(names([path, *path.parents]))
+
+    witnessed = {path for other in graph.jobs if below(made(other)[-1]) for path in other.inputs.values()}
+    loose = [path for path in job.inputs.values() if not below(path) and path not in witnessed]
+    makers = {CODE[other.stage][0] for other in graph.jobs if not set(other.outputs.values()).isdisjoint(loose)}
+    assert {path.name for path in loose} <= {"log.json"}
+    assert stage.code == {*job.code, *makers}
+
+
+def leaves(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The places of all values but empty mappings."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(value, (*where, key))
+    else:
+        yield where
+
+
+def at(raw: Any, where: tuple[str, ...]) -> Any:
+    for key in where:
+        raw = raw[key]
+    return raw
+
+
+def variants(value: Any) -> list[Any]:
+    """Other values of the kind that ``value`` is."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [value + 1, value / 2]
+    if isinstance(value, list):
+        return [[*value, 2.0], [item + 1 for item in value], [item + 0.5 for item in value]]
+    words = {"adam", "resnet50", "average", "strict", "constant", "threshold", "features", "store", "data/other"}
+    sections = ("classifiers", "localizations", "refinements", "pseudo_labels")
+    return sorted(words | {f"{section}/{name}" for section in sections for name in ("cam", "base")} | {"cam", "oaa"})
+
+
+def changed(raw: dict[str, Any], where: tuple[str, ...]) -> Graph | None:
+    """The graph of the params with another value at ``where``; None where no variant is valid."""
+    for value in variants(at(raw, where)):
+        other = copy.deepcopy(raw)
+        at(other, where[:-1])[where[-1]] = value
+        try:
+            graph = Graph(parameters.validate(other))
+        except PipelineError:
+            continue
+        if value != at(raw, where):
+            return graph
+    return None
+
+
+def followers(graph: Graph, first: set[str]) -> set[str]:
+    """These jobs and all that follow from them, as DVC calls them."""
+    reached: set[str] = set()
+    files: set[Path] = set()
+    for job in graph.jobs:
+        if stage_of(job) in first or not files.isdisjoint(job.inputs.values()):
+            reached.add(stage_of(job))
+            files.update(job.outputs.values())
+    return reached
+
+
+def essence(job: Job) -> tuple[Any, ...]:
+    return job.params, job.inputs, job.outputs
+
+
+def test_a_changed_param_touches_the_same_jobs(graph: Graph, dvc_stages: dict[str, Stage]) -> None:
+    """DVC's keys cover all params that a job depends on, and reach no job that the graph would not run again."""
+    raw = yaml.safe_load((project.ROOT / PARAMS).read_text())
+    before = {stage_of(job): job for job in graph.jobs}
+    tried, everything = 0, list(leaves(raw))
+    for where in everything:
+        other = changed(raw, where)
+        if where == ("experiment",) or other is None:
+            continue
+        tried += 1
+        after = {stage_of(job): job for job in other.jobs}
+        moved = {name for name in before if essence(before[name]) != essence(after[name])}
+        depend = {name for name in moved if before[name].params != after[name].params}
+        path = ".".join(where)
+        reached = {
+            name for name, stage in dvc_stages.items() if any(f"{path}.".startswith(f"{key}.") for key in stage.keys)
+        }
+        assert moved, path
+        assert depend <= reached, path
+        assert reached <= followers(graph, moved), path
+    assert tried > 0.8 * len(everything)

@@ -1,0 +1,203 @@
+"""params.yaml: what is read, merged, and refused."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import params as parameters
+from pipeline.errors import PipelineError
+from pipeline.params import load, merge, validate
+
+ROOT = Path(__file__).parent.parent
+PROFILES = {
+    "voc2012": ["voc2012.yaml"],
+    "voc2012_small": ["voc2012.yaml", "voc2012_small.yaml"],
+    "voc12_mini": ["voc12_mini.yaml"],
+}
+NETWORK = {"backbone": {"name": "small"}, "training": {"epochs": 1, "batch_size": 2, "lr": 0.1}}
+SMALL: dict[str, Any] = {
+    "experiment": "small",
+    "seed": 1,
+    "method": "row",
+    "dataset": {"root": "data/small", "demo": {}},
+    "saliency": {"kind": "fine_grained"},
+    "classifiers": {"base": {**NETWORK}},
+    "refinements": {"finer": {**NETWORK, "source": "localizations/plain"}},
+    "localizations": {"plain": {"model": "classifiers/base"}, "fine": {"model": "refinements/finer"}},
+    "pseudo_labels": {"rule": {"source": "localizations/fine"}},
+    "segmentations": {"row": {**NETWORK, "labels": "pseudo_labels/rule"}},
+}
+
+
+def over(**changes: Any) -> dict[str, Any]:
+    """SMALL with ``changes`` laid on it."""
+    return merge(copy.deepcopy(SMALL), changes)
+
+
+def faults(raw: dict[str, Any]) -> list[str]:
+    """What ``validate`` says of params that are wrong."""
+    with pytest.raises(PipelineError) as caught:
+        validate(raw, "p.yaml")
+    return list(caught.value.lines)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_is_valid(name: str) -> None:
+    params = load([ROOT / "params.yaml", *(ROOT / "profiles" / file for file in PROFILES[name])])
+    assert params.experiment == name
+
+
+def test_params_of_the_demo_are_valid() -> None:
+    params = load([ROOT / "params.yaml"])
+    assert params.method in params.segmentations
+
+
+def test_numbers_and_names_arrive_in_their_types() -> None:
+    params = validate(over(localizations={"plain": {"scales": [1, 0.5]}}))
+    assert params.localizations["plain"].scales == (1.0, 0.5)
+    assert isinstance(params.classifiers["base"].training.lr, float)
+    assert params.pseudo_labels["rule"].crf is None
+    assert validate(over(pseudo_labels={"rule": {"crf": {}}})).pseudo_labels["rule"].crf is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"sede": 2}, "p.yaml: sede: unknown key; did you mean seed?"),
+        (
+            {"pseudo_labels": {"rule": {"confidense": 0.5}}},
+            "p.yaml: pseudo_labels.rule.confidense: unknown key; did you mean confidence?",
+        ),
+        ({"seed": "one"}, "p.yaml: seed: must be a whole number, not 'one'"),
+        ({"seed": True}, "p.yaml: seed: must be a whole number, not True"),
+        ({"gallery": 1.5}, "p.yaml: gallery: must be a whole number, not 1.5"),
+        ({"localizations": {"plain": {"flip": 1}}}, "p.yaml: localizations.plain.flip: must be true or false, not 1"),
+        (
+            {"localizations": {"plain": {"scales": 1.0}}},
+            "p.yaml: localizations.plain.scales: must be a list, not 1.0",
+        ),
+        (
+            {"classifiers": {"base": {"augmentation": {"length": [1]}}}},
+            "p.yaml: classifiers.base.augmentation.length: must be a list of 2 numbers, not [1]",
+        ),
+        ({"classifiers": ["base"]}, "p.yaml: classifiers: must be a mapping of names to blocks, not ['base']"),
+        ({"saliency": {"kind": "store"}}, "p.yaml: saliency.path: is missing; saliency.kind store needs it"),
+        (
+            {"segmentations": {"row": {"training": {"iterations": 5}}}},
+            "p.yaml: segmentations.row.training: give either epochs or iterations",
+        ),
+        (
+            {"segmentations": {"row": {"training": {"batch_size": 0}}}},
+            "p.yaml: segmentations.row.training.batch_size: 0 is below 1",
+        ),
+        (
+            {"mixtures": {"half": {"labels": "pseudo_labels/rule", "share": 1.5}}},
+            "p.yaml: mixtures.half.share: 1.5 is not within 0 and 1",
+        ),
+        ({"method": "other"}, "p.yaml: method: other is none of the rows row"),
+        ({"defaults": {"mixtures": {}}}, "p.yaml: defaults.mixtures: unknown section"),
+    ],
+)
+def test_a_fault_is_one_line_that_names_the_key(changes: dict[str, Any], fault: str) -> None:
+    assert faults(over(**changes)) == [fault]
+
+
+def test_a_wrong_choice_is_answered_with_the_choices() -> None:
+    (line,) = faults(over(saliency={"kind": "fine_graned"}))
+    assert line.startswith("p.yaml: saliency.kind: 'fine_graned' is none of folder, store")
+    assert line.endswith("did you mean fine_grained?")
+
+
+@pytest.mark.parametrize("key", ["experiment", "seed", "dataset", "segmentations"])
+def test_a_missing_key_is_named(key: str) -> None:
+    raw = over()
+    del raw[key]
+    assert f"p.yaml: {key}: is missing" in faults(raw)
+
+
+def test_a_missing_key_of_a_block_is_named() -> None:
+    raw = over()
+    del raw["segmentations"]["row"]["labels"]
+    assert "p.yaml: segmentations.row.labels: is missing" in faults(raw)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "key", "choices"),
+    [
+        ("refinements", "finer", "source", "classifiers/base, localizations/fine, localizations/plain"),
+        ("localizations", "plain", "model", "classifiers/base, refinements/finer"),
+        ("pseudo_labels", "rule", "source", "classifiers/base, localizations/fine, localizations/plain"),
+        ("segmentations", "row", "labels", "ground_truth, pseudo_labels/rule"),
+    ],
+)
+@pytest.mark.parametrize("reference", ["localizations/nowhere", "classifiers/nowhere", "nowhere"])
+def test_a_reference_to_nothing_is_answered_with_what_there_is(
+    section: str, name: str, key: str, choices: str, reference: str
+) -> None:
+    (line,) = faults(over(**{section: {name: {key: reference}}}))
+    assert line == f"p.yaml: {section}.{name}.{key}: refers to {reference}, which is none of {choices}"
+
+
+def test_a_circle_of_references_is_refused() -> None:
+    (line,) = faults(over(refinements={"finer": {"source": "localizations/fine"}}))
+    assert line == "p.yaml: refinements.finer.source: goes round in a circle: refinements/finer <- refinements/finer"
+
+
+def test_all_faults_are_reported_at_once() -> None:
+    lines = faults(over(seed="x", sede=1, saliency={"kind": "folder", "pth": "a"}))
+    assert len(lines) == 3
+    assert all(line.startswith("p.yaml: ") for line in lines)
+
+
+def test_saliency_that_is_not_there_cannot_be_used() -> None:
+    assert faults(over(saliency={"kind": "none"})) == [
+        "p.yaml: pseudo_labels.rule.saliency: is true, but saliency.kind is none; set it to false"
+    ]
+
+
+def test_defaults_lie_under_every_block_of_their_section() -> None:
+    raw = over(defaults={"pseudo_labels": {"background": 0.7, "crf": {"iterations": 3, "bilateral_rgb": 9.0}}})
+    raw["pseudo_labels"]["other"] = {"source": "classifiers/base", "background": 0.1, "crf": {"iterations": 4}}
+    labels = validate(raw).pseudo_labels
+    assert labels["rule"].background == 0.7
+    assert labels["other"].background == 0.1
+    assert labels["other"].crf is not None
+    assert (labels["other"].crf.iterations, labels["other"].crf.bilateral_rgb) == (4, 9.0)
+
+
+def test_null_removes_a_block_and_what_a_default_gave() -> None:
+    raw = over(pseudo_labels={"extra": {"source": "classifiers/base"}}, defaults={"pseudo_labels": {"crf": {}}})
+    laid = merge(raw, {"pseudo_labels": {"extra": None, "rule": {"crf": None}}})
+    params = validate(laid)
+    assert list(params.pseudo_labels) == ["rule"]
+    assert params.pseudo_labels["rule"].crf is None
+
+
+def test_merge_leaves_its_arguments_alone() -> None:
+    base, top = {"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}
+    assert merge(base, top) == {"a": {"b": 3, "c": 2}}
+    assert (base, top) == ({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+
+
+def test_files_and_overrides_are_laid_on_each_other_in_order(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text(yaml.safe_dump(SMALL))
+    second.write_text("seed: 2\ngallery: 3\n")
+    params = load([first, second], {"seed": 3})
+    assert (params.seed, params.gallery) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"), [("a: [", "not YAML"), ("- a\n", "holds no mapping"), (None, "no such file")]
+)
+def test_a_file_that_is_no_mapping_is_named(text: str | None, fault: str, tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(PipelineError, match=fault) as caught:
+        parameters.read([file])
+    assert len(caught.value.lines) == 1
+    assert caught.value.lines[0].startswith(f"{file}: ")
