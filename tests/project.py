@@ -38,18 +38,18 @@ def copy(folder: Path, git: bool) -> Path:
     return folder
 
 
+def environment() -> dict[str, str]:
+    """This process's, with this environment's tools first, a git author, and nothing of a DVC or git around it."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "GIT_"))}
+    person = {"NAME": "test", "EMAIL": "test@localhost"}
+    who = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in person.items()}
+    return {**kept, **who, "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"}
+
+
 def run(folder: Path, *command: str, check: bool = True) -> str:
     """stdout and stderr of a command of the environment's, run in ``folder``."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "GIT_"))}
-    environment |= {
-        "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}",
-        "GIT_AUTHOR_NAME": "test",
-        "GIT_AUTHOR_EMAIL": "test@localhost",
-        "GIT_COMMITTER_NAME": "test",
-        "GIT_COMMITTER_EMAIL": "test@localhost",
-    }
     done = subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert not check or done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}"
     return done.stdout
