@@ -14,7 +14,14 @@ from pipeline.stores import manifest
 from pipeline.stores.files import code_hash, fingerprint
 
 _DATA = ("pipeline/data",)
-_LEARN = ("pipeline/data", "pipeline/networks", "pipeline/methods", "pipeline/refinement", "pipeline/training", "pipeline/inference")
+_LEARN = (
+    "pipeline/data",
+    "pipeline/networks",
+    "pipeline/methods",
+    "pipeline/refinement",
+    "pipeline/training",
+    "pipeline/inference",
+)
 CODE: dict[str, tuple[str, ...]] = {
     "demo": ("stages/demo.py", "pipeline/data/demo.py"),
     "download": ("stages/download.py", "pipeline/data/download.py"),
@@ -100,7 +107,9 @@ class Graph:
 
         trained = ("model", "log")
         for name, classifier in params.classifiers.items():
-            yield self._job("classifier", "classifiers", name, {"index": index}, classifier, (*trained, "maps", "snapshots"), seed)
+            yield self._job(
+                "classifier", "classifiers", name, {"index": index}, classifier, (*trained, "maps", "snapshots"), seed
+            )
         yield from self._maps(index, seed, trained)
         for name, rule in params.pseudo_labels.items():
             files = {"index": index, "maps": self._file(rule.source, "maps.h5"), "saliency": saliency}
@@ -138,7 +147,13 @@ class Graph:
         params = self.params
         scores: dict[str, Path] = {}
         stores: dict[str, Path] = {"saliency": self._file("saliency", "maps.h5"), "ground_truth": masks}
-        for section, kept in [("classifiers", "maps"), ("localizations", "maps"), ("pseudo_labels", "labels"), ("mixtures", "labels"), ("predictions", "labels")]:
+        for section, kept in [
+            ("classifiers", "maps"),
+            ("localizations", "maps"),
+            ("pseudo_labels", "labels"),
+            ("mixtures", "labels"),
+            ("predictions", "labels"),
+        ]:
             for name in getattr(params, "segmentations" if section == "predictions" else section):
                 reference = f"{section}/{name}"
                 files = {"index": index, "ground_truth": masks, kept: self._file(reference, f"{kept}.h5")}
@@ -147,7 +162,11 @@ class Graph:
                 scores[f"scores of {reference}"] = self._file(f"evaluation/{reference}", "scores.json")
                 stores[reference] = files[kept]
                 yield Job("evaluation", reference, files, {"scores": scores[f"scores of {reference}"]}, {}, None)
-        outputs = {"report": self.results / "report.html", "table": self.results / "metrics.json", "metrics": Path("metrics.json")}
+        outputs = {
+            "report": self.results / "report.html",
+            "table": self.results / "metrics.json",
+            "metrics": Path("metrics.json"),
+        }
         wanted = {"method": params.method, "gallery": params.gallery, "rows": self._chains()}
         for section in ("classifiers", "refinements", "segmentations"):
             for name in getattr(params, section):
@@ -173,7 +192,13 @@ class Graph:
         return {"dataset": kept, "saliency": saliency.path if saliency.kind == "folder" else None}
 
     def _job(
-        self, stage: str, section: str, name: str, inputs: dict[str, Path], block: Any, outputs: tuple[str, ...],
+        self,
+        stage: str,
+        section: str,
+        name: str,
+        inputs: dict[str, Path],
+        block: Any,
+        outputs: tuple[str, ...],
         extra: dict[str, Any] | None = None,
     ) -> Job:
         suffix = {"model": "pt", "log": "json", "maps": "h5", "labels": "h5", "snapshots": "h5"}

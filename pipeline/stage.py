@@ -50,7 +50,9 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
 def _parser(stage: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}")
     parser.add_argument("name", nargs="?", default="", help="the block to run, where the stage has several")
-    parser.add_argument("--params", nargs="+", default=["params.yaml"], metavar="FILE", help="each laid on the one before")
+    parser.add_argument(
+        "--params", nargs="+", default=["params.yaml"], metavar="FILE", help="each laid on the one before"
+    )
     parser.add_argument("--set", default="{}", metavar="JSON", help="laid on the params last")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
@@ -87,7 +89,7 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
             stage=job.label,
             params=job.params,
             inputs=inputs,
-            outputs={path.name: fingerprint(path) for path in job.outputs.values()},
+            outputs={path.name: fingerprint(path) for path in job.outputs.values() if job.home or path.parent == job.folder},
             code=code,
             seconds=round(time.monotonic() - start, 1),
             machine=manifest.host(),
