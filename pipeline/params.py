@@ -185,7 +185,7 @@ def _check(params: Params, faults: list[str]) -> None:
         if rule.saliency and params.saliency.kind == "none":
             faults.append(f"pseudo_labels.{name}.saliency: is true, but saliency.kind is none; set it to false")
         if rule.confidence > 0 and rule.crf is None:
-            faults.append(f"pseudo_labels.{name}.confidence: is of the CRF's marginals; set crf as well, or confidence to 0")
+            faults.append(f"pseudo_labels.{name}.confidence: is of the CRF's marginals; set crf, or confidence to 0")
     for name, mixture in params.mixtures.items():
         refers(f"mixtures.{name}.labels", mixture.labels, known["pseudo_labels"])
         if not 0 <= mixture.share <= 1:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
-from pipeline.data.loading import read_rgb
 from pipeline.errors import PipelineError
 from pipeline.labels.rules import label_image
 from pipeline.schema import PseudoLabels

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.data.faults import Faults
+from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
-from pipeline.data.loading import read_rgb
 from pipeline.errors import PipelineError
 from pipeline.labels import saliency
 from pipeline.schema import Saliency

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.geometry import Window
+from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
 from pipeline.errors import PipelineError
 from pipeline.schema import Augmentation
@@ -36,18 +37,6 @@ class Batch:
         images = self.images.to(device, non_blocking=True, memory_format=torch.channels_last)
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
         return Batch(images, self.tags.to(device, non_blocking=True), self.ids, self.windows, labels)
-
-
-def read_rgb(image: Image) -> NDArray[np.uint8]:
-    """H x W x 3 uint8.
-
-    Raises:
-        PipelineError: the file does not decode to the indexed size.
-    """
-    found = cv2.imread(str(image.file), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if found is None or found.shape[:2] != (image.height, image.width):
-        raise PipelineError(f"{image.file}: is not the image that was indexed; run the index stage again")
-    return cv2.cvtColor(found, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
 
 
 def normalise(rgb: NDArray[np.uint8]) -> Tensor:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
-from pipeline.data.loading import normalise, read_rgb, resize
+from pipeline.data.loading import normalise, resize
 
 
 def batches(

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
-from pipeline.data.loading import read_rgb
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.labels.crf import dense_crf
 from pipeline.schema import Crf, Test
