@@ -216,12 +216,12 @@ def _check_cycles(params: Params, faults: list[str]) -> None:
     """A refinement may learn from maps of another refinement, but not from its own."""
     for name in params.refinements:
         seen, at = [f"refinements/{name}"], params.refinements[name].source
-        while at.startswith("localizations/"):
-            at = params.localizations[at.split("/")[1]].model
+        while at.removeprefix("localizations/") in params.localizations:
+            at = params.localizations[at.removeprefix("localizations/")].model
             if not at.startswith("refinements/"):
                 break
             if at in seen:
                 faults.append(f"refinements.{name}.source: goes round in a circle: {' <- '.join([*seen, at])}")
                 break
             seen.append(at)
-            at = params.refinements[at.split("/")[1]].source
+            at = params.refinements[at.removeprefix("refinements/")].source

@@ -1,7 +1,7 @@
 """The demo: a generated dataset in VOC layout that shows the field's problem.
 
-Each object is a small head whose bright pattern gives the class away, and a large body that carries its class's tint and
-stripes clearly near the head and hardly at the tail. A plain CAM covers the head; what finds the body wins. About 1.5
+Each object is a small head whose bright pattern gives the class away, and a large body that carries its class's tint
+and stripes clearly near the head and hardly at the tail. A plain CAM covers the head; what finds the body wins. About 1.5
 classes an image, as in VOC, over clutter in the colours of none. Masks are exact. Saliency is SIMULATED: the papers
 bring maps of a trained detector, which there is none of for generated images, so the demo degrades the union of its
 objects to about the quality that such detectors have on VOC (``simulated_saliency``); it tells nothing of a class.
@@ -23,8 +23,8 @@ CLASSES = ("ant", "bee", "crab", "dove", "eel")
 _TINTS = np.array([(18, -10, -10), (-10, 16, -12), (-12, -8, 20), (14, 12, -20), (-16, 12, 12)], np.float32)
 _HEADS = np.array([(235, 60, 50), (70, 220, 60), (70, 90, 240), (240, 220, 50), (60, 225, 225)], np.float32)
 _ANGLES = (0.0, 36.0, 72.0, 108.0, 144.0)  # of the body's stripes, degrees
-# How clearly a body tells its class: with more, a plain CAM covers it; with less, nothing can. Chosen so that the recall
-# of CAM, OAA and OAA++ comes near the paper's on VOC (36.7, 52.3, 61.9 %; OAA Table 11).
+# How clearly a body tells its class: with more, a plain CAM covers it; with less, nothing can. Chosen so that the
+# recall of CAM, OAA and OAA++ comes near the paper's on VOC (36.7, 52.3, 61.9 %; OAA Table 11).
 _TINT, _STRIPE, _FADE = 0.6, 6.0, 2.0
 RGB = NDArray[np.uint8]
 
