@@ -3,11 +3,14 @@
 The Snakefile and dvc.yaml state the same graph in their own languages; tests/test_definitions.py holds the three equal.
 """
 
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import params as parameters
 from pipeline.errors import PipelineError
 from pipeline.schema import Params
 from pipeline.stores import manifest
@@ -245,3 +248,18 @@ def stale(graph: Graph) -> list[Job]:
             out.append(job)
             remade.update(job.outputs.values())
     return out
+
+
+def main() -> None:
+    """Print the command of every job, in order: ``python -m pipeline.graph [FILE ...] | sh -e`` runs all of them."""
+    files = sys.argv[1:] or ["params.yaml"]
+    try:
+        graph = Graph(parameters.load([Path(name) for name in files]))
+    except PipelineError as error:
+        sys.exit("\n".join(f"error: {line}" for line in error.lines))
+    for job in graph.jobs:
+        print(shlex.join(["python", "-m", f"stages.{job.stage}", *filter(None, [job.name]), "--params", *files]))
+
+
+if __name__ == "__main__":
+    main()

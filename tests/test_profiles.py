@@ -1,0 +1,96 @@
+"""The profiles on real images, scaled down: every stage of them runs, at the images' own size, on a plain CPU."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from pipeline.data.voc import CLASSES
+from pipeline.stores.raster import RasterStore
+from tests.project import ROOT, copy, run
+
+pytestmark = pytest.mark.slow
+SHARED = ROOT.parent / "shared"
+FULL_SIZE = SHARED / "data" / "voc12_fullsize_48"
+MINI = SHARED / "data" / "voc12_mini"
+WEIGHTS = SHARED / "weights" / "mobilenet_v2_imagenet_fp16.pth"
+
+
+def real_tree(root: Path, train: int, evaluation: int) -> None:
+    """Some of the 48 native-size images in VOC's own layout: XML annotations, SBD's mask folder, the papers' lists."""
+    tags = json.loads((MINI / "tags.json").read_text())
+    names = sorted(path.stem for path in (FULL_SIZE / "JPEGImages").iterdir())[: train + evaluation]
+    for folder in ("JPEGImages", "SegmentationClassAug", "Annotations", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for name in names:
+        shutil.copy(FULL_SIZE / "JPEGImages" / f"{name}.jpg", root / "JPEGImages")
+        shutil.copy(FULL_SIZE / "SegmentationClass" / f"{name}.png", root / "SegmentationClassAug")
+        objects = "".join(f"<object><name>{CLASSES[tag - 1]}</name></object>" for tag in tags[name])
+        (root / "Annotations" / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>")
+    lists = root / "ImageSets" / "Segmentation"
+    (lists / "train_aug.txt").write_text("\n".join(names[:train]))
+    (lists / "val.txt").write_text("\n".join(names[train:]))
+
+
+def metrics(project: Path, experiment: str) -> dict[str, dict[str, float]]:
+    return json.loads((project / "results" / experiment / "metrics.json").read_text())
+
+
+@pytest.mark.skipif(not FULL_SIZE.is_dir() or not MINI.is_dir(), reason="needs ../shared/data/voc12_fullsize_48")
+def test_voc2012_runs_whole_at_native_image_size(tmp_path: Path) -> None:
+    project = copy(tmp_path / "project", git=False)
+    real_tree(project / "data" / "voc2012_small", train=6, evaluation=2)
+    files = ["params.yaml", "profiles/voc2012.yaml", "profiles/voc2012_small.yaml"]
+    output = run(project, "snakemake", "--cores", "2", "--quiet", "all", "--configfile", *files)
+    rows = metrics(project, "voc2012_small")
+    wanted = yaml.safe_load((project / "profiles" / "voc2012.yaml").read_text())["segmentations"]
+    assert set(rows) == {name for name, block in wanted.items() if block}, output
+    assert all(math.isfinite(row["miou"]) for row in rows.values())
+    labels = RasterStore(project / "results/voc2012_small/pseudo_labels/oaa_plus/labels.h5")
+    assert all(max(labels.get(name).shape) == 500 for name in labels)
+    assert all(set(np.unique(labels.get(name))) <= {*range(21), 255} for name in labels)
+    mixed = RasterStore(project / "results/voc2012_small/mixtures/mixed_20/labels.h5")
+    masks = RasterStore(project / "results/voc2012_small/ground_truth/labels.h5")
+    assert sum(np.array_equal(mixed.get(name), masks.get(name)) for name in mixed) == 1  # 20 % of 6
+
+
+@pytest.mark.skipif(
+    not MINI.is_dir() or not WEIGHTS.is_file(), reason="needs ../shared/data/voc12_mini and its weights"
+)
+def test_voc12_mini_learns_from_real_images(tmp_path: Path) -> None:
+    """With 160 images and an epoch or two, pseudo labels already beat the all-background score by far."""
+    project = copy(tmp_path / "project", git=False)
+    data = project / "data" / "mini"
+    (data / "lists").mkdir(parents=True)
+    for name in ("JPEGImages", "SegmentationClass", "Saliency", "tags.json"):
+        (data / name).symlink_to(MINI / name)
+    lists = MINI / "ImageSets" / "Segmentation"
+    (data / "lists" / "train.txt").write_text("\n".join((lists / "train.txt").read_text().split()[:160]))
+    (data / "lists" / "val.txt").write_text("\n".join((lists / "val.txt").read_text().split()[:24]))
+    backbone = {"weights": os.path.relpath(WEIGHTS, project)}
+    learn = {"backbone": backbone, "augmentation": {"length": [161, 161]}, "training": {"epochs": 3}}
+    small = {
+        "experiment": "mini",
+        "dataset": {"root": "data/mini", "train": "lists/train.txt", "evaluation": "lists/val.txt"},
+        "saliency": {"path": "data/mini/Saliency"},
+        "defaults": {
+            "classifiers": {**learn, "accumulate": {"cells": 11}},
+            "refinements": {**learn, "training": {"epochs": 1}},
+            "localizations": {"length": 161, "scales": [1.0]},
+            "segmentations": {"backbone": backbone, "augmentation": {"crop": 161}, "training": {"epochs": 1}},
+        },
+        "test": {"flip": False},
+    }
+    (project / "small.yaml").write_text(yaml.safe_dump(small))
+    files = ["params.yaml", "profiles/voc12_mini.yaml", "small.yaml"]
+    run(project, "snakemake", "--cores", "2", "--quiet", "all", "--configfile", *files)
+    rows = metrics(project, "mini")
+    assert set(rows) == {"cam", "oaa", "oaa_plus", "oaa_drop", "supervised"}
+    background = 0.04  # the mIoU of an all-background label map: about 0.7 / 21
+    assert rows["cam"]["labels_miou"] > background + 0.25, rows
+    assert rows["oaa"]["maps_recall"] > rows["cam"]["maps_recall"], rows
