@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -64,6 +65,8 @@ class Plan:
             return
         behind = stale(self.graph)
         stages = [stage_of(job) for job in self.graph.jobs if job not in behind and job.stage != "download"]
+        if not stages:  # without names DVC would record everything
+            return
         done = subprocess.run(["dvc", "commit", "--quiet", "--force", *stages], capture_output=True, text=True)
         if done.returncode:
             print(f"note: DVC did not record this run: {done.stderr.strip()}", file=sys.stderr)
@@ -127,15 +130,21 @@ def _set_times(graph: Graph) -> None:
     makers = {path: job for job in graph.jobs for path in job.outputs.values()}
     for job in graph.jobs:
         sources = [file for path in job.inputs.values() for file in (made(makers[path]) if path in makers else [path])]
-        times = [path.stat().st_mtime_ns for path in sources or [Path(job.code[0])] if path.exists()]
-        if not times:
-            continue
-        newest = max(times)
-        for path in filter(Path.exists, made(job)):
-            older = path.stat().st_mtime_ns < newest
-            if older != (job in behind):
+        newest = max(map(_time, sources or [Path(job.code[0])]))
+        for path in made(job):
+            time = _time(path)
+            if time and newest and (time < newest) != (job in behind):
                 time = newest - SECOND if job in behind else newest
-                os.utime(path, ns=(time, time))
+                with suppress(FileNotFoundError):  # another run's stage may be about to make it anew
+                    os.utime(path, ns=(time, time))
+
+
+def _time(path: Path) -> int:
+    """Nanoseconds; 0 where there is no such file."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _drop_dead_locks(folder: Path) -> None:

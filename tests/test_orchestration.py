@@ -213,6 +213,15 @@ def test_a_failing_stage_says_why_and_is_not_taken_for_done(project: Path) -> No
     assert planned(project) == OF_OAA
 
 
+def test_nothing_is_recorded_where_nothing_was_made(tmp_path: Path) -> None:
+    folder = copy(tmp_path / "project", git=False)
+    (folder / "stages/demo.py").write_text("raise SystemExit('error: no room')\n")
+    text = run(folder, "snakemake", "--quiet", "all", check=False)
+    assert "error: no room" in text
+    assert "note: " not in text
+    assert not (folder / "dvc.lock").exists()
+
+
 def test_wrong_params_are_refused_in_a_line(project: Path) -> None:
     edit(project, lambda params: params.update(sede=1))
     for quiet in ((), ("--quiet", "all")):
