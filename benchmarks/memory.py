@@ -1,0 +1,123 @@
+"""Peak memory of the classifier stage's data structures at the size of VOC, and at ten times it.
+
+    python -m benchmarks.memory [N ...]
+
+N images of 500x375 with 1.47 tags of 20 classes (default 10,582, VOC's train_aug, and 105,820), all of them one file
+under many ids. In a process of its own for each N: the index is loaded, the accumulator and the training set are made,
+a light network does one step, all maps are updated, with each pair's last one for the attention drop layer, dumped, and
+saved in a checkpoint. Prints the process's peak resident set after each.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+HEIGHT, WIDTH, CLASSES = 375, 500, 20
+
+
+def write_index(folder: Path, images: int) -> Path:
+    """An index of ``images`` ids of one file."""
+    picture = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+    cv2.imwrite(str(folder / "image.jpg"), picture)
+    random = np.random.default_rng(0)
+    names = [f"image_{number:07d}" for number in range(images)]
+    entries = {}
+    for name in names:
+        tags = random.choice(CLASSES, 1 + int(random.random() < 0.47), replace=False) + 1
+        entries[name] = {
+            "file": "image.jpg",
+            "height": HEIGHT,
+            "width": WIDTH,
+            "tags": sorted(tags.tolist()),
+            "mask": None,
+            "saliency": None,
+            "sha256": "0" * 64,
+        }
+    index = {
+        "root": str(folder),
+        "classes": [f"class {number}" for number in range(CLASSES)],
+        "splits": {"train": names, "evaluation": []},
+        "tag_source": "random",
+        "images": entries,
+    }
+    path = folder / "index.json"
+    path.write_text(json.dumps(index))
+    return path
+
+
+def megabytes() -> float:
+    """This process's peak resident set so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(path: Path) -> dict[str, float]:
+    """Peak MB after each part of the stage's work, and seconds of writing."""
+    import torch
+
+    from pipeline.data.index import Index
+    from pipeline.data.loading import TrainingSet, loader
+    from pipeline.methods import build_method
+    from pipeline.methods.oaa import AttentionAccumulator
+    from pipeline.schema import Accumulate, Augmentation, Backbone, Classifier, Head, Training
+    from pipeline.training import checkpoint
+
+    found = {"imports": megabytes()}
+    index = Index(path)
+    images = index.images("train")
+    found["index"] = megabytes()
+    accumulator = AttentionAccumulator(images, Accumulate(gate="none", skip_epochs=0), 1, keep_last=True)
+    dataset = TrainingSet(images, CLASSES, Augmentation(side="short", length=(224, 224), flip=True), 0)
+    found["accumulator"] = megabytes()
+    method = build_method(Classifier(Backbone("small"), Training(1, 0.1), head=Head(0)), CLASSES)
+    batch = next(iter(loader(dataset, 1, 0, 0, 0)))
+    output = method(batch.images)
+    method.loss(output, batch.tags).backward()  # type: ignore[no-untyped-call]
+    found["step"] = megabytes()
+    raw = torch.rand(1, CLASSES, *output.maps.shape[2:])
+    for image, tags in zip(images, dataset.tags, strict=True):
+        accumulator.update(raw, raw.mean((2, 3)), tags[None], [image.id], batch.windows, 0)
+    start = time.perf_counter()
+    accumulator.dump(path.with_name("maps.h5"))
+    found["dump"] = megabytes()
+    found["dump seconds"] = time.perf_counter() - start
+    start = time.perf_counter()
+    checkpoint.save(path.with_name("checkpoint"), {"network": method.state_dict(), "task": accumulator.state()})
+    found["checkpoint"] = megabytes()
+    found["checkpoint seconds"] = time.perf_counter() - start
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="*", type=int, default=[10_582, 105_820])
+    parser.add_argument("--index", type=Path, help=argparse.SUPPRESS)  # the process that is measured
+    options = parser.parse_args()
+    if options.index:
+        print(json.dumps(measure(options.index)))
+        return
+    parts = ("imports", "index", "accumulator", "step", "dump", "checkpoint")
+    print(
+        f"{'images':>11}"
+        + "".join(f"{part:>12}" for part in parts)
+        + "   MB at most, so far; seconds of dump, checkpoint"
+    )
+    for count in options.images:
+        with tempfile.TemporaryDirectory() as folder:
+            path = write_index(Path(folder), count)
+            command = [sys.executable, "-m", "benchmarks.memory", "--index", str(path)]
+            text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        found = json.loads(text)
+        line = "".join(f"{found[part]:12.0f}" for part in parts)
+        print(f"{count:>11}{line}   {found['dump seconds']:.1f}, {found['checkpoint seconds']:.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""Localization maps and segmentations of whole images, by networks whose output is known at every pixel."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline import schema
+from pipeline.data.images import read_rgb
+from pipeline.data.index import Image, Index
+from pipeline.data.loading import normalise
+from pipeline.errors import PipelineError
+from pipeline.graph import Job
+from pipeline.inference import models
+from pipeline.inference.batching import batches, pixels_per_batch
+from pipeline.inference.localize import localization_maps
+from pipeline.inference.segment import segmentations
+from pipeline.labels.crf import dense_crf
+from pipeline.runtime import Runtime
+from pipeline.schema import Backbone, Classifier, Crf, Head, Localization, Refinement, Segmentation, Training
+from pipeline.stage import Work
+from pipeline.stores.raster import RasterStore
+from stages import localization, prediction
+from tests.voc_tree import make_index
+
+CPU = torch.device("cpu")
+K = 3
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 would hide small errors."""
+    for module in ("localize", "segment"):
+        monkeypatch.setattr(
+            f"pipeline.inference.{module}.autocast",
+            lambda device, precision: torch.autocast(device.type, torch.bfloat16, enabled=False),
+        )
+
+
+def saved(folder: Path, name: str, rgb: NDArray[np.uint8], tags: tuple[int, ...]) -> Image:
+    path = folder / f"{name}.png"
+    cv2.imwrite(str(path), rgb[..., ::-1])
+    return Image(name, path, rgb.shape[0], rgb.shape[1], tags, None, None)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Image]:
+    """Smooth images of three shapes."""
+    made = []
+    for number, (height, width, tags) in enumerate(
+        [(32, 48, (1, 3)), (48, 32, (2,)), (32, 48, (2, 3)), (30, 50, (1,))]
+    ):
+        random = np.random.default_rng(number)
+        coarse = random.integers(30, 226, (4, 4, 3)).astype(np.uint8)
+        rgb = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
+        made.append(saved(tmp_path, f"image{number}", rgb, tags))
+    return made
+
+
+class Colours(nn.Module):
+    """Its class maps are the image's channels at stride 8, the third of them below zero in places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append((x.shape[2], x.shape[3]))
+        return functional.interpolate(
+            x, size=(-(-x.shape[2] // 8), -(-x.shape[3] // 8)), mode="bilinear", align_corners=False, antialias=True
+        )
+
+    def localize(self, x: Tensor) -> Tensor:
+        return self(x).relu()
+
+
+def maps_of(network: nn.Module, images: Sequence[Image], **settings: Any) -> dict[tuple[str, int], NDArray[np.uint8]]:
+    found = localization_maps(network, images, Localization("classifiers/base", **settings), CPU)
+    return {(image_id, tag): values for image_id, tag, values in found}
+
+
+def plain(image: Image, scale: float = 1.0, flip: bool = False) -> Tensor:
+    """K x h x w: the channels of one pass on the stored grid, by the formula; stride 4."""
+    x = normalise(read_rgb(image))[None].double()
+    size = round(image.height * scale), round(image.width * scale)
+    if scale != 1:
+        x = functional.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
+    x = x.flip(3) if flip else x
+    cells = -(-size[0] // 8), -(-size[1] // 8)
+    x = functional.interpolate(x, size=cells, mode="bilinear", align_corners=False, antialias=True).clamp(min=0)
+    x = x.flip(3) if flip else x
+    grid = -(-image.height // 4), -(-image.width // 4)
+    return functional.interpolate(x, size=grid, mode="bilinear", align_corners=False)[0]
+
+
+class TestLocalization:
+    def test_present_classes_only_each_up_to_255(self, images: list[Image]) -> None:
+        found = maps_of(Colours(), images)
+        assert set(found) == {(image.id, tag) for image in images for tag in image.tags}
+        assert all(values.max() == 255 and values.dtype == np.uint8 for values in found.values())
+
+    def test_maps_lie_on_the_stored_grid(self, images: list[Image]) -> None:
+        for stride in (4, 7, 1):
+            found = maps_of(Colours(), images, stride=stride)
+            for image in images:
+                expected = -(-image.height // stride), -(-image.width // stride)
+                assert all(found[image.id, tag].shape == expected for tag in image.tags)
+
+    @pytest.mark.parametrize("fusion", ["mean", "max"])
+    @pytest.mark.parametrize("flip", [False, True])
+    @pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0, 1.5)])
+    def test_scales_and_flips_are_fused_before_the_division(
+        self, images: list[Image], scales: tuple[float, ...], flip: bool, fusion: str
+    ) -> None:
+        found = maps_of(Colours(), images, scales=scales, flip=flip, fusion=fusion)
+        for image in images:
+            passes = torch.stack(
+                [plain(image, scale, f) for scale in scales for f in ([False, True] if flip else [False])]
+            )
+            fused = passes.mean(0) if fusion == "mean" else passes.amax(0)
+            for tag in image.tags:
+                expected = 255 * fused[tag - 1] / fused[tag - 1].max()
+                assert np.abs(found[image.id, tag] - expected.numpy()).max() <= 0.51
+
+    def test_a_symmetric_network_sees_a_flipped_image_flipped(self, tmp_path: Path, images: list[Image]) -> None:
+        rgb = read_rgb(images[0])
+        mirrored = saved(tmp_path, "mirrored", np.ascontiguousarray(rgb[:, ::-1]), images[0].tags)
+        for flip in (False, True):
+            found = maps_of(Colours(), [images[0], mirrored], flip=flip)
+            for tag in (1, 3):
+                one, other = found["image0", tag].astype(int), found["mirrored", tag].astype(int)
+                assert np.abs(one[:, ::-1] - other).max() <= 1
+                assert (one != other).any()
+
+    def test_flips_are_undone(self, tmp_path: Path) -> None:
+        """A network that always looks left: its plain map lies left, the mean with its flipped pass on both sides."""
+
+        class Left(nn.Module):
+            def localize(self, x: Tensor) -> Tensor:
+                maps = torch.zeros(len(x), K, 4, 8)
+                maps[..., 0] = 1
+                return maps
+
+        image = saved(tmp_path, "grey", np.full((16, 32, 3), 100, np.uint8), (2,))
+        left = maps_of(Left(), [image])["grey", 2]
+        both = maps_of(Left(), [image], flip=True)["grey", 2]
+        assert left[0].tolist() == [255] + 7 * [0]
+        assert both[0].tolist() == [255, 0, 0, 0, 0, 0, 0, 255]
+
+    def test_the_input_takes_the_size_asked_for(self, images: list[Image]) -> None:
+        for settings, expected in [
+            ({"side": "square", "length": 64}, {(64, 64)}),
+            ({"side": "short", "length": 64}, {(64, 96), (96, 64), (64, 107)}),
+            ({"side": "long", "length": 24, "scales": (2.0,)}, {(32, 48), (48, 32), (28, 48)}),
+        ]:
+            network = Colours()
+            found = maps_of(network, images, **settings)
+            assert set(network.sizes) == expected
+            assert found["image0", 1].shape == (8, 12)
+
+    def test_a_map_without_a_positive_value_is_zero(self, tmp_path: Path) -> None:
+        image = saved(tmp_path, "black", np.zeros((16, 16, 3), np.uint8), (1, 2))
+        assert not any(values.any() for values in maps_of(Colours(), [image]).values())
+
+    def test_neighbours_in_a_batch_change_nothing(self, images: list[Image]) -> None:
+        together = maps_of(Colours(), images)
+        for image in images:
+            for key, values in maps_of(Colours(), [image]).items():
+                assert values.tolist() == together[key].tolist()
+
+
+class Scores(nn.Module):
+    """Logits of background and three classes at stride 8, from the image's channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = functional.avg_pool2d(x, 8, ceil_mode=True)
+        return torch.cat([torch.full_like(features[:, :1], 0.3), 2 * features], 1)
+
+
+def labels_of(images: Sequence[Image], **settings: Any) -> dict[str, NDArray[np.uint8]]:
+    return {name: values for name, _, values in segmentations(Scores(), images, schema.Test(**settings), CPU, map)}
+
+
+def chances(image: Image, scales: Sequence[float], flip: bool) -> Tensor:
+    """(K + 1) x H x W by the formula: softmax of the logits at the image's size, then the mean."""
+    x = normalise(read_rgb(image))[None].double()
+    size = image.height, image.width
+    views = []
+    for scale in scales:
+        scaled = x
+        if scale != 1:
+            small = round(size[0] * scale), round(size[1] * scale)
+            scaled = functional.interpolate(x, size=small, mode="bilinear", align_corners=False, antialias=scale < 1)
+        for flipped in [False, True] if flip else [False]:
+            logits = Scores()(scaled.flip(3) if flipped else scaled)
+            logits = functional.interpolate(
+                logits.flip(3) if flipped else logits, size=size, mode="bilinear", align_corners=False
+            )
+            views.append(logits.softmax(1)[0])
+    return torch.stack(views).mean(0)
+
+
+class TestSegmentation:
+    @pytest.mark.parametrize(("scales", "flip"), [((1.0,), False), ((1.0,), True), ((0.5, 1.0, 1.5), True)])
+    def test_labels_are_the_argmax_of_the_mean_softmax(
+        self, images: list[Image], scales: tuple[float, ...], flip: bool
+    ) -> None:
+        found = labels_of(images, scales=scales, flip=flip)
+        assert set(found) == {image.id for image in images}
+        for image in images:
+            expected = chances(image, scales, flip)
+            assert found[image.id].shape == (image.height, image.width)
+            assert found[image.id].dtype == np.uint8
+            ranked = expected.sort(0, descending=True).values
+            clear = (ranked[0] - ranked[1] > 1e-5).numpy()
+            assert clear.mean() > 0.99
+            assert (found[image.id] == expected.argmax(0).numpy())[clear].all()
+        assert {value for values in found.values() for value in np.unique(values).tolist()} == {0, 1, 2, 3}
+
+    def test_crf_refines_the_classes_that_come_close(self, images: list[Image]) -> None:
+        """The same labels as the CRF over all classes, at a fraction of its time."""
+        settings = Crf(iterations=3)
+        found = labels_of(images[:1], crf=settings)["image0"]
+        everything = chances(images[0], (1.0,), False).float().numpy()
+        expected = dense_crf(read_rgb(images[0]), everything, settings).argmax(0)
+        assert (found == expected).mean() > 0.995
+        assert (found != labels_of(images[:1])["image0"]).any()
+
+    def test_the_mapper_gets_one_task_an_image(self, images: list[Image]) -> None:
+        calls: list[int] = []
+
+        def mapper(function: Any, tasks: Any) -> Any:
+            calls.append(len(tasks))
+            return map(function, tasks)
+
+        rows = list(segmentations(Scores(), images, schema.Test(crf=Crf(iterations=1)), CPU, mapper))
+        assert sorted(calls) == [1, 1, 2]
+        assert {name: values.shape for name, _, values in rows} == {i.id: (i.height, i.width) for i in images}
+
+
+class TestBatches:
+    def test_images_of_a_shape_go_together(self, images: list[Image]) -> None:
+        found = list(batches(images, lambda image: (image.height, image.width), 10**6))
+        assert [[image.id for image in part] for part, _ in found] == [["image0", "image2"], ["image1"], ["image3"]]
+        assert [tuple(inputs.shape) for _, inputs in found] == [(2, 3, 32, 48), (1, 3, 48, 32), (1, 3, 30, 50)]
+        for part, inputs in found:
+            for image, one in zip(part, inputs, strict=True):
+                assert torch.equal(one, normalise(read_rgb(image)))
+
+    def test_a_batch_holds_at_most_so_many_pixels(self, images: list[Image]) -> None:
+        square = [len(part) for part, _ in batches(images, lambda image: (20, 20), 3 * 400)]
+        assert square == [3, 1]
+        assert [len(part) for part, _ in batches(images, lambda image: (20, 20), 10)] == [1, 1, 1, 1]
+
+    def test_a_card_takes_more(self) -> None:
+        assert pixels_per_batch(torch.device("cuda")) > pixels_per_batch(CPU) > 0
+
+
+TRAINING = Training(batch_size=2, lr=0.1, epochs=1)
+BLOCKS: list[Any] = [
+    Classifier(Backbone("small"), TRAINING, head=Head(1, 8)),
+    Refinement("classifiers/base", Backbone("small", output_stride=4), TRAINING, head=Head(0, 8)),
+    Segmentation("ground_truth", Backbone("small"), TRAINING, channels=8, rate=2),
+]
+
+
+def file_of(block: Any, path: Path) -> nn.Module:
+    torch.manual_seed(0)
+    network = models.build(block, K)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None
+            norm.running_mean.normal_()
+    models.save(path, network, block, K)
+    return network.eval()
+
+
+class TestModels:
+    @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: type(block).__name__)
+    def test_what_is_saved_is_loaded(self, tmp_path: Path, block: Any) -> None:
+        network = file_of(block, tmp_path / "model.pt")
+        loaded = models.load(tmp_path / "model.pt", K, CPU)
+        assert type(loaded) is type(network)
+        assert not loaded.training
+        state, expected = loaded.state_dict(), network.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+        x = torch.randn(1, 3, 32, 40)
+        one, other = (getattr(found, "maps", found) for found in (network(x), loaded(x)))
+        torch.testing.assert_close(one, other)
+
+    def test_initial_weights_are_not_asked_for_again(self, tmp_path: Path) -> None:
+        """The file that training started from may be gone."""
+        network = models.build(BLOCKS[0], K)
+        block = Classifier(Backbone("small", weights="gone.pth"), TRAINING, head=Head(1, 8))
+        models.save(tmp_path / "model.pt", network, block, K)
+        assert models.load(tmp_path / "model.pt", K, CPU)
+
+    def test_another_number_of_classes_is_refused(self, tmp_path: Path) -> None:
+        file_of(BLOCKS[0], tmp_path / "model.pt")
+        with pytest.raises(PipelineError, match=r"model\.pt: was trained on 3 classes, the dataset has 20"):
+            models.load(tmp_path / "model.pt", 20, CPU)
+
+
+class TestStages:
+    """The two stages on a small tree with untrained networks."""
+
+    @pytest.fixture
+    def index(self, tmp_path: Path) -> Path:
+        return make_index(tmp_path / "tree", train=5, evaluation=3)
+
+    def work(self, folder: Path, index: Path, block: Any, settings: Any, output: str) -> Work:
+        file_of(block, folder / "model.pt")
+        inputs = {"index": index, "model": folder / "model.pt"}
+        outputs = {output: folder / f"{output}.h5"}
+        job = Job("test", "x", inputs, outputs, {}, settings)
+        return Work(job, inputs, outputs, Runtime(device="cpu", threads=1), "", folder / "checkpoint")
+
+    def test_localization_covers_the_training_images(self, tmp_path: Path, index: Path) -> None:
+        settings = Localization("classifiers/base", scales=(1.0, 0.5), flip=True)
+        localization.main(self.work(tmp_path, index, BLOCKS[0], settings, "maps"))
+        store = RasterStore(tmp_path / "maps.h5")
+        images = Index(index).images("train")
+        assert store.ids == [image.id for image in images]
+        assert [tuple(store.classes(image.id)) for image in images] == [image.tags for image in images]
+        assert store.get("img_003", 1).shape == (6, 8)
+
+    def test_prediction_covers_the_evaluation_images(self, tmp_path: Path, index: Path) -> None:
+        prediction.main(self.work(tmp_path, index, BLOCKS[2], schema.Test(flip=True), "labels"))
+        store = RasterStore(tmp_path / "labels.h5")
+        assert store.ids == [image.id for image in Index(index).images("evaluation")]
+        assert all(store.get(name).shape == (24, 32) and store.get(name).max() <= K for name in store)

@@ -1,0 +1,58 @@
+"""SIGKILL at random moments of a training: what is started again ends with the bytes of an unbroken run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.kill import compare
+from pipeline.graph import Graph
+from pipeline.params import load
+from pipeline.stage import run
+from stages import ground_truth, index
+from tests.project import ROOT
+from tests.voc_tree import make_tree, minimal_params
+
+EPOCHS = {"classifier": 60, "segmentation": 120}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a small dataset, its index and masks, and params whose trainings last seconds."""
+    monkeypatch.chdir(tmp_path)
+    for part in ("pipeline", "stages"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    params: dict[str, Any] = minimal_params(make_tree(Path("data"), train=14))
+    small = {
+        section: {"backbone": {"name": "small"}, "training": {"batch_size": 4, "lr": 0.05, "epochs": epochs}}
+        for section, epochs in EPOCHS.items()
+    }
+    drop = {"attention_drop": {"beta": 0.5, "delta": 0.5}, "accumulate": {"cells": 6, "snapshots": True}}
+    params["classifiers"] = {"base": {**small["classifier"], **drop, "head": {"convs": 1, "channels": 8}}}
+    head = {"channels": 8, "rate": 2, "dropout": 0.5}
+    params["segmentations"] = {"cam": {**small["segmentation"], **head, "labels": "ground_truth"}}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    run("index", index.main, [])
+    run("ground_truth", ground_truth.main, [])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "outputs"),
+    [
+        ("classifier", "base", {"model.pt", "log.json", "maps.h5", "snapshots.h5"}),
+        ("segmentation", "cam", {"model.pt", "log.json"}),
+    ],
+)
+def test_a_killed_training_ends_with_the_same_bytes(project: Path, stage: str, name: str, outputs: set[str]) -> None:
+    params = load([Path("params.yaml")])
+    job = Graph(params).find(stage, name)
+    options = ["--params", str(project / "params.yaml"), "--threads", "1", "--device", "cpu"]
+    unbroken, killed = compare(job, Path("data"), project, options, kills=3, seed=1)
+    assert killed.resumptions() >= 1
+    assert set(unbroken.hashes()) == outputs
+    assert killed.hashes() == unbroken.hashes()
+    log = json.loads((killed.folder / job.outputs["log"]).read_text())
+    assert [entry["epoch"] for entry in log["epochs"]] == list(range(EPOCHS[stage]))

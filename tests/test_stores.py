@@ -1,0 +1,248 @@
+"""Raster stores, hashes, files that appear whole or not at all, and manifests."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.errors import PipelineError
+from pipeline.stores import files, manifest, raster
+from pipeline.stores.raster import RasterStore, RasterWriter
+
+Rows = list[tuple[str, int, NDArray[np.uint8]]]
+
+
+def rows(count: int = 12) -> Rows:
+    """Ragged rasters of ``count`` images, none to three each."""
+    random = np.random.default_rng(0)
+    return [
+        (f"image {number}", class_id, random.integers(0, 256, random.integers(1, 30, 2)).astype(np.uint8))
+        for number in range(count)
+        for class_id in range(1, 1 + number % 4)
+    ]
+
+
+def write(path: Path, content: Rows, count: int = 12) -> RasterStore:
+    with RasterWriter(path, "test") as writer:
+        for number in range(count):
+            writer.add_image(f"image {number}")
+            for image_id, class_id, values in content:
+                if image_id == f"image {number}":
+                    writer.append(image_id, values, class_id)
+    return RasterStore(path)
+
+
+def read_in_child(store: RasterStore, queue: Any) -> None:
+    queue.put(store.get("image 3", 2).tolist())
+
+
+class TestRasters:
+    def test_what_is_written_is_read(self, tmp_path: Path) -> None:
+        content = rows()
+        store = write(tmp_path / "maps.h5", content)
+        assert store.kind == "test"
+        assert list(store) == store.ids == [f"image {number}" for number in range(12)]
+        assert len(store) == len(content) == 18
+        for image_id, class_id, values in content:
+            found = store.get(image_id, class_id)
+            assert found.dtype == np.uint8
+            assert found.tolist() == values.tolist()
+            assert store.maps(image_id)[class_id].tolist() == values.tolist()
+        assert store.classes("image 7") == list(store.maps("image 7")) == [1, 2, 3]
+
+    def test_small_buffers_give_the_same_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The values do not depend on how often the writer empties its buffer."""
+        content = rows()
+        whole = write(tmp_path / "whole.h5", content)
+        monkeypatch.setattr(raster, "BUFFER", 500)
+        pieces = write(tmp_path / "pieces.h5", content)
+        for image_id, class_id, _ in content:
+            assert whole.get(image_id, class_id).tolist() == pieces.get(image_id, class_id).tolist()
+
+    def test_none_and_unknown_differ(self, tmp_path: Path) -> None:
+        store = write(tmp_path / "maps.h5", rows())
+        assert "image 4" in store
+        assert store.maps("image 4") == {}
+        assert store.classes("image 4") == []
+        assert "image 99" not in store
+        with pytest.raises(KeyError, match=r"maps\.h5 has no image image 99"):
+            store.maps("image 99")
+        with pytest.raises(KeyError, match=r"maps\.h5 has no class 3 of image image 1"):
+            store.get("image 1", 3)
+
+    def test_an_empty_store_is_one(self, tmp_path: Path) -> None:
+        with RasterWriter(tmp_path / "maps.h5", "test"):
+            pass
+        store = RasterStore(tmp_path / "maps.h5")
+        assert len(store) == 0
+        assert list(store) == []
+
+    def test_same_content_same_bytes(self, tmp_path: Path) -> None:
+        for name in ("one.h5", "other.h5"):
+            write(tmp_path / name, rows())
+        assert (tmp_path / "one.h5").read_bytes() == (tmp_path / "other.h5").read_bytes()
+
+    def test_views_are_stored_as_they_look(self, tmp_path: Path) -> None:
+        values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+        with RasterWriter(tmp_path / "maps.h5", "test") as writer:
+            writer.append("a", values[::-1, ::-1].T)
+        assert RasterStore(tmp_path / "maps.h5").get("a").tolist() == values[::-1, ::-1].T.tolist()
+
+    @pytest.mark.parametrize("values", [np.zeros((2, 3), np.float32), np.zeros((1, 2, 3), np.uint8)])
+    def test_other_than_2d_uint8_is_refused(self, tmp_path: Path, values: Any) -> None:
+        with RasterWriter(tmp_path / "maps.h5", "test") as writer, pytest.raises(ValueError, match="2-D uint8, not"):
+            writer.append("a", values)
+
+    def test_an_images_rows_must_lie_together(self, tmp_path: Path) -> None:
+        one = np.zeros((1, 1), np.uint8)
+        with RasterWriter(tmp_path / "maps.h5", "test") as writer:
+            writer.append("a", one)
+            writer.add_image("b")
+            with pytest.raises(ValueError, match="rows of image a must lie together"):
+                writer.append("a", one, 2)
+
+    @pytest.mark.parametrize("content", [b"", b"text", None])
+    def test_another_file_is_refused(self, tmp_path: Path, content: bytes | None) -> None:
+        path = tmp_path / "maps.h5"
+        if content is None:
+            with h5py.File(path, "w") as file:
+                file["other"] = 1
+        else:
+            path.write_bytes(content)
+        with pytest.raises(PipelineError, match=r"maps\.h5: not a raster store .*; run its stage again"):
+            RasterStore(path)
+
+    def test_a_forked_process_reads_by_a_handle_of_its_own(self, tmp_path: Path) -> None:
+        store = write(tmp_path / "maps.h5", rows())
+        expected = store.get("image 3", 2).tolist()
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        child = context.Process(target=read_in_child, args=(store, queue))
+        child.start()
+        assert queue.get(timeout=20) == expected
+        child.join(20)
+        assert child.exitcode == 0
+        assert store.get("image 3", 2).tolist() == expected
+
+
+class TestFiles:
+    def test_sha256_is_the_standards(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(b"abc")
+        assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+    def test_a_files_fingerprint_is_its_hash(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(b"abc")
+        assert files.fingerprint(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+    def test_a_folders_fingerprint_tells_names_and_sizes(self, tmp_path: Path) -> None:
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "a").write_text("1")
+        (tmp_path / "b").write_text("22")
+        found = [files.fingerprint(tmp_path)]
+        (tmp_path / ".hidden").write_text("not counted")
+        assert files.fingerprint(tmp_path) == found[0]
+        (tmp_path / "b").write_text("333")
+        found.append(files.fingerprint(tmp_path))
+        (tmp_path / "b").rename(tmp_path / "c")
+        found.append(files.fingerprint(tmp_path))
+        (tmp_path / "sub" / "a").rename(tmp_path / "a")
+        found.append(files.fingerprint(tmp_path))
+        assert len(set(found)) == 4
+
+    def test_code_hash_reads_all_sources_and_nothing_else(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "package" / "sub").mkdir(parents=True)
+        (tmp_path / "package" / "sub" / "a.py").write_text("a = 1\n")
+        (tmp_path / "stage.py").write_text("b = 1\n")
+        roots = ("stage.py", "package")
+        first = files.code_hash(roots)
+        (tmp_path / "package" / "notes.txt").write_text("no code")
+        assert files.code_hash(roots) == first
+        (tmp_path / "package" / "sub" / "a.py").write_text("a = 2\n")
+        second = files.code_hash(roots)
+        (tmp_path / "stage.py").write_text("b = 2\n")
+        assert len({first, second, files.code_hash(roots)}) == 3
+
+    def test_atomic_appears_whole_or_not_at_all(self, tmp_path: Path) -> None:
+        path = tmp_path / "new" / "a.txt"
+        with files.atomic(path) as temporary:
+            temporary.write_text("first")
+            assert not path.exists()
+            assert temporary.parent == path.parent  # a rename within one file system
+        assert path.read_text() == "first"
+
+        def unfinished() -> None:
+            with files.atomic(path) as temporary:
+                temporary.write_text("second, unf")
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            unfinished()
+        assert path.read_text() == "first"
+
+    def test_a_folder_takes_the_place_of_the_old_one(self, tmp_path: Path) -> None:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "old").touch()
+        new = files.partial(tmp_path / "data")
+        new.mkdir()
+        (new / "new").touch()
+        files.publish(tmp_path / "data")
+        assert os.listdir(tmp_path) == ["data"]
+        assert os.listdir(tmp_path / "data") == ["new"]
+
+
+class TestManifest:
+    def published(self, folder: Path) -> Path:
+        path = folder / "model.pt"
+        path.write_bytes(bytes(range(200)))
+        manifest.write(folder, stage="classifier x", outputs={"model.pt": files.sha256(path)})
+        return path
+
+    def test_it_names_fields_and_versions(self, tmp_path: Path) -> None:
+        self.published(tmp_path)
+        found = manifest.read(tmp_path)
+        assert found is not None
+        assert found["stage"] == "classifier x"
+        assert {"python", "torch", "numpy", "h5py"} <= set(found["versions"])
+        assert (tmp_path / "manifest.json").read_text() == json.dumps(found, indent=1, sort_keys=True) + "\n"
+
+    def test_an_unharmed_file_passes(self, tmp_path: Path) -> None:
+        path = self.published(tmp_path)
+        assert manifest.verify(path) == hashlib.sha256(bytes(range(200))).hexdigest()
+
+    @pytest.mark.parametrize("bit", [0, 7, 799, 1599])
+    def test_one_flipped_bit_is_refused_with_both_hashes(self, tmp_path: Path, bit: int) -> None:
+        path = self.published(tmp_path)
+        expected = files.sha256(path)
+        content = bytearray(path.read_bytes())
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with pytest.raises(PipelineError) as caught:
+            manifest.verify(path)
+        (line,) = caught.value.lines
+        assert line == (
+            f"{path}: damaged or changed by hand: sha256 is {files.sha256(path)}, its manifest says {expected}; "
+            f"delete {path} and run its stage again"
+        )
+
+    def test_a_file_that_no_manifest_names_passes(self, tmp_path: Path) -> None:
+        path = tmp_path / "own.h5"
+        path.write_bytes(b"a user's own")
+        assert manifest.verify(path) == files.sha256(path)
+        self.published(tmp_path)
+        assert manifest.verify(path) == files.sha256(path)
+
+    @pytest.mark.parametrize("content", [None, "", '{"stage": "cla', "[1, 2]"])
+    def test_a_manifest_that_is_not_whole_is_none(self, tmp_path: Path, content: str | None) -> None:
+        if content is not None:
+            (tmp_path / "manifest.json").write_text(content)
+        assert manifest.read(tmp_path) is None

@@ -1,0 +1,287 @@
+"""The training loop: learning rates, parameter groups, accumulated gradients, log, and the checkpoint's file."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.index import Index
+from pipeline.data.loading import Batch, TrainingSet
+from pipeline.errors import PipelineError
+from pipeline.runtime import Runtime
+from pipeline.schema import Augmentation, Training
+from pipeline.training import checkpoint
+from pipeline.training.loop import Extent, Loop, extent
+from pipeline.training.settings import (
+    autocast,
+    build_optimizer,
+    has_bf16,
+    learning_rate,
+    parameter_groups,
+    prepare,
+)
+from tests.voc_tree import make_index
+
+CPU = torch.device("cpu")
+needs_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return Index(make_index(tmp_path_factory.mktemp("tree"), train=9))
+
+
+def dataset(index: Index, images: int = 9) -> TrainingSet:
+    return TrainingSet(index.images("train")[:images], 3, Augmentation(crop=20), seed=0)
+
+
+class TestLearningRates:
+    """By hand, at lr 0.1."""
+
+    @pytest.mark.parametrize(
+        ("settings", "steps_per_epoch", "expected"),
+        [
+            ({"schedule": "constant", "epochs": 4}, 5, {0: 0.1, 19: 0.1}),
+            (
+                {"schedule": "step", "epochs": 4, "milestones": (2, 3)},
+                5,
+                {0: 0.1, 9: 0.1, 10: 0.01, 14: 0.01, 15: 0.001, 19: 0.001},
+            ),
+            ({"schedule": "step", "iterations": 20, "milestones": (4,), "gamma": 0.5}, 5, {3: 0.1, 4: 0.05, 19: 0.05}),
+            ({"schedule": "poly", "epochs": 4}, 5, {0: 0.1, 10: 0.1 * 0.5**0.9, 19: 0.1 * 0.05**0.9}),
+            ({"schedule": "poly", "iterations": 20, "power": 2.0}, 7, {5: 0.1 * 0.75**2, 15: 0.1 * 0.25**2}),
+            ({"schedule": "constant", "epochs": 4, "warmup": 4}, 5, {0: 0.025, 1: 0.05, 3: 0.1, 4: 0.1}),
+            ({"schedule": "poly", "epochs": 4, "power": 1.0, "warmup": 10}, 5, {4: 0.1 * 0.8 * 0.5, 10: 0.05}),
+            ({"schedule": "step", "epochs": 4, "milestones": (1,), "warmup": 10}, 5, {4: 0.05, 5: 0.006, 10: 0.01}),
+        ],
+    )
+    def test_schedules(self, settings: dict[str, Any], steps_per_epoch: int, expected: dict[int, float]) -> None:
+        training = Training(2, 0.1, **settings)
+        found = {step: learning_rate(training, step, steps_per_epoch, 20) for step in expected}
+        assert found == pytest.approx(expected)
+
+    @pytest.mark.parametrize(
+        ("settings", "images", "expected"),
+        [
+            ({"batch_size": 1, "accumulation": 5, "epochs": 15}, 10_582, Extent(10_582, 2_117, 31_755, 15)),  # OAA
+            ({"batch_size": 5, "epochs": 15}, 10_582, Extent(2_117, 2_117, 31_755, 15)),  # DRS
+            ({"batch_size": 5, "accumulation": 2, "iterations": 20_000}, 10_582, Extent(2_117, 1_059, 20_000, 19)),
+            ({"batch_size": 16, "iterations": 3}, 9, Extent(1, 1, 3, 3)),
+        ],
+    )
+    def test_extent(self, settings: dict[str, Any], images: int, expected: Extent) -> None:
+        assert extent(Training(lr=0.1, **settings), images) == expected
+
+
+class Layers(nn.Module):
+    """A backbone of two convolutions, one of them frozen, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Conv2d(3, 2, 1).requires_grad_(False)
+        self.backbone = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Conv2d(4, 5, 1)
+
+
+class TestGroups:
+    def described(self, **settings: Any) -> dict[str, tuple[Any, Any]]:
+        network = Layers()
+        names = {id(parameter): name for name, parameter in network.named_parameters()}
+        groups = parameter_groups(network, [network.head], Training(2, 0.1, weight_decay=0.005, **settings))
+        found: dict[str, tuple[Any, Any]] = {}
+        for group in groups:
+            assert isinstance(group["params"], list)
+            for parameter in group["params"]:
+                assert names[id(parameter)] not in found
+                found[names[id(parameter)]] = group["multiplier"], group["weight_decay"]
+        return found
+
+    def test_multipliers_are_1_2_10_20(self) -> None:
+        assert self.described() == {
+            "backbone.weight": (1, 0.005),
+            "backbone.bias": (2, 0.005),
+            "norm.weight": (1, 0.005),
+            "norm.bias": (2, 0.005),
+            "head.weight": (10, 0.005),
+            "head.bias": (20, 0.005),
+        }
+
+    def test_biases_need_not_decay(self) -> None:
+        found = self.described(decay_biases=False, lr_bias=1.0, lr_new=3.0)
+        assert {name: values for name, values in found.items() if not name.startswith("norm")} == {
+            "backbone.weight": (1, 0.005),
+            "backbone.bias": (1, 0),
+            "head.weight": (3, 0.005),
+            "head.bias": (3, 0),
+        }
+
+    def test_optimizers_take_their_settings(self) -> None:
+        network = Layers()
+        for settings, kind in [
+            (Training(2, 0.1, momentum=0.8, nesterov=True), torch.optim.SGD),
+            (Training(2, 0.1, optimizer="adam"), torch.optim.Adam),
+        ]:
+            optimizer = build_optimizer(parameter_groups(network, [], settings), settings)
+            assert type(optimizer) is kind
+            if kind is torch.optim.SGD:
+                assert all(group["momentum"] == 0.8 and group["nesterov"] for group in optimizer.param_groups)
+
+
+class TestPrecision:
+    def test_autocast_follows_the_settings(self) -> None:
+        layer, x = nn.Conv2d(3, 2, 1), torch.randn(1, 3, 4, 4)
+        for precision, expected in [
+            ("bf16", torch.bfloat16),
+            ("fp32", torch.float32),
+            ("auto", torch.bfloat16 if has_bf16(CPU) else torch.float32),
+        ]:
+            with autocast(CPU, precision):
+                assert layer(x).dtype == expected
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_cuda_that_is_not_there_is_refused(self) -> None:
+        with pytest.raises(PipelineError, match="--device cuda:0: this torch sees no CUDA device; use --device cpu"):
+            prepare("cuda:0", 1)
+        assert prepare("auto", 1).type == "cpu"
+
+
+class TinyTask:
+    """A linear score of each image's mean colour; what a test wants done at a loss, it overrides."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.network: nn.Module = nn.Sequential(nn.AvgPool2d(20), nn.Flatten(), nn.Linear(3, 3))
+        self.epochs: list[int] = []
+
+    def new_layers(self) -> Iterable[nn.Module]:
+        return [self.network]
+
+    def loss(self, batch: Batch, epoch: int) -> Tensor:
+        self.epochs.append(epoch)
+        scores: Tensor = self.network(batch.images)
+        return nn.functional.binary_cross_entropy_with_logits(scores, batch.tags)
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        return {"ended": float(epoch)}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def loop(task: Any, data: TrainingSet, settings: Training, path: Path | None = None, every: float = 0.0) -> Loop:
+    return Loop(task, data, settings, CPU, runtime=Runtime(checkpoint_every=every), path=path, label="training x")
+
+
+class TestLoop:
+    def test_accumulated_batches_make_the_gradient_of_the_big_one(self, index: Index) -> None:
+        """8 images as one batch of 8, as 4 of 2 and as 8 of 1: the same steps."""
+        weights = []
+        for batch_size, accumulation in [(8, 1), (2, 4), (1, 8)]:
+            task = TinyTask()
+            settings = Training(batch_size, 0.5, epochs=3, accumulation=accumulation, precision="fp32")
+            loop(task, dataset(index, 8), settings).run()
+            weights.append(task.network[2].weight.detach().clone())  # type: ignore[index]
+        start = TinyTask().network[2].weight.detach()  # type: ignore[index]
+        assert (weights[0] - start).abs().max() > 0.01
+        for other in weights[1:]:
+            torch.testing.assert_close(other, weights[0], rtol=1e-5, atol=1e-6)
+
+    def test_rates_reach_the_groups_and_the_log(self, index: Index) -> None:
+        task = TinyTask()
+        settings = Training(3, 0.1, epochs=3, milestones=(2,), warmup=2)
+        made = loop(task, dataset(index), settings)
+        log = made.run()
+        rates = [0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01]
+        assert [point["lr"] for point in log["steps"]] == pytest.approx(rates)
+        assert [point["epoch"] for point in log["steps"]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        assert {group["multiplier"]: group["lr"] for group in made.optimizer.param_groups} == pytest.approx(
+            {10: 0.1, 20: 0.2}
+        )
+
+    def test_the_log_averages_an_epochs_losses(self, index: Index) -> None:
+        losses: list[float] = []
+
+        class Keeping(TinyTask):
+            def loss(self, batch: Batch, epoch: int) -> Tensor:
+                found = super().loss(batch, epoch)
+                losses.append(float(found.detach()))
+                return found
+
+        log = loop(Keeping(), dataset(index), Training(2, 0.1, epochs=2)).run()
+        expected = [sum(losses[:5]) / 5, sum(losses[5:]) / 5]
+        assert [entry["loss"] for entry in log["epochs"]] == pytest.approx(expected, abs=1e-6)
+        assert [entry["ended"] for entry in log["epochs"]] == [0, 1]
+        assert [point["loss"] for point in log["steps"]] == pytest.approx(losses, abs=1e-6)
+
+    def test_iterations_may_end_within_an_epoch(self, index: Index) -> None:
+        """9 images, batches of 2, two a step: 5 batches and 3 steps an epoch. Four steps end after 2 more batches."""
+        task = TinyTask()
+        log = loop(task, dataset(index), Training(2, 0.1, iterations=4, accumulation=2)).run()
+        assert task.epochs == [0] * 5 + [1] * 2
+        assert [point["step"] for point in log["steps"]] == [0, 1, 2, 3]
+        assert [entry["ended"] for entry in log["epochs"]] == [0, 1]
+
+    def test_long_epochs_log_about_twenty_points(self, index: Index) -> None:
+        log = loop(TinyTask(), dataset(index), Training(1, 0.1, iterations=9)).run()
+        assert len(log["steps"]) == 9
+        many = TrainingSet(index.images("train") * 5, 3, Augmentation(crop=20), seed=0)
+        log = loop(TinyTask(), many, Training(1, 0.1, epochs=1)).run()
+        assert len(log["steps"]) == 23  # 45 steps, every second one
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_loss_that_is_no_number_ends_the_training(self, index: Index, value: float) -> None:
+        class Failing(TinyTask):
+            def loss(self, batch: Batch, epoch: int) -> Tensor:
+                return super().loss(batch, epoch) * (value if epoch else 1)
+
+        with pytest.raises(PipelineError, match=rf"^training x: the loss is {value} at step 3; lower training\.lr$"):
+            loop(Failing(), dataset(index), Training(3, 0.1, epochs=2)).run()
+
+    def test_the_network_trains_in_training_mode(self, index: Index) -> None:
+        task = TinyTask()
+        task.network.eval()
+        loop(task, dataset(index), Training(3, 0.1, epochs=1)).run()
+        assert task.network.training
+
+
+class TestCheckpointFile:
+    def test_it_holds_tensors_and_plain_values(self, tmp_path: Path) -> None:
+        state = {"weights": torch.arange(5.0), "log": {"steps": [{"loss": 0.25}]}, "epoch": 3, "sum": 0.1}
+        checkpoint.save(tmp_path / "state", state)
+        found = checkpoint.load(tmp_path / "state")
+        assert found is not None
+        assert torch.equal(found.pop("weights"), state.pop("weights"))  # type: ignore[arg-type]
+        assert found == state
+
+    def test_none_is_none(self, tmp_path: Path) -> None:
+        assert checkpoint.load(tmp_path / "state") is None
+
+    @pytest.mark.parametrize("cut", [0, 10, 64, 100])
+    def test_a_cut_file_is_refused(self, tmp_path: Path, cut: int) -> None:
+        checkpoint.save(tmp_path / "state", {"epoch": 3})
+        (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:cut])
+        with pytest.raises(PipelineError, match="damaged checkpoint"):
+            checkpoint.load(tmp_path / "state")
+
+    def test_code_in_a_file_is_not_run(self, tmp_path: Path) -> None:
+        """``weights_only``: a pickled call does not load."""
+
+        class Call:
+            def __reduce__(self) -> Any:
+                return Path.touch, (tmp_path / "touched",)
+
+        checkpoint.save(tmp_path / "state", {"epoch": Call()})
+        with pytest.raises(Exception, match="Weights only load failed"):
+            checkpoint.load(tmp_path / "state")
+        torch.save({"epoch": Call()}, tmp_path / "model.pt")
+        with pytest.raises(Exception, match="Weights only load failed"):
+            checkpoint.load_model(tmp_path / "model.pt")
+        assert not (tmp_path / "touched").exists()
