@@ -68,6 +68,10 @@ class Job:
     def code(self) -> tuple[str, ...]:
         return CODE[self.stage]
 
+    def key(self, output: Path) -> str:
+        """What the manifest calls an output: its name, or ./PATH where it does not lie beside the manifest."""
+        return output.name if output.parent == self.folder else f"./{output.as_posix()}"
+
 
 class Graph:
     """All jobs of a set of parameters, in an order in which they can run."""
@@ -219,6 +223,9 @@ def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:
         return False
     if found["params"] != _plain(job.params) or found["code"] != code_hash(job.code):
         return False
+    shared = [path for path in job.outputs.values() if path.parent != job.folder and path.is_file()]
+    if any(found["outputs"].get(job.key(path)) != fingerprint(path) for path in shared):
+        return False  # as metrics.json, which each experiment writes
     for key, path in job.inputs.items():
         if path not in hashes:
             if not path.exists():

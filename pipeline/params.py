@@ -61,14 +61,12 @@ def validate(raw: Mapping[str, Any], origin: str = "params.yaml") -> Params:
     """Check a raw mapping against ``schema.Params``; each block gets its section's entry of ``defaults`` first."""
     raw = dict(raw)
     faults: list[str] = []
-    defaults = raw.pop("defaults", None) or {}
-    for section in sorted(set(defaults) - set(DEFAULTS)):
-        faults.append(f"defaults.{section}: unknown section{_near(section, DEFAULTS)}")
+    defaults = _defaults(raw.pop("defaults", None), faults)
     for section in DEFAULTS:
         blocks = raw.get(section)
         if isinstance(blocks, Mapping):
             raw[section] = {
-                name: merge(defaults.get(section) or {}, block) if isinstance(block, Mapping) else block
+                name: merge(defaults.get(section, {}), block) if isinstance(block, Mapping) else block
                 for name, block in blocks.items()
                 if block is not None
             }
@@ -91,6 +89,22 @@ def block(kind: type[_T], raw: Mapping[str, Any], origin: str) -> _T:
     if faults or built is None:
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
     return built
+
+
+def _defaults(value: Any, faults: list[str]) -> dict[str, Mapping[str, Any]]:
+    """What ``defaults`` holds for each section; what is no mapping is added to ``faults``."""
+    if not isinstance(value, Mapping | None):
+        faults.append(f"defaults: must be a mapping of sections to blocks, not {_said(value)}")
+        return {}
+    found = {}
+    for section, block in (value or {}).items():
+        if section not in DEFAULTS:
+            faults.append(f"defaults.{section}: unknown section{_near(str(section), DEFAULTS)}")
+        elif isinstance(block, Mapping):
+            found[section] = block
+        elif block is not None:
+            faults.append(f"defaults.{section}: must be a mapping, not {_said(block)}")
+    return found
 
 
 def _build(kind: Any, value: Any, where: str, faults: list[str]) -> Any:

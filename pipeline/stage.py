@@ -84,13 +84,12 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
         work(made)
         for path in job.outputs.values():
             publish(path)
-        beside = [path for path in job.outputs.values() if job.home or path.parent == job.folder]
         manifest.write(
             job.folder,
             stage=job.label,
             params=job.params,
             inputs=inputs,
-            outputs={path.name: fingerprint(path) for path in beside},
+            outputs={job.key(path): fingerprint(path) for path in job.outputs.values()},
             code=code,
             seconds=round(time.monotonic() - start, 1),
             machine=manifest.host(),

@@ -99,6 +99,8 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
         ),
         ({"method": "other"}, "p.yaml: method: other is none of the rows row"),
         ({"defaults": {"mixtures": {}}}, "p.yaml: defaults.mixtures: unknown section"),
+        ({"defaults": ["a"]}, "p.yaml: defaults: must be a mapping of sections to blocks, not ['a']"),
+        ({"defaults": {"classifiers": 1}}, "p.yaml: defaults.classifiers: must be a mapping, not 1"),
     ],
 )
 def test_a_fault_is_one_line_that_names_the_key(changes: dict[str, Any], fault: str) -> None:

@@ -1,8 +1,12 @@
 """Devices, precision, parameter groups and learning rates."""
 
+import fcntl
+import functools
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
@@ -10,12 +14,14 @@ from torch import nn
 from pipeline.errors import PipelineError
 from pipeline.schema import Training
 
+_held: list[IO[str]] = []  # locks of cards
+
 
 def prepare(device: str, threads: int) -> torch.device:
     """Choose the device and make its arithmetic repeatable.
 
     Args:
-        device: 'auto' (CUDA where there is one), 'cpu', 'cuda' or 'cuda:N'.
+        device: 'auto' (a free CUDA card where there is one), 'cpu', 'cuda' or 'cuda:N'.
         threads: of CPU arithmetic; 0: as many processors as this process may use.
 
     Raises:
@@ -24,7 +30,7 @@ def prepare(device: str, threads: int) -> torch.device:
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     torch.set_flush_denormal(True)  # denormal numbers make a processor several times slower and change nothing
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _free_card() if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise PipelineError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
@@ -32,6 +38,26 @@ def prepare(device: str, threads: int) -> torch.device:
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True, warn_only=True)
     return torch.device(device)
+
+
+@functools.cache
+def _free_card() -> str:
+    """The first card that no other stage of this user's holds, so that two trainings do not share one.
+
+    The lock is held until the process ends; where all are taken, the first card is shared.
+    """
+    folder = Path(tempfile.gettempdir()) / f"wsss-cards-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    for number in range(torch.cuda.device_count()):
+        file = (folder / str(torch.cuda.get_device_properties(number).uuid)).open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        _held.append(file)
+        return f"cuda:{number}"
+    return "cuda:0"
 
 
 def has_bf16(device: torch.device) -> bool:
