@@ -2,6 +2,6 @@
 
 import os
 
-# Read when torch loads its OpenMP. By default a thread spins at a barrier until the others come, which on two busy cores
-# made a training step seven times slower; sleeping at once cost a factor of two. A short spin costs neither.
+# Read when torch loads its OpenMP. By default a thread spins at a barrier until the others come, which on two busy
+# cores made a training step seven times slower; sleeping at once cost a factor of two. A short spin costs neither.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
