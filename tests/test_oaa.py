@@ -209,7 +209,7 @@ class TestFusion:
 
     @pytest.mark.parametrize("fusion", ["max", "average"])
     def test_a_crop_leaves_the_cells_outside_alone(self, tmp_path: Path, fusion: Any) -> None:
-        """First the whole image: 102 in all cells but one. Then its right half: level 255 in all of it."""
+        """First the whole image: 102 in all cells but one. Then its right half: level 255. Then nothing, everywhere."""
         found = accumulator(Accumulate(fusion, "none", 0, cells=4), keep_last=True)
         first = np.full(GRID, 0.4)
         first[0, 0] = 1.0
@@ -223,6 +223,10 @@ class TestFusion:
         assert last is not None
         expected[:, 3:] = 255
         assert (last * 255).round().int().tolist() == [expected.tolist()]
+        feed(found, np.zeros(GRID), epoch=2)
+        if fusion == "average":  # of two maps on the left, of three on the right
+            expected = np.rint(np.where(np.arange(6) < 3, np.where(expected == 255, 255, 102) / 2, (102 + 255) / 3))
+        assert dumped(found, tmp_path).get("img0", 1).tolist() == expected.tolist()
 
     def test_grids_keep_the_aspect(self) -> None:
         images = [

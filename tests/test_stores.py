@@ -40,7 +40,8 @@ def write(path: Path, content: Rows, count: int = 12) -> RasterStore:
 
 
 def read_in_child(store: RasterStore, queue: Any) -> None:
-    queue.put(store.get("image 3", 2).tolist())
+    inherited = store._handle
+    queue.put((store.get("image 3", 2).tolist(), store._handle is inherited))
 
 
 class TestRasters:
@@ -126,7 +127,7 @@ class TestRasters:
         queue = context.Queue()
         child = context.Process(target=read_in_child, args=(store, queue))
         child.start()
-        assert queue.get(timeout=20) == expected
+        assert queue.get(timeout=20) == (expected, False)
         child.join(20)
         assert child.exitcode == 0
         assert store.get("image 3", 2).tolist() == expected
