@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image as Pillow
 
 from pipeline.data.build_index import build_index
 from pipeline.data.demo import CLASSES, draw, generate, simulated_saliency
+from pipeline.errors import PipelineError
 from pipeline.graph import Job
 from pipeline.runtime import Runtime
 from pipeline.schema import Dataset, Demo
@@ -125,16 +127,30 @@ def test_saliency_files_are_grey_and_of_the_images_size(root: Path) -> None:
     assert found.shape == (64, 64)
 
 
+def stage_work(tmp_path: Path) -> Work:
+    job = Job("demo", "", {}, {"root": tmp_path / "demo"}, {}, Demo(train=2, evaluation=1, size=48), tmp_path)
+    return Work(job, {}, {"root": tmp_path / ".demo.partial"}, Runtime(), "", tmp_path / "checkpoint")
+
+
 def test_the_stage_starts_afresh(tmp_path: Path) -> None:
     """What an interrupted run left under the temporary name does not end in the dataset."""
-    block = Demo(train=2, evaluation=1, size=48)
-    root = tmp_path / ".demo.partial"
-    (root / "JPEGImages").mkdir(parents=True)
-    (root / "JPEGImages" / "demo_99999.jpg").touch()
-    job = Job("demo", "", {}, {"root": tmp_path / "demo"}, {}, block, tmp_path)
-    demo.main(Work(job, {}, {"root": root}, Runtime(), "", tmp_path / "checkpoint"))
-    assert sorted(path.name for path in (root / "JPEGImages").iterdir()) == [
-        "demo_00000.jpg",
-        "demo_00001.jpg",
-        "demo_00002.jpg",
-    ]
+    work = stage_work(tmp_path)
+    images = work.outputs["root"] / "JPEGImages"
+    images.mkdir(parents=True)
+    (images / "demo_99999.jpg").touch()
+    demo.main(work)
+    assert sorted(path.name for path in images.iterdir()) == [f"demo_0000{number}.jpg" for number in range(3)]
+
+
+def test_the_stage_replaces_a_demo_but_nobodys_images(tmp_path: Path) -> None:
+    work = stage_work(tmp_path)
+    generate(tmp_path / "demo", Demo(train=1, evaluation=1, size=48))
+    demo.main(work)
+    assert (work.outputs["root"] / "tags.json").exists()
+    shutil.rmtree(tmp_path / "demo")
+    (tmp_path / "demo").mkdir()
+    demo.main(work)  # an empty folder is nobody's
+    (tmp_path / "demo" / "mine.jpg").touch()
+    with pytest.raises(PipelineError, match="demo: holds something else than the demo; set dataset.demo to null"):
+        demo.main(work)
+    assert (tmp_path / "demo" / "mine.jpg").exists()

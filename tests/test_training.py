@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
 from pipeline.schema import Augmentation, Training
 from pipeline.training import checkpoint
+from pipeline.training import settings as settings_module
 from pipeline.training.loop import Extent, Loop, extent
 from pipeline.training.settings import (
     autocast,
@@ -148,6 +150,21 @@ class TestPrecision:
         with pytest.raises(PipelineError, match="--device cuda:0: this torch sees no CUDA device; use --device cpu"):
             prepare("cuda:0", 1)
         assert prepare("auto", 1).type == "cpu"
+
+
+class TestCards:
+    def test_two_stages_take_two_cards(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And a third shares the first; locks bind the open file, so that calls stand for processes."""
+        monkeypatch.setattr(settings_module, "_held", [])
+        monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda card: SimpleNamespace(uuid=f"card-{card}"))
+        find = settings_module._free_card.__wrapped__
+        assert [find(), find(), find()] == ["cuda:0", "cuda:1", "cuda:0"]
+        settings_module._held.pop(0).close()  # the first stage has ended
+        assert find() == "cuda:0"
+        for file in settings_module._held:
+            file.close()
 
 
 class TinyTask:
