@@ -231,7 +231,7 @@ def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:
             if not path.exists():
                 return False
             beside = manifest.read(path.parent)
-            made = beside["outputs"].get(path.name) if beside else None
+            made = beside.get("outputs", {}).get(path.name) if beside else None
             hashes[path] = made or fingerprint(path)
         if found["inputs"].get(key) != hashes[path]:
             return False

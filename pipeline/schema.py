@@ -102,7 +102,7 @@ class Accumulate:
 
     fusion: Literal["max", "average"] = "max"  # OAA Eq. 5 or Eq. 10
     gate: Literal["top_n", "strict", "none"] = "top_n"  # rank within the number of tags; above all non-targets
-    skip_epochs: int = 1  # epochs before accumulation begins
+    skip_epochs: int = 1  # epochs before accumulation begins; the last one always accumulates
     cells: int = 28  # cells on the short side of a stored map
     snapshots: bool = False  # keep the maps of every epoch, for the attention evolution curve (OAA Fig. 11)
 

@@ -38,13 +38,23 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
     options = _parser(stage).parse_args(arguments)
     try:
         files = [Path(name) for name in options.params]
-        graph = Graph(parameters.load(files, json.loads(options.set)))
+        graph = Graph(parameters.load(files, _overrides(options.set)))
         runtime = Runtime(options.device, options.workers, options.threads, options.checkpoint_every)
         execute(graph.find(stage, options.name), work, runtime, options.force)
     except PipelineError as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
+
+
+def _overrides(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise PipelineError(f"--set {text}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise PipelineError(f'--set {text}: must be a mapping, as {{"seed": 5}}')
+    return found
 
 
 def _parser(stage: str) -> argparse.ArgumentParser:
@@ -93,9 +103,9 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
             code=code,
             seconds=round(time.monotonic() - start, 1),
             machine=manifest.host(),
-            device=runtime.device,
+            device=_device(runtime),
         )
-        for old in job.folder.glob(f".checkpoint-{job.stage}-*"):
+        for old in job.folder.glob(f".*checkpoint-{job.stage}-*"):
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     print(f"{job.label}: done in {time.monotonic() - start:.1f} s", flush=True)
 
@@ -122,6 +132,14 @@ def _key(job: Job, inputs: dict[str, str], code: str) -> str:
 
     text = json.dumps([job.label, job.params, inputs, code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _device(runtime: Runtime) -> str:
+    """What the stage computed on, for the manifest: a stage that never loaded torch computed on the processor."""
+    torch = sys.modules.get("torch")
+    if torch is None or runtime.device == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return str(torch.cuda.get_device_name())
 
 
 @contextmanager

@@ -48,7 +48,6 @@ class ClassifierTask:
         return self.network.loss(output, batch.tags)
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        self.accumulator.dump(self.work.outputs["maps"])
         if self.settings.accumulate.snapshots:
             self.accumulator.dump(snapshot(self.work, epoch))
         accumulator = self.accumulator
@@ -93,6 +92,7 @@ def main(work: Work) -> None:
     task = ClassifierTask(network, images, epochs, seed, work)
     loop = Loop(task, dataset, settings.training, device, runtime=runtime, path=work.checkpoint, label=work.job.label)
     log = loop.run()
+    task.accumulator.dump(work.outputs["maps"])
     join_snapshots(work, epochs)
     models.save(work.outputs["model"], network, settings, index.num_classes)
     work.outputs["log"].write_text(json.dumps(log, indent=1) + "\n")

@@ -227,4 +227,5 @@ class TestClassifierTask:
         log = made.end_epoch(0)
         assert log["maps_seen"] == 6 / 8
         assert 0 < log["mean_attention"] < 1
+        made.accumulator.dump(tmp_path / "maps.h5")
         assert RasterStore(tmp_path / "maps.h5").classes("img3") == [1, 3, 4]

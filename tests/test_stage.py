@@ -16,6 +16,7 @@ from pipeline.params import load
 from pipeline.runtime import Runtime
 from pipeline.stage import Work, execute, progress, run
 from pipeline.stores import manifest
+from pipeline.stores.files import partial, publish
 from stages import classifier, index, localization, saliency
 from tests.project import ROOT
 from tests.voc_tree import make_tree, minimal_params
@@ -126,6 +127,9 @@ class TestRefusals:
     def test_faulty_params_are_refused_whole(self, capsys: pytest.CaptureFixture[str]) -> None:
         refused(Fake(), *set_("classifiers", "base", metod="cam", accumulate={"cells": "many"}))
         assert len(lines(capsys.readouterr().err)) == 2
+        for text in ("{seed: 5}", "[5]"):
+            refused(Fake(), "base", "--set", text)
+            assert capsys.readouterr().err.startswith(f"error: --set {text}: ")
         refused(Fake(), "base", "--params", "nonesuch.yaml")
         assert "nonesuch.yaml: no such file" in capsys.readouterr().err
 
@@ -243,6 +247,42 @@ class TestPublishing:
         with pytest.raises(RuntimeError):
             start(Fake(broken), "base", "--force")
         assert {name: (BASE / name).read_bytes() for name in before} == before
+
+    @pytest.mark.parametrize("published", [1, 2, 3, 4])
+    def test_killed_while_publishing_it_publishes_again(
+        self, published: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """By the real stage: its last checkpoint lies at the training's end, so that there is nothing left to train."""
+        options = ("base", "--threads", "1", "--checkpoint-every", "0")
+        done: list[Path] = []
+
+        def dying(path: Path) -> None:
+            if len(done) == published:
+                raise KeyboardInterrupt
+            publish(path)
+            done.append(path)
+
+        def dead(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pipeline.stage.publish", dying)
+            patch.setattr("pipeline.stage.manifest.write", dead)
+            with pytest.raises(KeyboardInterrupt):
+                start(classifier.main, *options)
+        before = {path: path.read_bytes() for path in done}
+        start(classifier.main, *options)
+        assert "goes on from epoch" in capsys.readouterr().out
+        assert {path: path.read_bytes() for path in done} == before
+        assert is_fresh(Graph(load([Path("params.yaml")])).find("classifier", "base"), {})
+        assert not list(BASE.glob(".*checkpoint*"))
+
+    def test_an_interrupted_checkpoint_is_not_left_behind(self) -> None:
+        def unfinished(work: Work) -> None:
+            partial(work.checkpoint).touch()
+
+        start(Fake(unfinished))
+        assert not list(BASE.glob(".*checkpoint*"))
 
     def test_the_checkpoint_belongs_to_the_job(self) -> None:
         """One path for one set of parameters, another for another; kept on failure, removed on success."""

@@ -241,6 +241,8 @@ class TestManifest:
         assert manifest.verify(path) == files.sha256(path)
         self.published(tmp_path)
         assert manifest.verify(path) == files.sha256(path)
+        (tmp_path / "manifest.json").write_text('{"name": "of some other program"}')
+        assert manifest.verify(path) == files.sha256(path)
 
     @pytest.mark.parametrize("content", [None, "", '{"stage": "cla', "[1, 2]"])
     def test_a_manifest_that_is_not_whole_is_none(self, tmp_path: Path, content: str | None) -> None:

@@ -149,6 +149,8 @@ class TestPrecision:
     def test_cuda_that_is_not_there_is_refused(self) -> None:
         with pytest.raises(PipelineError, match="--device cuda:0: this torch sees no CUDA device; use --device cpu"):
             prepare("cuda:0", 1)
+        with pytest.raises(PipelineError, match="--device gpu: no such device; use auto, cpu, cuda or cuda:N"):
+            prepare("gpu", 1)
         assert prepare("auto", 1).type == "cpu"
 
 
@@ -261,6 +263,20 @@ class TestLoop:
 
         with pytest.raises(PipelineError, match=rf"^training x: the loss is {value} at step 3; lower training\.lr$"):
             loop(Failing(), dataset(index), Training(3, 0.1, epochs=2)).run()
+
+    def test_a_loss_that_fails_between_logged_steps_ends_the_training_too(self, index: Index) -> None:
+        """Of 45 steps every second one is logged; the last batch's loss alone is no number."""
+        many = TrainingSet(index.images("train") * 5 + index.images("train")[:1], 3, Augmentation(crop=20), seed=0)
+        calls: list[int] = []
+
+        class Failing(TinyTask):
+            def loss(self, batch: Batch, epoch: int) -> Tensor:
+                calls.append(epoch)
+                return super().loss(batch, epoch) * (math.nan if len(calls) == 46 else 1)
+
+        with pytest.raises(PipelineError, match=r"^training x: the loss is nan at step 45; lower training\.lr$"):
+            loop(Failing(), many, Training(1, 0.1, epochs=1)).run()
+        assert len(calls) == 46
 
     def test_the_network_trains_in_training_mode(self, index: Index) -> None:
         task = TinyTask()

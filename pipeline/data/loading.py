@@ -118,7 +118,7 @@ def _jitter(
     values = (values - grey.mean()) * contrast + grey.mean()
     grey = values @ np.array([0.299, 0.587, 0.114], np.float32)
     values = (values - grey[..., None]) * saturation + grey[..., None]
-    out = np.clip(values, 0, 255).astype(np.uint8)
+    out = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
     if strength[3] > 0:
         hsv = cv2.cvtColor(out, cv2.COLOR_RGB2HSV)
         hsv[..., 0] = (hsv[..., 0].astype(np.int16) + round(180 * random.uniform(-strength[3], strength[3]))) % 180
@@ -198,6 +198,11 @@ class Batches:
         return len(self.batches)
 
 
+def _one_thread(worker: int) -> None:
+    """OpenCV's threads would take the cores from the other workers, and do not survive a fork."""
+    cv2.setNumThreads(0)
+
+
 def loader(dataset: TrainingSet, batch_size: int, epoch: int, first: int, workers: int) -> DataLoader[Any]:
     """Load an epoch's batches; the same whatever the number of workers."""
     return DataLoader(
@@ -205,6 +210,7 @@ def loader(dataset: TrainingSet, batch_size: int, epoch: int, first: int, worker
         batch_sampler=Batches(dataset, batch_size, epoch, first),
         collate_fn=collate,
         num_workers=workers,
+        worker_init_fn=_one_thread,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws from the global one, and a resumed run would differ
     )

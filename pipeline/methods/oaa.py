@@ -94,39 +94,46 @@ class AttentionAccumulator:
             tags: B x K, 0 or 1.
             ids: image ids.
             windows: where each sample lies in its image.
-            epoch: 0-based; nothing is accumulated in the first ``skip_epochs``.
+            epoch: 0-based; nothing is accumulated in the first ``skip_epochs``, but in the last one always.
 
         Returns:
             How many maps were fused.
         """
-        if epoch < self.settings.skip_epochs:
+        if epoch < min(self.settings.skip_epochs, self.last_epoch):
             return 0
-        passed = passes(logits.detach().float(), tags, self.settings.gate).cpu()
-        found = attention(maps.detach()).cpu()
+        passed = passes(logits.detach().float(), tags, self.settings.gate).cpu().numpy()
+        samples, classes = tags.detach().nonzero(as_tuple=True)
+        found = attention(maps.detach()[samples, classes]).cpu()  # of the tags alone: the others' maps are not wanted
+        levels = found.numpy() * 255
         fused = 0
-        for sample, class_index in tags.detach().cpu().nonzero().tolist():
+        for row, (sample, class_index) in enumerate(zip(samples.tolist(), classes.tolist(), strict=True)):
             pair = self._pairs[ids[sample], class_index + 1]
             through = bool(passed[sample, class_index])
             if not through and not (epoch == self.last_epoch and self._seen[pair] == 0):
                 continue
-            grid = self.grids[ids[sample]]
-            whole, inside = to_image(found[sample, class_index, None], windows[sample], grid)
-            self._fuse(pair, whole[0].numpy().reshape(-1), inside.numpy().reshape(-1), through)
+            grid, window = self.grids[ids[sample]], windows[sample]
+            if levels.shape[1:] == grid and window[:4] == Window()[:4]:  # the whole image, cell by cell
+                self._fuse(pair, levels[row, :, ::-1] if window.flip else levels[row], None, through)
+            else:
+                whole, inside = to_image(found[row, None], window, grid)
+                self._fuse(pair, whole[0].numpy() * 255, inside.numpy().reshape(-1), through)
             fused += 1
         return fused
 
-    def _fuse(self, pair: int, values: NDArray[np.float32], inside: NDArray[np.bool_], through: bool) -> None:
+    def _fuse(self, pair: int, values: NDArray[np.float32], inside: NDArray[np.bool_] | None, through: bool) -> None:
+        """Fuse rows x columns ``values`` in levels of 255; ``inside`` is None where all of the image was seen."""
         at = self._slice(pair)
-        levels = np.rint(values * 255).astype(np.uint8)
+        levels = np.rint(values).astype(np.uint8).reshape(-1)
         if self.settings.fusion == "max":  # OAA Eq. 5; a pixel outside of the window holds 0 and changes nothing
             np.maximum(self._values[at], levels, out=self._values[at])
         else:  # OAA Eq. 10, t counted cell by cell, as a crop may leave cells out
-            self._counts[at] += inside.astype(np.uint16)
-            step = np.where(inside, (values * 255 - self._values[at]) / np.maximum(self._counts[at], 1), 0)
+            seen = np.ones(levels.shape, bool) if inside is None else inside
+            self._counts[at] += seen.astype(np.uint16)
+            step = np.where(seen, (values.reshape(-1) - self._values[at]) / np.maximum(self._counts[at], 1), 0)
             self._values[at] += step.astype(np.float32)
         self._seen[pair] += 1
         if self._last.size and through:
-            self._last[at] = np.where(inside, levels, self._last[at])
+            self._last[at] = levels if inside is None else np.where(inside, levels, self._last[at])
             self._has_last[pair] = True
 
     def last(self, image_id: str, tag: int) -> Tensor | None:
@@ -152,8 +159,9 @@ class AttentionAccumulator:
                 for tag in image.tags:
                     pair = self._pairs[image.id, tag]
                     if self._seen[pair]:
-                        values = np.rint(self._values[self._slice(pair)]).astype(np.uint8)
-                        writer.append(image.id, values.reshape(self.grids[image.id]), tag)
+                        values = self._values[self._slice(pair)]
+                        levels = values if values.dtype == np.uint8 else np.rint(values)
+                        writer.append(image.id, levels.astype(np.uint8).reshape(self.grids[image.id]), tag)
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""

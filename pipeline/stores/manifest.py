@@ -46,7 +46,7 @@ def verify(path: Path) -> str:
     """
     found = sha256(path)
     manifest = read(path.parent)
-    expected = manifest["outputs"].get(path.name) if manifest else None
+    expected = manifest.get("outputs", {}).get(path.name) if manifest else None
     if expected is not None and expected != found:
         raise PipelineError(
             f"{path}: damaged or changed by hand: sha256 is {found}, its manifest says {expected}; "

@@ -17,9 +17,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` behind its own sha256, atomically."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    payload = buffer.getvalue()
-    with atomic(path) as temporary:
-        temporary.write_bytes(hashlib.sha256(payload).hexdigest().encode() + payload)
+    payload = buffer.getbuffer()
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.write(hashlib.sha256(payload).hexdigest().encode())
+        file.write(payload)
 
 
 def load(path: Path) -> dict[str, Any] | None:

@@ -120,15 +120,18 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.step % max(1, self.steps_per_epoch // LOGGED) == 0:
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise PipelineError(f"{self.label}: the loss is {value} at step {self.step}; lower training.lr")
+            value = self._finite(float(loss.detach()), self.step)
             self.log["steps"].append({"step": self.step, "epoch": self.epoch, "loss": round(value, 6), "lr": rate})
         self.step += 1
         return True
 
+    def _finite(self, loss: float, step: int) -> float:
+        if not math.isfinite(loss):
+            raise PipelineError(f"{self.label}: the loss is {loss} at step {step}; lower training.lr")
+        return loss
+
     def _end_epoch(self) -> None:
-        mean = float(self.sum) / self.first
+        mean = self._finite(float(self.sum) / self.first, self.step - 1)
         entry = {"epoch": self.epoch, "loss": round(mean, 6), **self.task.end_epoch(self.epoch)}
         self.log["epochs"].append(entry)
         self.sum.zero_()
@@ -150,7 +153,7 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "task": self.task.state(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         checkpoint.save(self.path, state)
 
@@ -165,6 +168,6 @@ class Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         self.task.restore(state["task"])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         print(f"{self.label}: goes on from epoch {self.epoch + 1}, step {self.step}", flush=True)

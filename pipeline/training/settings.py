@@ -37,7 +37,10 @@ def prepare(device: str, threads: int) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True, warn_only=True)
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise PipelineError(f"--device {device}: no such device; use auto, cpu, cuda or cuda:N") from None
 
 
 @functools.cache
