@@ -3,7 +3,10 @@
 # make lint        the linters alone
 # make clean       remove the demo's data and results
 
-PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell command -v $(name))))
+# The first that runs: a name on the PATH may be a version manager's placeholder.
+SUITS := import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
+	$$name -c "$(SUITS)" 2>/dev/null && echo $$name && break; done)
 VENV := .venv
 INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -28,6 +31,7 @@ clean:
 	rm -rf data/demo results/demo metrics.json .snakemake
 
 $(INSTALLED): requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 with venv on the PATH; install one or set PYTHON"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --requirement requirements.txt
 	touch $@
