@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
 from pipeline.errors import PipelineError
-from pipeline.labels.rules import label_image
+from pipeline.labels.rules import IGNORE, label_image
 from pipeline.schema import PseudoLabels
 from pipeline.stage import Work, progress, run
 from pipeline.stores.blocks import Row, listed, parallel, write_blocks
@@ -50,6 +50,9 @@ def main(work: Work) -> None:
             return ((image.id, 0, label) for image, label in zip(block, each(labeller, block), strict=True))
 
         write_blocks(images, compute, writer, work.checkpoint, progress=partial(progress, label=work.job.label))
+    labels = RasterStore(work.outputs["labels"])
+    if not any(((label > 0) & (label != IGNORE)).any() for label in map(labels.get, labels)):
+        print(f"warning: {work.job.label}: labels no object at all: its maps are empty, or below the rule's thresholds")
 
 
 def _check(images: list[Image], path: Path) -> None:
