@@ -23,7 +23,7 @@ _LEARN = (
     "pipeline/methods",
     "pipeline/refinement",
     "pipeline/training",
-    "pipeline/inference",
+    "pipeline/inference/models.py",
 )
 CODE: dict[str, tuple[str, ...]] = {
     "demo": ("stages/demo.py", "pipeline/data/demo.py"),
@@ -33,11 +33,11 @@ CODE: dict[str, tuple[str, ...]] = {
     "saliency": ("stages/saliency.py", *_DATA, "pipeline/labels"),
     "classifier": ("stages/classifier.py", *_LEARN),
     "refinement": ("stages/refinement.py", *_LEARN),
-    "localization": ("stages/localization.py", *_LEARN),
+    "localization": ("stages/localization.py", *_LEARN, "pipeline/inference"),
     "pseudo_labels": ("stages/pseudo_labels.py", *_DATA, "pipeline/labels"),
     "mixture": ("stages/mixture.py",),
     "segmentation": ("stages/segmentation.py", *_LEARN),
-    "prediction": ("stages/prediction.py", *_LEARN, "pipeline/labels/crf.py"),
+    "prediction": ("stages/prediction.py", *_LEARN, "pipeline/inference", "pipeline/labels/crf.py"),
     "evaluation": ("stages/evaluation.py", "pipeline/evaluation"),
     "report": ("stages/report.py", "pipeline/report"),
 }

@@ -337,3 +337,15 @@ class TestStages:
         store = RasterStore(tmp_path / "labels.h5")
         assert store.ids == [image.id for image in Index(index).images("evaluation")]
         assert all(store.get(name).shape == (24, 32) and store.get(name).max() <= K for name in store)
+
+
+
+def test_the_crf_takes_a_network_that_knows_nothing(images: list[Image]) -> None:
+    """21 classes, none of which reaches 5 %: one of them must win all the same."""
+
+    class Uniform(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.zeros(len(x), 21, x.shape[2] // 8, x.shape[3] // 8)
+
+    ((_, _, label),) = segmentations(Uniform(), images[:1], schema.Test(crf=Crf(iterations=1)), CPU, map)
+    assert not label.any()

@@ -42,7 +42,9 @@ def segmentations(
 def _refined(task: tuple[Image, NDArray[np.float32], Crf]) -> NDArray[np.uint8]:
     """CRF over the classes that win somewhere or come close: the others cost time and change nothing."""
     image, chances, settings = task
-    kept = np.flatnonzero(chances.reshape(len(chances), -1).max(1) > 0.05)
+    close = chances.reshape(len(chances), -1).max(1) > 0.05
+    close[np.unique(chances.argmax(0))] = True  # all of them, where a network knows nothing and none is likely
+    kept = np.flatnonzero(close)
     refined = dense_crf(read_rgb(image), np.ascontiguousarray(chances[kept]), settings)
     labels: NDArray[np.uint8] = kept.astype(np.uint8)[refined.argmax(0)]
     return labels
