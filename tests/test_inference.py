@@ -339,7 +339,6 @@ class TestStages:
         assert all(store.get(name).shape == (24, 32) and store.get(name).max() <= K for name in store)
 
 
-
 def test_the_crf_takes_a_network_that_knows_nothing(images: list[Image]) -> None:
     """21 classes, none of which reaches 5 %: one of them must win all the same."""
 
