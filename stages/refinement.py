@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,11 @@ from pipeline.refinement import IntegralModel
 from pipeline.schema import Refinement
 from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore
-from pipeline.training.loop import Loop
+from pipeline.training.loop import Loop, Stateless
 from pipeline.training.settings import prepare
 
 
-class RefinementTask:
+class RefinementTask(Stateless):
     """A refinement network and the stored maps that supervise it."""
 
     def __init__(self, network: IntegralModel, maps: RasterStore) -> None:
@@ -39,15 +38,6 @@ class RefinementTask:
             for tag, raster in self.maps.maps(image_id).items():
                 out[sample, tag - 1] = to_window(torch.from_numpy(raster)[None].float() / 255, window, size)[0]
         return out
-
-    def end_epoch(self, epoch: int) -> dict[str, float]:
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        pass
 
 
 def main(work: Work) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,11 @@ from pipeline.networks.deeplab import SegmentationNetwork
 from pipeline.schema import Segmentation
 from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore
-from pipeline.training.loop import Loop
+from pipeline.training.loop import Loop, Stateless
 from pipeline.training.settings import prepare
 
 
-class SegmentationTask:
+class SegmentationTask(Stateless):
     """Cross entropy of the upsampled logits against label maps; 255 is ignored."""
 
     def __init__(self, network: SegmentationNetwork) -> None:
@@ -36,15 +35,6 @@ class SegmentationTask:
         rows, labels = logits.movedim(1, -1).flatten(0, -2), batch.labels.flatten()
         total = functional.cross_entropy(rows, labels, ignore_index=IGNORE, reduction="sum")
         return total / (batch.labels != IGNORE).sum().clamp_min(1)  # a batch without a label gives 0, not NaN
-
-    def end_epoch(self, epoch: int) -> dict[str, float]:
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        pass
 
 
 def main(work: Work) -> None:

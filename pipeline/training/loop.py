@@ -46,6 +46,19 @@ class Task(Protocol):
         """Take back what ``state`` gave."""
 
 
+class Stateless:
+    """The rest of a task that keeps nothing from one batch to the next."""
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
+
 class Extent(NamedTuple):
     """How long a training is."""
 
