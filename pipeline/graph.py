@@ -32,6 +32,7 @@ CODE: dict[str, tuple[str, ...]] = {
     "ground_truth": ("stages/ground_truth.py", *_DATA),
     "saliency": ("stages/saliency.py", *_DATA, "pipeline/labels"),
     "classifier": ("stages/classifier.py", *_LEARN),
+    "features": ("stages/features.py", *_LEARN, "pipeline/inference"),
     "refinement": ("stages/refinement.py", *_LEARN),
     "localization": ("stages/localization.py", *_LEARN, "pipeline/inference"),
     "pseudo_labels": ("stages/pseudo_labels.py", *_DATA, "pipeline/labels"),
@@ -117,6 +118,11 @@ class Graph:
             yield self._job(
                 "classifier", "classifiers", name, {"index": index}, classifier, (*trained, "maps", "snapshots"), seed
             )
+        for name in params.classifiers:
+            files = {"index": index, "model": self._file(f"classifiers/{name}", "model.pt")}
+            home = f"features/{name}"
+            pictures = {"features": self._file(home, "features.h5"), "layers": self._file(home, "layers.json")}
+            yield Job("features", name, files, pictures, {"gallery": params.gallery})
         yield from self._maps(index, seed, trained)
         for name, rule in params.pseudo_labels.items():
             files = {"index": index, "maps": self._file(rule.source, "maps.h5"), "saliency": saliency}
@@ -178,6 +184,9 @@ class Graph:
         for section in ("classifiers", "refinements", "segmentations"):
             for name in getattr(params, section):
                 stores[f"log of {section}/{name}"] = self._file(f"{section}/{name}", "log.json")
+        for reference in (f"features/{name}" for name in params.classifiers):
+            stores[reference] = self._file(reference, "features.h5")
+            stores[f"layers of {reference}"] = self._file(reference, "layers.json")
         yield Job("report", "", {"index": index, **stores, **scores}, outputs, wanted, params)
 
     def _chains(self) -> dict[str, dict[str, str]]:

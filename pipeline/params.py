@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from pipeline.errors import PipelineError
-from pipeline.schema import Params
+from pipeline.schema import Params, Segmentation
 
 DEFAULTS = ("classifiers", "refinements", "localizations", "pseudo_labels", "segmentations")
+RATES = {"deeplab_largefov": 1, "deeplab_v3plus": 3}  # dilations that a network takes; deeplab_v2: any number
 _T = typing.TypeVar("_T")
 
 
@@ -198,6 +199,8 @@ def _check(params: Params, faults: list[str]) -> None:
         refers(f"pseudo_labels.{name}.source", rule.source, maps)
         if rule.saliency and params.saliency.kind == "none":
             faults.append(f"pseudo_labels.{name}.saliency: is true, but saliency.kind is none; set it to false")
+        if rule.rule == "drs" and not rule.saliency:
+            faults.append(f"pseudo_labels.{name}.saliency: is false, but rule drs takes its background from saliency")
         if rule.confidence > 0 and rule.crf is None:
             faults.append(f"pseudo_labels.{name}.confidence: is of the CRF's marginals; set crf, or confidence to 0")
     for name, mixture in params.mixtures.items():
@@ -206,16 +209,20 @@ def _check(params: Params, faults: list[str]) -> None:
             faults.append(f"mixtures.{name}.share: {mixture.share} is not within 0 and 1")
     for name, segmentation in params.segmentations.items():
         refers(f"segmentations.{name}.labels", segmentation.labels, labels)
+        faults.extend(f"segmentations.{name}.{fault}" for fault in _network_faults(segmentation))
     if params.method not in params.segmentations:
         faults.append(f"method: {params.method} is none of the rows {', '.join(params.segmentations)}")
     if params.saliency.kind in ("folder", "store") and params.saliency.path is None:
         faults.append(f"saliency.path: is missing; saliency.kind {params.saliency.kind} needs it")
+    for name, classifier in params.classifiers.items():
+        if classifier.suppression is not None and not 0 <= classifier.suppression.delta < 1:
+            faults.append(f"classifiers.{name}.suppression.delta: {classifier.suppression.delta} is not within 0 and 1")
     for section in ("classifiers", "refinements", "segmentations"):
         for name, block in getattr(params, section).items():
             training = block.training
             if (training.epochs is None) == (training.iterations is None):
                 faults.append(f"{section}.{name}.training: give either epochs or iterations")
-            for key in ("batch_size", "accumulation", "epochs", "iterations"):
+            for key in ("batch_size", "accumulation", "epochs", "iterations", "hold"):
                 value = getattr(training, key)
                 if value is not None and value < 1:
                     faults.append(f"{section}.{name}.training.{key}: {value} is below 1")
@@ -224,6 +231,16 @@ def _check(params: Params, faults: list[str]) -> None:
                     f"{section}.{name}.augmentation.length: is missing; side {block.augmentation.side} needs it"
                 )
     _check_cycles(params, faults)
+
+
+def _network_faults(settings: Segmentation) -> typing.Iterator[str]:
+    held, count = len(settings.rates), RATES.get(settings.network)
+    if count is not None and held != count:
+        yield f"rates: holds {held} dilations, {settings.network} takes {count}"
+    elif not held:
+        yield f"rates: is empty; {settings.network} takes one dilation for each parallel convolution"
+    yield from (f"rates: {rate} is below 1" for rate in settings.rates if rate < 1)
+    yield from (f"extra_scales: {scale} is not above 0" for scale in settings.extra_scales if scale <= 0)
 
 
 def _check_cycles(params: Params, faults: list[str]) -> None:

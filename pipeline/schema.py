@@ -43,7 +43,8 @@ class Saliency:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A feature extractor. ``weights``: 'imagenet' (torchvision's, downloaded), a file, or null."""
+    """A feature extractor. ``weights``: 'imagenet' (torchvision's, downloaded), null, or a file: a state dict in
+    torchvision's layout (a segmentation network's, trained on COCO, too), or the model.pt of another run."""
 
     name: Literal["vgg16", "resnet50", "resnet101", "resnet38", "mobilenet_v2", "small"]
     output_stride: Literal[4, 8, 16, 32] = 8
@@ -80,6 +81,7 @@ class Training:
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
     power: float = 0.9
+    hold: int = 1  # optimizer steps between two changes of the rate (DeepLab-v2: 10)
     warmup: int = 0  # optimizer steps with linearly growing learning rate
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
 
@@ -117,6 +119,14 @@ class AttentionDrop:
 
 
 @dataclass(frozen=True)
+class Suppression:
+    """Discriminative region suppression (DRS Alg. 1), plugged into the layers of a classifier."""
+
+    delta: float = 0.0  # what of a channel's maximum is left (the non-learnable controller); 0: learnable
+    layers: tuple[str, ...] | None = None  # taps of the backbone, and 'head'; null: all of them
+
+
+@dataclass(frozen=True)
 class Classifier:
     """An image-level classifier whose class-aware maps locate objects."""
 
@@ -127,21 +137,24 @@ class Classifier:
     augmentation: Augmentation = field(default_factory=Augmentation)
     accumulate: Accumulate = field(default_factory=Accumulate)
     attention_drop: AttentionDrop | None = None
+    suppression: Suppression | None = None
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """A network trained on maps: the integral attention model (OAA Sec. 3.4)."""
+    """A network trained on maps. ``integral``: the integral attention model (OAA Sec. 3.4); ``regression``:
+    localization map refinement learning (DRS Sec. "Localization Map Refinement Learning")."""
 
     source: str  # classifiers/NAME (cumulative attention) or localizations/NAME
     backbone: Backbone
     training: Training
-    kind: Literal["integral"] = "integral"
+    kind: Literal["integral", "regression"] = "integral"
     head: Head = field(default_factory=Head)
     augmentation: Augmentation = field(default_factory=Augmentation)
     loss: Literal["hybrid", "cross_entropy", "enhance"] = "hybrid"  # OAA Eq. 9, 6, 7 (Table 4: HL, MCE, EP)
     reduction: Literal["class", "pooled"] = "class"  # mean per class, summed (paper); all tagged classes pooled (code)
     threshold: float = 0.0  # attention above which a pixel belongs to N+ (OAA Table 5)
+    target: Literal["strongest", "full"] = "strongest"  # of regression: a pixel's strongest class (code); all (paper)
 
 
 @dataclass(frozen=True)
@@ -154,6 +167,7 @@ class Localization:
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     fusion: Literal["mean", "max"] = "mean"
+    normalise: Literal["max", "none"] = "max"  # divide by the maximum; or cut at 1, for networks that regress values
     stride: int = 4  # image pixels a stored cell
 
 
@@ -174,14 +188,14 @@ class PseudoLabels:
     """From maps to label maps. Thresholds are in [0, 1]; see ``pipeline.labels.rules``."""
 
     source: str  # classifiers/NAME (cumulative attention) or localizations/NAME
-    rule: Literal["oaa", "threshold"] = "oaa"
+    rule: Literal["oaa", "drs", "threshold"] = "oaa"
     normalise: Literal["minmax", "max", "none"] = "minmax"
     saliency: bool = True  # background score: 1 - saliency, or the constant ``background``
     background: float = 0.3
-    attention_threshold: float = 0.3  # scores below it count as nothing
-    conflict_threshold: float = 0.9  # two scores above it: ignore
+    attention_threshold: float = 0.3  # scores below it count as nothing; DRS's alpha
+    conflict_threshold: float = 0.9  # several scores above it: ignore
     object_threshold: float = 0.8  # a class above it on predicted background: ignore
-    saliency_threshold: float = 0.125  # saliency from which predicted background is ignored (32/255)
+    saliency_threshold: float = 0.125  # saliency from which predicted background is ignored (32/255); DRS's beta
     minimum_foreground: float = 0.01  # share of the image below which all of it is ignored
     crf: Crf | None = None  # over background and the image's tags, before the argmax
     confidence: float = 0.0  # after the CRF, pixels whose probability is below it are ignored
@@ -202,11 +216,14 @@ class Segmentation:
     labels: str  # pseudo_labels/NAME, mixtures/NAME, or ground_truth (the supervised upper bound)
     backbone: Backbone
     training: Training
-    network: Literal["deeplab_largefov"] = "deeplab_largefov"
-    channels: int = 1024  # of fc6 and fc7
-    rate: int = 12  # dilation of fc6
-    dropout: float = 0.5
+    network: Literal["deeplab_largefov", "deeplab_v2", "deeplab_v3plus"] = "deeplab_largefov"
+    channels: int = 1024  # of LargeFOV's fc6 and fc7; of v3+'s pyramid and decoder (256 as published); v2 has none
+    rates: tuple[int, ...] = (12,)  # dilations: of fc6; of the pyramid (v2: 6, 12, 18, 24; v3+ at stride 8: 12, 24, 36)
+    dropout: float = 0.5  # v2 has none
     augmentation: Augmentation = field(default_factory=Augmentation)
+    extra_scales: tuple[float, ...] = ()  # further scales of each input; the answer is the maximum of all logits (v2)
+    loss_size: Literal["input", "output"] = "input"  # logits upsampled to the labels; or labels (nearest) to the logits
+    self_training: bool = False  # also learn the own answer among the image's tags (DRS's public code)
 
 
 @dataclass(frozen=True)

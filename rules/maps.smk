@@ -1,4 +1,4 @@
-"""Networks that learn from tags where objects are, and their localization maps."""
+"""Networks that learn from tags where objects are, their localization maps and their features."""
 
 
 rule classifier:
@@ -22,6 +22,28 @@ rule classifier:
         runtime=PLAN.runtime,
     shell:
         "python -m stages.classifier {wildcards.name} {params.runtime} {params.options} 2>&1 | tee {log}"
+
+
+rule features:
+    input:
+        index="<results>/index/index.json",
+        model="<results>/classifiers/{name}/model.pt",
+    output:
+        features="<results>/features/{name}/features.h5",
+        layers="<results>/features/{name}/layers.json",
+        manifest="<results>/features/{name}/manifest.json",
+    log:
+        "<logs>/features/{name}.log",
+    conda:
+        "../environment.yml"
+    threads: PLAN.threads
+    resources:
+        gpu=1,
+    params:
+        options=PLAN.options,
+        runtime=PLAN.runtime,
+    shell:
+        "python -m stages.features {wildcards.name} {params.runtime} {params.options} 2>&1 | tee {log}"
 
 
 rule refinement:

@@ -34,6 +34,8 @@ rule report:
         maps=collect("<results>/{block}/maps.h5", block=MAPS),
         labels=collect("<results>/{block}/labels.h5", block=LABELS),
         scores=collect("<results>/evaluation/{block}/scores.json", block=MAPS + LABELS),
+        features=collect("<results>/features/{name}/features.h5", name=P.classifiers),
+        layers=collect("<results>/features/{name}/layers.json", name=P.classifiers),
         logs=collect("<results>/{block}/log.json", block=TRAINED),
     output:
         report=report("<results>/report.html", category="Results"),

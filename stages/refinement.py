@@ -10,7 +10,7 @@ from pipeline.data.geometry import to_window
 from pipeline.data.index import Index
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.inference import models
-from pipeline.refinement import IntegralModel
+from pipeline.refinement import RefinementNetwork
 from pipeline.schema import Refinement
 from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore
@@ -21,7 +21,7 @@ from pipeline.training.settings import prepare
 class RefinementTask(Stateless):
     """A refinement network and the stored maps that supervise it."""
 
-    def __init__(self, network: IntegralModel, maps: RasterStore) -> None:
+    def __init__(self, network: RefinementNetwork, maps: RasterStore) -> None:
         self.network = network
         self.maps = maps
 
@@ -47,7 +47,7 @@ def main(work: Work) -> None:
     index = Index(work.inputs["index"])
     torch.manual_seed(seed)
     network = models.build(settings, index.num_classes)
-    assert isinstance(network, IntegralModel)
+    assert isinstance(network, RefinementNetwork)
     dataset = TrainingSet(index.images("train"), index.num_classes, settings.augmentation, seed)
     task = RefinementTask(network, RasterStore(work.inputs["maps"]))
     loop = Loop(task, dataset, settings.training, device, runtime=runtime, path=work.checkpoint, label=work.job.label)

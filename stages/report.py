@@ -24,6 +24,7 @@ def main(work: Work) -> None:
         metrics=table,
         scores=scores,
         logs=_read(work, "log of "),
+        layers=_read(work, "layers of "),
         stores={name: RasterStore(path) for name, path in work.inputs.items() if path.suffix == ".h5"},
     )
     work.outputs["report"].write_text(document(results), encoding="utf-8")

@@ -5,36 +5,34 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.data.index import Index
-from pipeline.data.loading import IGNORE, Batch, TrainingSet
+from pipeline.data.loading import Batch, TrainingSet
 from pipeline.inference import models
 from pipeline.networks.deeplab import SegmentationNetwork
 from pipeline.schema import Segmentation
 from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore
 from pipeline.training.loop import Loop, Stateless
+from pipeline.training.segmentation import segmentation_loss
 from pipeline.training.settings import prepare
 
 
 class SegmentationTask(Stateless):
-    """Cross entropy of the upsampled logits against label maps; 255 is ignored."""
+    """A segmentation network and the label maps of a batch."""
 
-    def __init__(self, network: SegmentationNetwork) -> None:
+    def __init__(self, network: SegmentationNetwork, settings: Segmentation) -> None:
         self.network = network
+        self.settings = settings
 
     def new_layers(self) -> Iterable[nn.Module]:
         return [self.network.head]
 
     def loss(self, batch: Batch, epoch: int) -> Tensor:
         assert batch.labels is not None
-        logits = self.network(batch.images).float()
-        logits = functional.interpolate(logits, size=batch.labels.shape[1:], mode="bilinear", align_corners=False)
-        # As rows, since the kernel for images is not deterministic on CUDA.
-        rows, labels = logits.movedim(1, -1).flatten(0, -2), batch.labels.flatten()
-        total = functional.cross_entropy(rows, labels, ignore_index=IGNORE, reduction="sum")
-        return total / (batch.labels != IGNORE).sum().clamp_min(1)  # a batch without a label gives 0, not NaN
+        supervised = self.network.supervised(batch.images)
+        settings = self.settings
+        return segmentation_loss(supervised, batch.labels, batch.tags, settings.loss_size, settings.self_training)
 
 
 def main(work: Work) -> None:
@@ -47,7 +45,7 @@ def main(work: Work) -> None:
     torch.manual_seed(seed)
     network = models.build(settings, index.num_classes)
     assert isinstance(network, SegmentationNetwork)
-    task = SegmentationTask(network)
+    task = SegmentationTask(network, settings)
     loop = Loop(task, dataset, settings.training, device, runtime=runtime, path=work.checkpoint, label=work.job.label)
     log = loop.run()
     models.save(work.outputs["model"], network, settings, index.num_classes)

@@ -9,6 +9,7 @@
 ``Arithmetic`` holds that plain arithmetic: NumPy in float64, no line of it shared with the networks.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,20 @@ class Arithmetic:
         return found
 
     @classmethod
-    def small_backbone(cls, weights: dict[str, Array], x: Array, prefix: str = "backbone.") -> Array:
-        """The light backbone at stride 8: six 3x3 convolutions with batch norm and ReLU, in stages of two."""
+    def small_backbone(
+        cls, weights: dict[str, Array], x: Array, after: Callable[[int, Array], Array] = lambda number, x: x
+    ) -> Array:
+        """The light backbone at stride 8: six 3x3 convolutions with batch norm and ReLU, in stages of two.
+
+        ``after`` is applied to the output of each layer (0 to 5).
+        """
         strides = (1, 2, 1, 2, 2, 1)
         for number, stride in enumerate(strides):
-            layer = f"{prefix}stages.conv{number // 2 * 2 + 2}.{number % 2}."
+            layer = f"backbone.stages.conv{number // 2 * 2 + 2}.{number % 2}."
             x = cls.conv(x, weights[f"{layer}0.weight"], None, stride, 1)
             names = ("weight", "bias", "running_mean", "running_var")
             x = np.maximum(cls.batch_norm(x, *(weights[f"{layer}1.{name}"] for name in names)), 0)
+            x = after(number, x)
         return x
 
 

@@ -159,6 +159,8 @@ def variants(value: Any) -> list[Any]:
         return [not value]
     if isinstance(value, int | float):
         return [value + 1, value / 2]
+    if isinstance(value, list) and any(isinstance(item, str) for item in value):
+        return [value[1:]]
     if isinstance(value, list):
         return [[*value, 2.0], [item + 1 for item in value], [item + 0.5 for item in value]]
     words = {"adam", "resnet50", "average", "strict", "constant", "threshold", "features", "store", "data/other"}
@@ -191,6 +193,14 @@ def followers(graph: Graph, first: set[str]) -> set[str]:
     return reached
 
 
+def set_themselves(raw: dict[str, Any], where: tuple[str, ...], stages: dict[str, Stage]) -> set[str]:
+    """Stages whose block gives what stands at ``where`` in the defaults: DVC cannot know that it stays as it is."""
+    if where[0] != "defaults":
+        return set()
+    keep = {f"{where[1]}.{name}" for name, block in raw[where[1]].items() if where[2:] in leaves(block)}
+    return {name for name, stage in stages.items() if stage.keys & keep}
+
+
 def essence(job: Job) -> tuple[Any, ...]:
     return job.params, job.inputs, job.outputs
 
@@ -214,5 +224,5 @@ def test_a_changed_param_touches_the_same_jobs(graph: Graph, dvc_stages: dict[st
         }
         assert moved, path
         assert depend <= reached, path
-        assert reached <= followers(graph, moved), path
+        assert reached - set_themselves(raw, where, dvc_stages) <= followers(graph, moved), path
     assert tried > 0.8 * len(everything)

@@ -267,7 +267,7 @@ TRAINING = Training(batch_size=2, lr=0.1, epochs=1)
 BLOCKS: list[Any] = [
     Classifier(Backbone("small"), TRAINING, head=Head(1, 8)),
     Refinement("classifiers/base", Backbone("small", output_stride=4), TRAINING, head=Head(0, 8)),
-    Segmentation("ground_truth", Backbone("small"), TRAINING, channels=8, rate=2),
+    Segmentation("ground_truth", Backbone("small"), TRAINING, channels=8, rates=(2,)),
 ]
 
 

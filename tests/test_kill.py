@@ -31,7 +31,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     drop = {"attention_drop": {"beta": 0.5, "delta": 0.5}, "accumulate": {"cells": 6, "snapshots": True}}
     params["classifiers"] = {"base": {**small["classifier"], **drop, "head": {"convs": 1, "channels": 8}}}
-    head = {"channels": 8, "rate": 2, "dropout": 0.5}
+    head = {"channels": 8, "rates": [2], "dropout": 0.5}
     params["segmentations"] = {"cam": {**small["segmentation"], **head, "labels": "ground_truth"}}
     Path("params.yaml").write_text(yaml.safe_dump(params))
     run("index", index.main, [])

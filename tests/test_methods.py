@@ -1,18 +1,18 @@
 """Every method under the one contract, and what is a method's own."""
 
-from typing import get_args, get_type_hints
+from typing import cast, get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.methods import METHODS, Method, Output
-from pipeline.schema import Classifier
+from pipeline.schema import Classifier, Suppression
 from tests.method_contract import Arithmetic, Array, K, MethodContract, small_classifier
 
 
 def test_the_schema_knows_all_methods_and_each_has_its_test() -> None:
-    tested = {contract.settings.method for contract in MethodContract.__subclasses__()}
+    tested = {contract.settings.method for contract in MethodContract.__subclasses__() if contract is not Suppressed}
     assert set(get_args(get_type_hints(Classifier)["method"])) == set(METHODS) == tested
 
 
@@ -35,6 +35,57 @@ class TestCam(MethodContract):
         new = {id(parameter) for layer in method.new_layers() for parameter in layer.parameters()}
         others = {id(value) for name, value in method.named_parameters() if not name.startswith("backbone.")}
         assert new == others
+
+
+class Suppressed(MethodContract):
+    """DRS in every layer: the six of the backbone and the head's convolution (DRS Alg. 1), element by element."""
+
+    def gate(self, weights: dict[str, Array], number: int, features: Array) -> Array:
+        """B x K control values."""
+        raise NotImplementedError
+
+    def expected(self, weights: dict[str, Array], images: Array) -> tuple[Array, Array]:
+        def suppressed(number: int, features: Array) -> Array:
+            gate = self.gate(weights, number, features)
+            out = features.copy()
+            for sample, channel in np.ndindex(*features.shape[:2]):
+                bound = features[sample, channel].max() * gate[sample, channel]
+                above = features[sample, channel] > bound
+                out[sample, channel][above] = bound
+            return out
+
+        features = Arithmetic.small_backbone(weights, images, suppressed)
+        head = Arithmetic.conv(features, weights["head.convs.0.weight"], weights["head.convs.0.bias"], padding=1)
+        last = suppressed(6, np.maximum(head, 0))
+        maps = Arithmetic.conv(last, weights["head.classifier.weight"], weights["head.classifier.bias"])
+        return maps.mean((2, 3)), maps
+
+
+class TestLearnableSuppression(Suppressed):
+    settings = small_classifier(method="cam", suppression=Suppression())
+
+    @pytest.fixture
+    def method(self) -> Method:
+        """Control values far from one another."""
+        method = cast(Method, MethodContract.method.__wrapped__(self))  # type: ignore[attr-defined]
+        for suppressor in method.suppressors:
+            suppressor.controller.weight.data.normal_()  # type: ignore[union-attr]
+        return method
+
+    def gate(self, weights: dict[str, Array], number: int, features: Array) -> Array:
+        controls = np.zeros(features.shape[:2])
+        for sample, channel in np.ndindex(*features.shape[:2]):
+            means = [features[sample, other].mean() for other in range(features.shape[1])]
+            controls[sample, channel] = np.dot(weights[f"suppressors.{number}.controller.weight"][channel], means)
+        gate: Array = 1 / (1 + np.exp(-controls))
+        return gate
+
+
+class TestFixedSuppression(Suppressed):
+    settings = small_classifier(method="cam", suppression=Suppression(delta=0.55))
+
+    def gate(self, weights: dict[str, Array], number: int, features: Array) -> Array:
+        return np.full(features.shape[:2], 0.55)
 
 
 def test_loss_by_hand() -> None:

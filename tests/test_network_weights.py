@@ -10,30 +10,16 @@ from torch import Tensor, nn
 
 from pipeline import schema
 from pipeline.errors import PipelineError
-from pipeline.networks.backbones import Backbone, build_backbone
+from pipeline.inference import models
+from pipeline.networks.backbones import Backbone
 from pipeline.networks.vision import import_torchvision
+from tests.networks import build, randomise_batch_norms
 
 MOBILENET_FILE = Path("../shared/weights/mobilenet_v2_imagenet_fp16.pth")
 
 
-def build(name: str, output_stride: int = 8, **settings: Any) -> Backbone:
-    return build_backbone(schema.Backbone(name, output_stride, **settings))  # type: ignore[arg-type]
-
-
 def first_conv(backbone: Backbone) -> Tensor:
     return next(module.weight for module in backbone.modules() if isinstance(module, nn.Conv2d))
-
-
-def randomise_batch_norms(module: nn.Module) -> None:
-    """Statistics and affine parameters that a wrong order or a forgotten batch norm would show in."""
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            for tensor in (norm.weight.data, norm.running_var):
-                assert tensor is not None
-                tensor.uniform_(0.5, 1.5)
-            norm.bias.data.normal_(std=0.1)
-            assert norm.running_mean is not None
-            norm.running_mean.normal_(std=0.1)
 
 
 class TestPublished:
@@ -84,6 +70,71 @@ class TestPublished:
             expected = published[:30](x)
         assert expected.any()
         torch.testing.assert_close(backbone(x), expected)
+
+
+TRAINING = schema.Training(2, 0.1, epochs=1)
+SMALL = schema.Backbone("small", frozen_batch_norm=True)
+HEAD = schema.Head(1, 8)
+NETWORKS: dict[str, models.Block] = {
+    "classifier": schema.Classifier(SMALL, TRAINING, head=HEAD),
+    "suppressed": schema.Classifier(SMALL, TRAINING, head=HEAD, suppression=schema.Suppression()),
+    "integral": schema.Refinement("classifiers/base", SMALL, TRAINING, head=HEAD),
+    "largefov": schema.Segmentation("ground_truth", SMALL, TRAINING, channels=8),
+    "v3plus": schema.Segmentation("ground_truth", SMALL, TRAINING, "deeplab_v3plus", channels=8, rates=(1, 2, 3)),
+}
+
+
+class TestWholeNetworks:
+    """Of a network around a backbone, the backbone is taken."""
+
+    def test_torchvisions_segmentation_network(self, tmp_path: Path) -> None:
+        """In the layout of its COCO files, at their stride 8, with auxiliary classifier."""
+        torch.manual_seed(0)
+        published = import_torchvision().models.segmentation.deeplabv3_resnet50(
+            weights=None, weights_backbone=None, num_classes=21, aux_loss=True
+        )
+        published = published.eval()
+        randomise_batch_norms(published)
+        state = published.state_dict()
+        assert {name.split(".")[0] for name in state} == {"backbone", "classifier", "aux_classifier"}
+        heads = {name: torch.zeros(0) for name in state if "classifier" in name}
+        torch.save(state | heads, tmp_path / "coco.pth")
+        backbone = build("resnet50", weights=str(tmp_path / "coco.pth")).eval()
+        x = torch.randn(1, 3, 49, 65)
+        with torch.no_grad():
+            torch.testing.assert_close(backbone(x), published.backbone(x)["out"])
+
+    @pytest.mark.parametrize("name", NETWORKS)
+    @pytest.mark.parametrize("plain", [False, True], ids=["model.pt", "state dict"])
+    def test_a_network_of_ours(self, name: str, plain: bool, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        network = models.build(NETWORKS[name], 3)
+        randomise_batch_norms(network)
+        if plain:
+            torch.save(network.state_dict(), tmp_path / "model.pt")
+        else:
+            models.save(tmp_path / "model.pt", network, NETWORKS[name], 3)
+        found = build("small", weights=str(tmp_path / "model.pt")).state_dict()
+        expected = network.get_submodule("backbone").state_dict()
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+
+    def test_another_backbone_is_refused(self, tmp_path: Path) -> None:
+        models.save(tmp_path / "model.pt", models.build(NETWORKS["largefov"], 3), NETWORKS["largefov"], 3)
+        with pytest.raises(PipelineError, match=r"model\.pt: does not fit the backbone: .* and \d+ more$"):
+            build("mobilenet_v2", weights=str(tmp_path / "model.pt"))
+
+    @pytest.mark.parametrize("start", ["", "base.", "module.base."])
+    def test_a_caffe_network_is_refused_in_one_line(self, start: str, tmp_path: Path) -> None:
+        path = tmp_path / "deeplabv1_resnet101-coco.pth"
+        names = ["layer1.conv1.conv.weight", "layer2.block1.reduce.conv.weight", "layer2.block1.conv3x3.conv.weight"]
+        torch.save({start + name: torch.zeros(1) for name in names}, path)
+        with pytest.raises(PipelineError) as caught:
+            build("resnet101", weights=str(path))
+        assert caught.value.lines == (
+            f"{path}: was converted from Caffe (BGR input, strides in the 1x1 convolutions) and does not fit the"
+            " backbone; name a file in torchvision's layout, or 'imagenet'",
+        )
 
 
 class TestFiles:
@@ -150,6 +201,8 @@ class TestFiles:
             (b"\x89PNG not weights", "damaged"),
             ([1, 2], "holds no state dict"),
             ({"state_dict": {}}, "holds no state dict"),
+            ({"state": {}, "num_classes": 3}, "holds no state dict"),
+            ({"state": {"epoch": 3}}, "holds no state dict"),
             ({"path": Path("x")}, "damaged, or holds more than tensors"),
         ],
     )

@@ -1,9 +1,7 @@
-"""Backbones, heads and segmentation networks: one contract for all, and each network's own facts."""
+"""Backbones and heads: one contract for all, and each network's own facts."""
 
 import copy
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -12,11 +10,11 @@ from torch import Tensor, nn
 
 from pipeline import schema
 from pipeline.errors import PipelineError
-from pipeline.networks.backbones import BACKBONES, Backbone, Tap, build_backbone
-from pipeline.networks.deeplab import SegmentationNetwork, build_segmentation
+from pipeline.networks.backbones import BACKBONES, Backbone
 from pipeline.networks.heads import ClassAwareHead
 from pipeline.networks.resnet38 import BottleneckBlock, WideBlock
 from pipeline.networks.vision import import_torchvision
+from tests.networks import build, convs, on_meta, randomise_batch_norms, size
 
 TAPS = {
     "vgg16": {"conv1_2": 64, "conv2_2": 128, "conv3_3": 256, "conv4_3": 512, "conv5_3": 512},
@@ -34,40 +32,6 @@ STRIDES = {
     "mobilenet_v2": (4, 8, 16, 32),
     "small": (4, 8),
 }
-
-
-def build(name: str, output_stride: int = 8, **settings: Any) -> Backbone:
-    return build_backbone(schema.Backbone(name, output_stride, **settings))  # type: ignore[arg-type]
-
-
-def on_meta(make: Callable[[], nn.Module]) -> Any:
-    with torch.device("meta"):
-        return make()
-
-
-def segmentation(name: str, **settings: Any) -> SegmentationNetwork:
-    training = schema.Training(batch_size=2, lr=0.1)
-    return build_segmentation(schema.Segmentation("ground_truth", schema.Backbone(name), training, **settings), 5)  # type: ignore[arg-type]
-
-
-def convs(module: nn.Module, kernel: int = 3) -> list[nn.Conv2d]:
-    return [part for part in module.modules() if isinstance(part, nn.Conv2d) and part.kernel_size[0] == kernel]
-
-
-def size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def randomise_batch_norms(module: nn.Module) -> None:
-    """Statistics and affine parameters that a wrong order or a forgotten batch norm would show in."""
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            for tensor in (norm.weight.data, norm.running_var):
-                assert tensor is not None
-                tensor.uniform_(0.5, 1.5)
-            norm.bias.data.normal_(std=0.1)
-            assert norm.running_mean is not None
-            norm.running_mean.normal_(std=0.1)
 
 
 @pytest.fixture(scope="module", params=list(BACKBONES))
@@ -341,62 +305,3 @@ class TestHead:
         x = torch.randn(1, 6, 4, 4)
         assert torch.equal(head.penultimate(x), x)
         assert head(x).shape == (1, 3, 4, 4)
-
-
-class TestDeepLab:
-    def test_vgg_size_is_the_published(self) -> None:
-        """DeepLab-LargeFOV's 20.5 million parameters (Chen et al. 2015, Table 2), for 21 outputs."""
-        training = schema.Training(batch_size=30, lr=0.001)
-        settings = schema.Segmentation("ground_truth", schema.Backbone("vgg16"), training)
-        network = on_meta(lambda: build_segmentation(settings, 20))
-        assert size(network) == 14_714_688 + (9 * 512 + 1) * 1024 + (1024 + 1) * 1024 + (1024 + 1) * 21 == 20_505_429
-        assert network(torch.empty(2, 3, 321, 321, device="meta")).shape == (2, 21, 41, 41)
-
-    @pytest.mark.parametrize("name", BACKBONES)
-    def test_logits_at_the_backbones_stride(self, name: str) -> None:
-        network = on_meta(lambda: segmentation(name, channels=32, rate=6))
-        assert network(torch.empty(2, 3, 65, 81, device="meta")).shape == (2, 6, 9, 11)
-        assert isinstance(network.backbone, Backbone)
-        assert network.backbone.taps[list(TAPS[name])[-1]] == Tap(network.backbone.out_channels, 8)
-        assert [conv.dilation[0] for conv in convs(network.head)] == [6]
-
-    @pytest.mark.parametrize("name", ["vgg16", "small"])
-    def test_head_is_its_formula(self, name: str) -> None:
-        torch.manual_seed(0)
-        head = segmentation(name, channels=16, rate=3).head.double().eval()
-        x = torch.randn(2, 512 if name == "vgg16" else 128, 9, 11, dtype=torch.float64).clamp(min=0)
-        weights = iter(head.state_dict().values())
-        y = F.avg_pool2d(F.max_pool2d(x, 3, 1, 1), 3, 1, 1) if name == "vgg16" else x
-        y = F.conv2d(y, next(weights), next(weights), padding=3, dilation=3).clamp(min=0)
-        y = F.conv2d(y, next(weights), next(weights)).clamp(min=0)
-        torch.testing.assert_close(head(x), F.conv2d(y, next(weights), next(weights)))
-
-    def test_scores_start_near_zero(self) -> None:
-        torch.manual_seed(0)
-        *_, fc8 = segmentation("small", channels=512).head.children()
-        assert isinstance(fc8, nn.Conv2d)
-        assert fc8.weight.std().item() == pytest.approx(0.01, rel=0.1)
-        assert fc8.bias is not None
-        assert not fc8.bias.any()
-
-    def test_dropout_follows_the_settings(self) -> None:
-        network = on_meta(lambda: segmentation("small", dropout=0.25))
-        assert [part.p for part in network.modules() if isinstance(part, nn.Dropout)] == [0.25, 0.25]
-
-    def test_it_learns(self) -> None:
-        """A few steps halve the loss on one batch, in the precision and memory format of the training."""
-        torch.manual_seed(0)
-        network = segmentation("small", channels=32, rate=2, dropout=0.0)
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        labels = torch.randint(0, 6, (4, 4, 4))
-        x = F.one_hot(labels, 6).permute(0, 3, 1, 2).float()[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-        losses = []
-        for _ in range(30):
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = F.cross_entropy(network(x.to(memory_format=torch.channels_last)), labels)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0] / 2

@@ -1,5 +1,6 @@
 """The report of a small experiment whose rasters are drawn, not learned."""
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline import params as parameters
+from pipeline.data.sample import choose
 from pipeline.graph import Graph
 from pipeline.report import charts, metrics, pictures, protocol
 from pipeline.runtime import Runtime
@@ -44,6 +46,7 @@ RAW: dict[str, Any] = {
     },
     "gallery": 4,
 }
+LAYERS = {"": ["conv2", "conv4", "head"], "wide": ["b2", "b3"]}  # by the classifier's name; '' of all others
 QUALITY = {"cam": 0.2, "base": 0.35, "refined": 0.5, "oaa": 0.4, "oaa_plus": 0.6, "mixed": 0.7, "tenth": 0.5}
 
 
@@ -69,6 +72,13 @@ def blurred(mask: Any, class_id: int, quality: float) -> Any:
     field = cv2.distanceTransform((mask == class_id).astype(np.uint8), cv2.DIST_L2, 5)
     field = cv2.GaussianBlur(field ** (1.2 - quality), (0, 0), 3)
     return cv2.resize((255 * field / max(field.max(), 1e-5)).astype(np.uint8), (SIDE // 4, SIDE // 4))
+
+
+def line(classifier: str, layer: int) -> Any:
+    """A feature map whose bright row tells the layer, or column if the classifier is 'base'."""
+    out = np.zeros((8, 8), np.uint8)
+    out[2 * layer] = 255
+    return out.T.copy() if classifier == "base" else out
 
 
 def damaged(mask: Any, quality: float, random: np.random.Generator, ignore: bool) -> Any:
@@ -101,6 +111,8 @@ def experiment(raw: dict[str, Any], train: int = 8, held: int = 5, masks: bool =
                 path.write_text(json.dumps(index))
             elif key == "log":
                 path.write_text(json.dumps(training_log(len(job.name))))
+            elif key == "layers":
+                path.write_text(json.dumps(LAYERS.get(job.name, LAYERS[""])))
             elif path.suffix == ".h5":
                 with RasterWriter(path, kind=key) as writer:
                     fill(writer, f"{job.stage} {key}", job.name, drawn, splits, masks)
@@ -131,6 +143,10 @@ def fill(writer: RasterWriter, kind: str, name: str, drawn: Any, splits: Any, ma
             for key in used:
                 for tag in drawn[key][2]:
                     writer.append(f"{epoch}/{key}", blurred(drawn[key][1], tag, 0.1 * epoch), tag)
+    elif kind == "features features":
+        for key in used[:6]:
+            for layer, _ in enumerate(LAYERS.get(name, LAYERS[""]), 1):
+                writer.append(key, line(name, layer), layer)
     elif kind == "saliency maps":
         for key, (_, mask, _) in drawn.items():
             writer.append(key, cv2.GaussianBlur(255 * (mask > 0).astype(np.uint8), (0, 0), 2))
@@ -218,6 +234,40 @@ def test_missing_pieces_leave_their_columns_out(place: Path, capsys: pytest.Capt
     assert "no masks: nothing was scored" in capsys.readouterr().out
 
 
+def test_layers_with_and_without_suppression_side_by_side(place: Path) -> None:
+    drs = {**SMALL, "suppression": {}}
+    fixed = {**SMALL, "suppression": {"delta": 0.55, "layers": ["conv4", "head"]}}
+    drop = {**SMALL, "attention_drop": {}}
+    experiment({**RAW, "classifiers": {"drs": drs, "wide": SMALL, "drop": drop, "fixed": fixed, "base": SMALL}})
+    html = (place / "results/drawn/report.html").read_text()
+    section = html.partition("<h2>Feature maps</h2>")[2].partition("</section>")[0]
+    assert [re.sub("<.*?>", "", cell) for cell in re.findall(r"<th .*?</th>", section)] == [
+        *("Photo", "Classifier", "conv2", "conv4", "head"),
+        *4 * ["baseplain", "drsDRS, learnable", "fixedDRS, delta 0.55, in conv4, head"],
+    ]
+    assert section.count('alt="photo of i00') == 4
+    cells = re.findall(r'<img src="data:image/jpeg;base64,([^"]*)" alt="(\w+) of (\w+), i00\d"', section)
+    assert len(cells) == 4 * 3 * 3
+    for encoded, layer, classifier in cells:
+        found = cv2.imdecode(np.frombuffer(base64.b64decode(encoded), np.uint8), cv2.IMREAD_GRAYSCALE)
+        bright = cv2.resize(found, (8, 8), interpolation=cv2.INTER_AREA) > 100
+        assert np.array_equal(bright, line(classifier, LAYERS[""].index(layer) + 1) > 0)
+
+
+def test_classifiers_of_other_layers_leave_cells_empty(place: Path) -> None:
+    drs = {**SMALL, "suppression": {}}
+    experiment({**RAW, "classifiers": {"base": SMALL, "wide": drs, "drs": drs}})
+    html = (place / "results/drawn/report.html").read_text()
+    section = html.partition("<h2>Feature maps</h2>")[2].partition("</section>")[0]
+    assert re.findall(r'scope="col">(\w+)', section)[2:] == ["conv2", "conv4", "head", "b2", "b3"]
+    assert section.count("<td>none</td>") == 4 * (2 + 3 + 2)
+
+
+def test_no_feature_maps_without_suppression(place: Path) -> None:
+    experiment(RAW)
+    assert "Feature maps" not in (place / "results/drawn/report.html").read_text()
+
+
 def test_best_is_the_best_weak_row() -> None:
     rows = {"a": {"labels": "pseudo_labels/a"}, "b": {"labels": "pseudo_labels/b"}, "s": {"labels": "ground_truth"}}
     table = {"a": {"miou": 0.5, "maps_noise": 0.2}, "b": {"miou": 0.6, "maps_noise": 0.4}, "s": {"miou": 0.9}}
@@ -268,9 +318,9 @@ def test_gallery_prefers_images_of_several_classes() -> None:
             self.tags = (1, 2) if number % 3 == 0 else (1,)
 
     images: Any = [Tagged(number) for number in range(12)]
-    assert [image.id for image in pictures.choose(images, 2)] == ["0", "6"]
-    assert [image.id for image in pictures.choose(images, 6)] == ["0", "1", "3", "6", "7", "9"]
-    assert len(pictures.choose(images, 40)) == 12
+    assert [image.id for image in choose(images, 2)] == ["0", "6"]
+    assert [image.id for image in choose(images, 6)] == ["0", "1", "3", "6", "7", "9"]
+    assert len(choose(images, 40)) == 12
 
 
 def test_chart_axes_are_round_and_long_curves_are_thinned() -> None:

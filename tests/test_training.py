@@ -59,6 +59,17 @@ class TestLearningRates:
             ({"schedule": "constant", "epochs": 4, "warmup": 4}, 5, {0: 0.025, 1: 0.05, 3: 0.1, 4: 0.1}),
             ({"schedule": "poly", "epochs": 4, "power": 1.0, "warmup": 10}, 5, {4: 0.1 * 0.8 * 0.5, 10: 0.05}),
             ({"schedule": "step", "epochs": 4, "milestones": (1,), "warmup": 10}, 5, {4: 0.05, 5: 0.006, 10: 0.01}),
+            (
+                {"schedule": "poly", "epochs": 4, "hold": 10},
+                5,
+                {0: 0.1, 9: 0.1, 10: 0.1 * 0.5**0.9, 19: 0.1 * 0.5**0.9},
+            ),
+            ({"schedule": "step", "iterations": 20, "milestones": (4,), "hold": 3}, 5, {4: 0.1, 5: 0.1, 6: 0.01}),
+            (
+                {"schedule": "constant", "epochs": 4, "warmup": 8, "hold": 3},
+                5,
+                {0: 0.0125, 2: 0.0125, 3: 0.05, 5: 0.05, 6: 0.0875, 8: 0.0875, 9: 0.1},
+            ),
         ],
     )
     def test_schedules(self, settings: dict[str, Any], steps_per_epoch: int, expected: dict[int, float]) -> None:
@@ -212,6 +223,28 @@ class TestLoop:
         assert (weights[0] - start).abs().max() > 0.01
         for other in weights[1:]:
             torch.testing.assert_close(other, weights[0], rtol=1e-5, atol=1e-6)
+
+    def test_a_step_of_fewer_batches_is_their_mean(self, index: Index) -> None:
+        """9 images in batches of 2, three batches a step: 3 and 2 an epoch. Each batch's gradient is 1."""
+
+        class Slope(TinyTask):
+            def __init__(self) -> None:
+                super().__init__()
+                self.network = nn.Linear(1, 1, bias=False)
+                nn.init.zeros_(self.network.weight)
+
+            def loss(self, batch: Batch, epoch: int) -> Tensor:
+                self.epochs.append(epoch)
+                return self.network(torch.ones(1, 1)).sum()
+
+        task = Slope()
+        settings = Training(
+            2, 0.1, epochs=2, accumulation=3, momentum=0.0, weight_decay=0.0, lr_new=1.0, precision="fp32"
+        )
+        log = loop(task, dataset(index), settings).run()
+        assert task.epochs == [0] * 5 + [1] * 5
+        assert len(log["steps"]) == 4
+        assert task.network.weight.item() == pytest.approx(-4 * 0.1)  # type: ignore[operator]
 
     def test_rates_reach_the_groups_and_the_log(self, index: Index) -> None:
         task = TinyTask()

@@ -23,10 +23,11 @@ class Localizer(Protocol):
 def localization_maps(
     network: nn.Module, images: Sequence[Image], settings: Localization, device: torch.device
 ) -> Iterator[Row]:
-    """Maps of each image's tags at 1 / ``settings.stride`` of the image's size, divided by their maximum.
+    """Maps of each image's tags at 1 / ``settings.stride`` of the image's size.
 
-    The maps of all scales and flips are resized to the same grid and fused by mean or maximum before the division, so
-    that the scale that sees a class best weighs most.
+    The maps of all scales and flips are resized to the same grid and fused by mean or maximum. Then they are divided by
+    their maximum, after the fusion, so that the scale that sees a class best weighs most; or, with ``normalise: none``,
+    taken as they are and cut at 1.
     """
 
     def shape(image: Image) -> tuple[int, int]:
@@ -47,8 +48,9 @@ def localization_maps(
                 else:
                     fused = torch.maximum(fused, found) if settings.fusion == "max" else fused + found
             assert fused is not None
-            fused = fused / fused.amax((1, 2), keepdim=True).clamp_min(1e-5)
-            levels = (fused * 255).round().to(torch.uint8).cpu().numpy()
+            if settings.normalise == "max":
+                fused = fused / fused.amax((1, 2), keepdim=True).clamp_min(1e-5)
+            levels = (fused.clamp_max(1) * 255).round().to(torch.uint8).cpu().numpy()
             for tag, level in zip(image.tags, levels, strict=True):
                 yield image.id, tag, np.ascontiguousarray(level)
 

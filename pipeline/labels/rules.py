@@ -99,6 +99,24 @@ def oaa(cues: Cues, rule: PseudoLabels) -> Raster:
     return labels if foreground >= rule.minimum_foreground else np.full_like(labels, IGNORE)
 
 
+def drs(cues: Cues, rule: PseudoLabels) -> Raster:
+    """DRS's label generation: object cues and background cues; a pixel with neither is ignored.
+
+    Object cues are scores above ``attention_threshold`` (alpha; 0.2), background cues saliency below
+    ``saliency_threshold`` (beta). The paper has beta 0.06; its public code cuts at 50/255, which is beta 0.2 (51/255)
+    here. A pixel with both is background, which counts 1 (the code; the paper does not say), and of several object
+    cues the strongest wins. The code also ignores pixels of more than two scores, the background's among them, above
+    ``conflict_threshold`` (0.9); the paper does not: 1.
+    """
+    if cues.saliency is None:
+        raise ValueError("the rule drs takes its background cues from saliency, and none is given")
+    scores = np.where(cues.scores > rule.attention_threshold, cues.scores, np.float32(0))
+    scores[0] = cues.saliency < rule.saliency_threshold
+    winners, unsure = decide(scores, cues, rule)
+    conflict = (scores > rule.conflict_threshold).sum(axis=0) > 2
+    return as_labels(winners, unsure | conflict | ~scores.any(axis=0), cues.classes)
+
+
 def decide(scores: Scores, cues: Cues, rule: PseudoLabels) -> tuple[NDArray[np.intp], Mask]:
     """Each pixel's winning channel, by CRF where the rule has one, and where that stays below ``rule.confidence``."""
     if rule.crf is None:
@@ -123,4 +141,4 @@ def as_labels(winners: NDArray[np.intp], ignored: Mask, classes: tuple[int, ...]
     return labels
 
 
-RULES: dict[str, Callable[[Cues, PseudoLabels], Raster]] = {"oaa": oaa, "threshold": threshold}
+RULES: dict[str, Callable[[Cues, PseudoLabels], Raster]] = {"oaa": oaa, "drs": drs, "threshold": threshold}

@@ -23,9 +23,14 @@ class Method(nn.Module):
         super().__init__()
         self.settings = settings
         self.num_classes = num_classes
+        self.suppressors = nn.ModuleList()  # of DRS, where ``settings.suppression`` asks for it
 
     def new_layers(self) -> Iterable[nn.Module]:
         """The layers added to the backbone."""
+        raise NotImplementedError
+
+    def layers(self) -> dict[str, list[nn.Module]]:
+        """By name, shallow to deep, the modules whose outputs are features: those of the backbone's taps, and more."""
         raise NotImplementedError
 
     def forward(self, images: Tensor, occluded: Tensor | None = None) -> Output:

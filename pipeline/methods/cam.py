@@ -20,7 +20,12 @@ class Cam(Method):
         self.head = ClassAwareHead(self.backbone.out_channels, settings.head, num_classes)
 
     def new_layers(self) -> Iterable[nn.Module]:
-        return [self.head]
+        return [self.head, self.suppressors]
+
+    def layers(self) -> dict[str, list[nn.Module]]:
+        """The backbone's, and 'head', the 3x3 convolutions', where there are any."""
+        activations: list[nn.Module] = [module for module in self.head.convs if isinstance(module, nn.ReLU)]
+        return self.backbone.layers() | ({"head": activations} if activations else {})
 
     def forward(self, images: Tensor, occluded: Tensor | None = None) -> Output:
         features = self.head.penultimate(self.backbone(images))

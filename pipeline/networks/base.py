@@ -1,6 +1,6 @@
 """What every backbone is: named stages in a row, each of which can be tapped."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 from torch import Tensor, nn
@@ -16,14 +16,23 @@ class Tap(NamedTuple):
 class Backbone(nn.Module):
     """A feature extractor: B x 3 x H x W to B x C x ceil(H / stride) x ceil(W / stride).
 
-    ``taps`` names its stages from shallow to deep; the last one is the output. ``stages`` holds one module a tap.
+    ``taps`` names its stages from shallow to deep; the last one is the output. ``stages`` holds one module a tap, and
+    ``layer_types`` tells of which kinds the modules are whose output is that of a layer: activations of a plain
+    network, blocks of a residual one.
     """
 
-    def __init__(self, stages: Mapping[str, nn.Module], taps: Mapping[str, Tap], frozen_batch_norm: bool) -> None:
+    def __init__(
+        self,
+        stages: Mapping[str, nn.Module],
+        taps: Mapping[str, Tap],
+        frozen_batch_norm: bool,
+        layer_types: tuple[type[nn.Module], ...],
+    ) -> None:
         super().__init__()
         self.stages = nn.ModuleDict(stages)
         self.taps = dict(taps)
         self.frozen_batch_norm = frozen_batch_norm
+        self.layer_types = layer_types
         if frozen_batch_norm:
             for norm in self._batch_norms():
                 norm.requires_grad_(False)
@@ -64,6 +73,10 @@ class Backbone(nn.Module):
                 found[name] = x
         return {name: found[name] for name in names}
 
+    def layers(self) -> dict[str, list[nn.Module]]:
+        """By tap, the modules whose outputs are the features of its layers, shallow to deep."""
+        return {name: list(outermost(stage, self.layer_types)) for name, stage in self.stages.items()}
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.frozen_batch_norm:
@@ -73,6 +86,15 @@ class Backbone(nn.Module):
 
     def _batch_norms(self) -> Iterable[nn.BatchNorm2d]:
         return (module for module in self.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
+    """The modules of these kinds within, but for those inside of one another."""
+    if isinstance(module, kinds):
+        yield module
+    else:
+        for child in module.children():
+            yield from outermost(child, kinds)
 
 
 def limit_stride(blocks: Iterable[nn.Module], stride: int, output_stride: int, dilated: bool) -> list[int]:

@@ -78,7 +78,7 @@ def resnet38(settings: schema.Backbone) -> Backbone:
     }
     widths, strides = (128, 256, 512, 1024, 2048, 4096), (2, 4, 8, 8, 8, 8)
     taps = {name: Tap(width, stride) for name, width, stride in zip(stages, widths, strides, strict=True)}
-    backbone = Backbone(stages, taps, settings.frozen_batch_norm)
+    backbone = Backbone(stages, taps, settings.frozen_batch_norm, (WideBlock, BottleneckBlock))
     he_normal(backbone)
     return backbone
 

@@ -27,6 +27,6 @@ def small(settings: schema.Backbone) -> Backbone:
     strides = limit_stride(blocks, 1, settings.output_stride, settings.dilated)
     stages = {f"conv{end}": nn.Sequential(*blocks[end - 2 : end]) for end in (2, 4, 6)}
     taps = {f"conv{end}": Tap(WIDTHS[end - 1], strides[end - 1]) for end in (2, 4, 6)}
-    backbone = Backbone(stages, taps, settings.frozen_batch_norm)
+    backbone = Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU,))
     he_normal(backbone)
     return backbone

@@ -42,6 +42,6 @@ def vgg16(settings: schema.Backbone) -> Backbone:
             stages[name].add_module(str(index), layer)
             index += 1
         taps[name] = Tap(width, stride)
-    backbone = Backbone(stages, taps, settings.frozen_batch_norm)
+    backbone = Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU,))
     he_normal(backbone)
     return backbone

@@ -12,6 +12,8 @@ from pipeline.networks.vision import import_torchvision
 
 # Parts of a published network that no backbone has.
 IGNORED = ("classifier.", "fc.")
+INSIDE = "backbone."  # what the names of a backbone begin with in a segmentation network, torchvision's and ours
+CAFFE = ".conv3x3."  # in every block of the ResNets that deeplab-pytorch converted from Caffe
 
 
 class Published(NamedTuple):
@@ -24,8 +26,9 @@ class Published(NamedTuple):
 def load_weights(backbone: Backbone, weights: str, published: Published | None) -> None:
     """Fill the backbone from ``weights``: 'imagenet' or a file with a state dict.
 
-    The state dict is this backbone's own, or torchvision's of the whole network, whose classifier is left out. float16
-    tensors are cast to the parameters' float32.
+    The state dict is this backbone's own, torchvision's of the whole network, torchvision's of a segmentation network
+    around it (as deeplabv3_resnet101's, trained on COCO), or that of any network of ours, as the model.pt of another
+    run holds it; what belongs to no backbone is left out. float16 tensors are cast to the parameters' float32.
 
     Raises:
         PipelineError: the file is missing or damaged, the download failed, or the weights do not fit.
@@ -34,6 +37,12 @@ def load_weights(backbone: Backbone, weights: str, published: Published | None) 
         source, state = _download(published)
     else:
         source, state = weights, _read(Path(weights))
+    if any(CAFFE in name for name in state):
+        raise PipelineError(
+            f"{source}: was converted from Caffe (BGR input, strides in the 1x1 convolutions) and does not fit the"
+            " backbone; name a file in torchvision's layout, or 'imagenet'"
+        )
+    state = {name.removeprefix(INSIDE): value for name, value in state.items() if name.startswith(INSIDE)} or state
     if not any(name.startswith("stages.") for name in state):
         state = _rename(backbone, state, published.prefix if published else "")
     own = backbone.state_dict()
@@ -67,6 +76,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise PipelineError(
             f"{path}: damaged, or holds more than tensors; save one with torch.save(model.state_dict(), ...)"
         ) from error
+    if isinstance(state, dict) and isinstance(state.get("state"), dict):
+        state = state["state"]  # a model.pt of ours, which also tells how the network is built
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise PipelineError(f"{path}: holds no state dict; save one with torch.save(model.state_dict(), ...)")
     return state

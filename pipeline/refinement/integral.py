@@ -1,14 +1,10 @@
 """The integral attention model of OAA+ (OAA Sec. 3.4): a network trained on cumulative attention, pixel by pixel."""
 
-from collections.abc import Callable, Iterable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from pipeline.networks.backbones import build_backbone
-from pipeline.networks.heads import ClassAwareHead
-from pipeline.schema import Refinement
+from pipeline.refinement.base import RefinementNetwork, Target
 
 
 def integral_loss(
@@ -54,30 +50,11 @@ def _total(per_item: Tensor) -> Tensor:
     return per_item.sum(1).mean() if per_item.dim() == 2 else torch.mean(per_item)
 
 
-class IntegralModel(nn.Module):
+class IntegralModel(RefinementNetwork):
     """The classification network of OAA without global average pooling: attention is read from its class-aware maps."""
 
-    def __init__(self, settings: Refinement, num_classes: int) -> None:
-        super().__init__()
-        self.settings = settings
-        self.backbone = build_backbone(settings.backbone)
-        self.head = ClassAwareHead(self.backbone.out_channels, settings.head, num_classes)
-
-    def new_layers(self) -> Iterable[nn.Module]:
-        return [self.head]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """B x 3 x H x W -> B x K x h x w logits."""
-        logits: Tensor = self.head(self.backbone(images))
-        return logits
-
-    def loss(self, images: Tensor, attention: Callable[[tuple[int, int]], Tensor], tags: Tensor) -> Tensor:
-        """Scalar loss; ``attention`` gives the B x K target at the size of the network's output."""
+    def loss(self, images: Tensor, target: Target, tags: Tensor) -> Tensor:
         logits = self(images)
         settings = self.settings
-        target = attention((logits.shape[2], logits.shape[3])).to(logits.device)
-        return integral_loss(logits, target, tags, settings.loss, settings.reduction, settings.threshold)
-
-    def localize(self, images: Tensor) -> Tensor:
-        """B x K x h x w non-negative maps: the raw logits' positive part, as the public code has it."""
-        return self(images).float().relu()
+        attention = target((logits.shape[2], logits.shape[3])).to(logits.device)
+        return integral_loss(logits, attention, tags, settings.loss, settings.reduction, settings.threshold)

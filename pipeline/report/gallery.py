@@ -1,12 +1,12 @@
 """Galleries: the same images at every step of the way from tags to masks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
 from pipeline.data.index import Image
-from pipeline.report.pictures import PALETTE, Pixels, colours, data_uri, grey, overlay, read_photo
+from pipeline.report.pictures import PALETTE, Pixels, colours, data_uri, grey, heat, overlay, read_photo
 from pipeline.report.tables import table
 from pipeline.stores.raster import RasterStore
 
@@ -21,12 +21,31 @@ class Step:
     store: RasterStore
 
 
+@dataclass(frozen=True)
+class Layers:
+    """A row of each image: what a store holds of a network's layers, the first of ``layers`` under 1, and so on."""
+
+    name: str
+    remark: str
+    layers: Sequence[str]
+    store: RasterStore
+
+
 def gallery(images: Sequence[Image], steps: Sequence[Step], names: Sequence[str]) -> str:
     """A table of pictures: a row an image, a column a step. ``names``: background first."""
     head = '<th scope="col">Image</th><th scope="col">Photo</th>' + "".join(
         f'<th scope="col">{escape(step.heading)}<small>{escape(step.name)}</small></th>' for step in steps
     )
     return table(f"<tr>{head}</tr>", (_row(image, steps, names) for image in images), "gallery")
+
+
+def layer_gallery(images: Sequence[Image], networks: Sequence[Layers], names: Sequence[str]) -> str:
+    """A table of pictures: for each image a row a network, a column a layer. ``names``: background first."""
+    layers = list(dict.fromkeys(layer for network in networks for layer in network.layers))
+    titles = ("Photo", "Classifier", *layers)
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    body = (row for image in images for row in _block(image, networks, layers, names))
+    return table(f"<tr>{head}</tr>", body, "gallery layers")
 
 
 def holds(store: RasterStore, image: Image) -> bool:
@@ -57,6 +76,27 @@ def _draw(step: Step, image: Image, photo: Pixels) -> str:
         return data_uri(overlay(photo, step.store.maps(image.id)), lossless=False)
     raster = step.store.get(image.id)
     return data_uri(colours(raster), lossless=True) if step.kind == "labels" else data_uri(grey(raster), lossless=False)
+
+
+def _block(image: Image, networks: Sequence[Layers], layers: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+    photo = read_photo(image)
+    tags = "".join(_chip(tag, names[tag]) for tag in image.tags)
+    picture = f'<img src="{data_uri(photo, lossless=False)}" alt="photo of {escape(image.id)}">'
+    size = max(1, photo.shape[0] // 2), max(1, photo.shape[1] // 2)  # enough for maps that are coarser than photos
+    first = f'<td rowspan="{len(networks)}">{picture}{escape(image.id)}<ul class="tags">{tags}</ul></td>'
+    for network in networks:
+        cells = ""
+        for layer in layers:
+            drawn = "none"
+            if layer in network.layers:
+                raster = network.store.get(image.id, network.layers.index(layer) + 1)
+                words = escape(f"{layer} of {network.name}, {image.id}")
+                uri = data_uri(heat(raster, size), lossless=False)
+                drawn = f'<img src="{uri}" alt="{words}">'
+            cells += f"<td>{drawn}</td>"
+        heading = f'<th scope="row">{escape(network.name)}<small>{escape(network.remark)}</small></th>'
+        yield f"<tr>{first}{heading}{cells}</tr>"
+        first = ""
 
 
 def _chip(class_id: int, name: str) -> str:

@@ -59,6 +59,10 @@ tbody .tags{flex-direction:column;color:var(--soft);font-weight:400}
 .gallery tbody tr+tr>*{border-top:1px solid var(--rule)}
 .gallery img{display:block;width:132px;max-width:none;height:auto;border-radius:3px;margin:auto}
 .gallery .flat{image-rendering:pixelated}
+.layers img{width:100px}
+.layers tbody th{border:0}.layers tbody tr:not(:has([rowspan]))>*{border:0}
+.layers tbody th small{display:block;width:max-content;max-width:11rem;margin:.2rem 0 0;white-space:normal;
+border-radius:.6rem}
 @media print{.scroll{overflow:visible}nav{display:none}}
 """ + "".join(
     f".s{number}{{stroke:var(--s{number})}}circle.s{number}{{fill:var(--s{number})}}\n" for number in range(8)

@@ -1,7 +1,7 @@
 """Photos, maps and label maps as small pictures that a page can carry within itself."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -28,21 +28,6 @@ def palette() -> Pixels:
 PALETTE = palette()
 
 
-def choose(images: Sequence[Image], count: int) -> list[Image]:
-    """``count`` images spread over the list, those of several classes first; in the list's order."""
-    several = [image for image in images if len(image.tags) > 1]
-    single = [image for image in images if len(image.tags) <= 1]
-    chosen = _spread(several, count)
-    chosen += _spread(single, count - len(chosen))
-    picked = {image.id for image in chosen}
-    return [image for image in images if image.id in picked]
-
-
-def _spread(images: Sequence[Image], count: int) -> list[Image]:
-    count = min(count, len(images))
-    return [images[number * len(images) // count] for number in range(count)]
-
-
 def read_photo(image: Image) -> Pixels:
     """RGB, its long side brought to ``LONG_SIDE``.
 
@@ -66,15 +51,25 @@ def overlay(photo: Pixels, maps: Mapping[int, Pixels]) -> Pixels:
         for class_id, raster in maps.items()
     }
     strongest = np.max([np.zeros((height, width), np.float32), *values.values()], axis=0)
-    heat = cv2.applyColorMap(strongest.round().astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     share = (0.25 + 0.5 * strongest / 255)[..., None]
-    out = np.ascontiguousarray((photo * (1 - share) + heat * share).round().astype(np.uint8))
+    warm = _inferno(strongest.round().astype(np.uint8))
+    out = np.ascontiguousarray((photo * (1 - share) + warm * share).round().astype(np.uint8))
     for class_id, raster in values.items():
         half = (raster >= raster.max() / 2) & (raster > 0)
         outlines, _ = cv2.findContours(half.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(out, outlines, -1, (255, 255, 255), 5, cv2.LINE_AA)
         cv2.drawContours(out, outlines, -1, PALETTE[class_id].tolist(), 2, cv2.LINE_AA)
     return out
+
+
+def heat(raster: Pixels, size: tuple[int, int]) -> Pixels:
+    """A map alone as an RGB picture of ``size`` (height, width): dark where it is 0, bright where it is 255."""
+    interpolation = cv2.INTER_AREA if size[0] < raster.shape[0] else cv2.INTER_LINEAR
+    return _inferno(np.asarray(cv2.resize(raster, size[::-1], interpolation=interpolation), np.uint8))
+
+
+def _inferno(levels: Pixels) -> Pixels:
+    return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1], np.uint8)
 
 
 def grey(raster: Pixels) -> Pixels:

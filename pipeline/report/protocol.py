@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.data.index import Index
-from pipeline.schema import Backbone, Crf, Params
+from pipeline.schema import Backbone, Crf, Params, Suppression
 
 
 def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -58,7 +58,7 @@ def provenance(params: Params, row: str) -> dict[str, str]:
         rule = params.pseudo_labels[labels.split("/")[1]]
         chain = lineage(params, rule.source)
         told["Maps"] = " → ".join(chain)
-        told["Map networks"] = "; ".join(dict.fromkeys(_backbone(_trained(params, name)) for name in _networks(chain)))
+        told["Map networks"] = "; ".join(dict.fromkeys(_trained(params, name) for name in _networks(chain)))
         saliency = "saliency" if rule.saliency else f"constant background {rule.background:g}"
         told["Pseudo labels"] = f"rule {rule.rule}, {saliency}, dense CRF {_crf(rule.crf)}{words}"
     told["Segmentation network"] = f"{network.network}, {_backbone(network.backbone)}"
@@ -69,9 +69,24 @@ def _networks(chain: list[str]) -> list[str]:
     return [name for name in chain if not name.startswith("localizations/")]
 
 
-def _trained(params: Params, reference: str) -> Backbone:
+def _trained(params: Params, reference: str) -> str:
     section, name = reference.split("/")
-    return (params.classifiers[name] if section == "classifiers" else params.refinements[name]).backbone
+    if section == "refinements":
+        refinement = params.refinements[name]
+        return f"{refinement.kind} {_backbone(refinement.backbone)}"
+    classifier = params.classifiers[name]
+    parts = [_backbone(classifier.backbone)]
+    if classifier.suppression is not None:
+        parts.append(suppression(classifier.suppression))
+    if classifier.attention_drop is not None:
+        parts.append("attention drop layer")
+    return ", ".join(parts)
+
+
+def suppression(settings: Suppression) -> str:
+    """As 'DRS, delta 0.55, in conv6, head'."""
+    kind = f"DRS, delta {settings.delta:g}" if settings.delta else "DRS, learnable"
+    return kind if settings.layers is None else f"{kind}, in {', '.join(settings.layers) or 'no layer'}"
 
 
 def _backbone(backbone: Backbone) -> str:

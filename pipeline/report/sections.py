@@ -6,11 +6,11 @@ from html import escape
 from typing import Any
 
 from pipeline.data.index import Image, Index
+from pipeline.data.sample import choose
 from pipeline.report import page, protocol, tables
 from pipeline.report.charts import dot_chart, line_chart, thin
-from pipeline.report.gallery import Step, gallery, holds, legend
+from pipeline.report.gallery import Layers, Step, gallery, holds, layer_gallery, legend
 from pipeline.report.metrics import Chains, Metrics, Scores, supervision
-from pipeline.report.pictures import choose
 from pipeline.schema import Params
 from pipeline.stores.raster import RasterStore
 
@@ -30,11 +30,17 @@ MAPS = (
     "Maps: the strongest of the image's tags as heat; a line in the class's colour runs around half of each map's "
     "maximum, the region that recall and noise are taken from."
 )
+FEATURES = (
+    "Train split. Features of each layer, averaged over their channels and normalised to [0, 1], each map by itself: "
+    "dark is its least value, bright its greatest (DRS Fig. 5). The head's are those of its 3x3 convolutions. Where "
+    "discriminative region suppression (DRS) is plugged in, what it leaves is shown."
+)
+LAYERED = 4  # images whose layers are shown: every classifier is a row of each
 
 
 @dataclass(frozen=True)
 class Results:
-    """All that the report shows. ``stores`` and ``scores`` are keyed by reference, ``logs`` likewise."""
+    """All that the report shows. ``stores`` and ``scores`` are keyed by reference, ``logs`` and ``layers`` likewise."""
 
     params: Params
     index: Index
@@ -42,6 +48,7 @@ class Results:
     metrics: Metrics
     scores: Scores
     logs: Mapping[str, Mapping[str, Any]]
+    layers: Mapping[str, Sequence[str]]  # names, shallow to deep, by the reference of the features
     stores: Mapping[str, RasterStore]
 
     @property
@@ -68,6 +75,7 @@ def document(results: Results) -> str:
             "Curves": curves(results),
             "Confusion": confusion(results),
             "From tags to pseudo labels": train_gallery(results),
+            "Feature maps": feature_gallery(results),
             "Predictions": evaluation_gallery(results),
         },
     )
@@ -188,6 +196,28 @@ def train_gallery(results: Results) -> str:
         steps.append(Step("Pseudo label", chain["labels"], "labels", stores[chain["labels"]]))
     words = f"<p>Train split, the way of {escape(method)}. {MAPS}</p>" if method else ""
     return words + _gallery(results, "train", steps)
+
+
+def feature_gallery(results: Results) -> str:
+    """The layers of every classifier with suppression, and of the plain ones that have the same (DRS Fig. 5)."""
+    blocks, layers = results.params.classifiers, results.layers
+    suppressed = [name for name, block in blocks.items() if block.suppression]
+    kinds = [layers[f"features/{name}"] for name in suppressed]
+    plain = [name for name, block in blocks.items() if not (block.suppression or block.attention_drop)]
+    plain = [name for name in plain if layers[f"features/{name}"] in kinds]
+    networks = [
+        Layers(
+            name,
+            protocol.suppression(settings) if (settings := blocks[name].suppression) else "plain",
+            layers[f"features/{name}"],
+            results.stores[f"features/{name}"],
+        )
+        for name in [*plain, *suppressed]
+    ]
+    held = [image for image in results.index.images("train") if all(holds(row.store, image) for row in networks)]
+    if not (suppressed and held):
+        return ""
+    return f"<p>{FEATURES}</p>" + layer_gallery(choose(held, LAYERED), networks, results.names)
 
 
 def evaluation_gallery(results: Results) -> str:

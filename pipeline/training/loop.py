@@ -123,7 +123,7 @@ class Loop:
         """One batch; with ``update`` also the optimizer's step over what has gathered. Returns ``update``."""
         with autocast(self.device, self.settings.precision):
             loss = self.task.loss(batch.to(self.device), self.epoch)
-        (loss / self.settings.accumulation).backward()  # type: ignore[no-untyped-call]
+        (loss / self._gathered()).backward()  # type: ignore[no-untyped-call]
         self.sum += loss.detach().double()
         if not update:
             return False
@@ -137,6 +137,12 @@ class Loop:
             self.log["steps"].append({"step": self.step, "epoch": self.epoch, "loss": round(value, 6), "lr": rate})
         self.step += 1
         return True
+
+    def _gathered(self) -> int:
+        """The batches of which this one's optimizer step is the mean; an epoch's last step may have fewer of them."""
+        whole = self.settings.accumulation
+        start = (self.first - 1) // whole * whole
+        return min(whole, self.batches - start)
 
     def _finite(self, loss: float, step: int) -> float:
         if not math.isfinite(loss):

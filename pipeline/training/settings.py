@@ -112,8 +112,10 @@ def learning_rate(settings: Training, step: int, steps_per_epoch: int, steps: in
     """The base learning rate of optimizer step ``step`` (0-based) of ``steps``.
 
     Milestones count epochs, or steps where ``settings.iterations`` is given: 'step' multiplies by ``gamma`` from each
-    milestone on; 'poly' is (1 - step / steps) ** power (DeepLab-v2).
+    milestone on; 'poly' is (1 - step / steps) ** power (DeepLab-v2). ``hold`` steps in a row share the rate of their
+    first, also while the rate warms up, which it then does in stairs.
     """
+    step -= step % settings.hold
     factor = 1.0
     if settings.schedule == "poly":
         factor = (1 - step / steps) ** settings.power

@@ -1,0 +1,100 @@
+"""Discriminative region suppression (DRS Alg. 1), for the layers of any classifier."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import PipelineError
+from pipeline.methods.base import Method
+from pipeline.schema import Suppression
+
+
+class Suppressor(nn.Module):
+    """min(X, max(X) * G): no element of a channel stays above a share G of the channel's maximum (DRS Alg. 1).
+
+    The learnable controller is G = sigmoid(f(GAP(X))) with one linear layer without bias (DRS Eq. 2; the public code),
+    started at N(0, 0.01), which is G near 0.5; the non-learnable one is G = ``delta``.
+
+    Args:
+        channels: K of the features.
+        delta: of the non-learnable controller, in (0, 1); 0: learnable.
+    """
+
+    def __init__(self, channels: int, delta: float) -> None:
+        super().__init__()
+        self.delta = delta
+        self.controller: nn.Linear | None = None
+        if delta == 0:
+            self.controller = nn.Linear(channels, channels, bias=False)
+            nn.init.normal_(self.controller.weight, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B x K x H x W to the same; gradients flow through X, its maxima and G."""
+        gate: Tensor | float = self.delta
+        if self.controller is not None:
+            gate = self.controller(x.mean((2, 3))).sigmoid().to(x.dtype)[:, :, None, None]
+        return cast(Tensor, _Suppress.apply(x, gate))  # type: ignore[no-untyped-call]
+
+
+class _Suppress(torch.autograd.Function):
+    """torch.minimum(x, x.amax((2, 3), keepdim=True) * gate) in fewer passes over memory.
+
+    Where an element equals its bound, the gradient is its own; equal maxima share theirs equally.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor | float) -> Tensor:
+        peak = x.amax((2, 3), keepdim=True)
+        bound = peak * gate
+        ctx.save_for_backward(x, peak, bound, gate if isinstance(gate, Tensor) else None)
+        ctx.delta = None if isinstance(gate, Tensor) else gate
+        return torch.minimum(x, bound)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        (grad,) = grads
+        x, peak, bound, gate = ctx.saved_tensors
+        above = x > bound
+        to_bound = torch.where(above, grad, 0).sum((2, 3), keepdim=True)
+        peaks = x == peak
+        to_peak = to_bound * (ctx.delta if gate is None else gate) / peaks.sum((2, 3), keepdim=True)
+        to_x = torch.where(above, torch.where(peaks, to_peak, 0), grad)
+        return to_x, None if gate is None else to_bound * peak
+
+
+def plug(method: Method, settings: Suppression) -> None:
+    """Suppress the outputs of the layers that ``settings`` name; none lies after the class-aware convolution.
+
+    The suppressors are ``method.suppressors``, new layers of the method. They hook onto the layers, whose names in a
+    state dict stay what they were.
+
+    Raises:
+        PipelineError: a named layer is none of the method's.
+    """
+    layers = method.layers()
+    chosen = tuple(layers) if settings.layers is None else settings.layers
+    if unknown := [name for name in chosen if name not in layers]:
+        raise PipelineError(f"suppression.layers: no layer {', '.join(unknown)}; the layers are {', '.join(layers)}")
+    modules = [module for name in chosen for module in layers[name]]
+    for module, channels in zip(modules, _channels(method, modules), strict=True):
+        suppressor = Suppressor(channels, settings.delta)
+        method.suppressors.append(suppressor)
+        module.register_forward_hook(lambda _module, _inputs, output, suppressor=suppressor: suppressor(output))
+
+
+@torch.no_grad()
+def _channels(method: Method, modules: list[nn.Module]) -> list[int]:
+    """Of each module's output, seen on a small blank image."""
+    found: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        found[module] = output.shape[1]
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    training = method.training
+    method.eval()(torch.zeros(1, 3, 64, 64, device=next(method.parameters()).device))
+    method.train(training)
+    for handle in handles:
+        handle.remove()
+    return [found[module] for module in modules]

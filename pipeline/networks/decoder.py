@@ -1,0 +1,64 @@
+"""The head of DeepLab-v3+ (Chen et al. 2018): a pyramid with batch norm, and a decoder with features of stride 4."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline import schema
+from pipeline.networks.base import Backbone, he_normal
+from pipeline.networks.heads import normal
+from pipeline.networks.segmentation_head import SegmentationHead, dilations
+from pipeline.networks.vision import import_torchvision
+
+LOW_LEVEL = 48  # channels that the low-level features are reduced to, so that they do not outweigh the pyramid
+
+
+class Decoder(SegmentationHead):
+    """torchvision's ASPP of ``channels``, upsampled to low-level features, and two 3x3 convolutions over both.
+
+    The low-level features are those of the backbone's first tap at stride 4 (or the first beyond, were there none): a
+    ResNet's layer1 as published ('Conv2 before striding'), VGG-16's conv3_3. The first, so that an ``output_stride`` of
+    4 reads the same layer. Logits have the stride of that tap.
+
+    Raises:
+        PipelineError: ``rates`` are not three numbers.
+    """
+
+    def __init__(self, backbone: Backbone, settings: schema.Segmentation, outputs: int) -> None:
+        low_level = next(name for name, tap in backbone.taps.items() if tap.stride >= 4)
+        super().__init__(low_level, list(backbone.taps)[-1])
+        channels = settings.channels
+        rates = dilations(settings, 3)
+        self.aspp = import_torchvision().models.segmentation.deeplabv3.ASPP(backbone.out_channels, rates, channels)
+        self.aspp.convs[-1][2] = PooledBatchNorm(channels)
+        self.aspp.project[-1].p = settings.dropout
+        self.reduce = _conv_norm_relu(backbone.taps[low_level].channels, LOW_LEVEL, 1)
+        self.fuse = nn.Sequential(
+            _conv_norm_relu(LOW_LEVEL + channels, channels, 3), _conv_norm_relu(channels, channels, 3)
+        )
+        self.classifier = nn.Conv2d(channels, outputs, 1)
+        he_normal(self)
+        normal(self.classifier)
+
+    def forward(self, low_level: Tensor, x: Tensor) -> Tensor:
+        context = functional.interpolate(self.aspp(x), size=low_level.shape[2:], mode="bilinear", align_corners=False)
+        logits: Tensor = self.classifier(self.fuse(torch.cat([self.reduce(low_level), context], 1)))
+        return logits
+
+
+class PooledBatchNorm(nn.BatchNorm2d):
+    """A batch norm of features pooled to one pixel.
+
+    In training, a batch of one image has no variance there, which torch refuses. Such a batch (an epoch's last one may
+    be of one image) is normalised by the running statistics, and leaves them as they are.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == self.num_features:
+            return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+def _conv_norm_relu(before: int, after: int, kernel: int) -> nn.Sequential:
+    conv = nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(after), nn.ReLU(inplace=True))

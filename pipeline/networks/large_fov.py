@@ -1,0 +1,37 @@
+"""The head of DeepLab-LargeFOV (Chen et al. 2015): one dilated convolution with a large field of view."""
+
+from torch import Tensor, nn
+
+from pipeline import schema
+from pipeline.networks.base import Backbone, he_normal
+from pipeline.networks.heads import normal
+from pipeline.networks.segmentation_head import SegmentationHead, dilations
+
+
+class LargeFov(SegmentationHead):
+    """fc6 (3x3, dilated), fc7 and fc8 (1x1), with ReLU and dropout between them.
+
+    After VGG-16 come its pool5, here of stride 1, and an average pool, as published; after a ResNet they do not (OAA).
+
+    Raises:
+        PipelineError: ``rates`` is not one number.
+    """
+
+    def __init__(self, backbone: Backbone, settings: schema.Segmentation, outputs: int) -> None:
+        super().__init__(list(backbone.taps)[-1])
+        (rate,) = dilations(settings, 1)
+        pools = [nn.MaxPool2d(3, 1, padding=1), nn.AvgPool2d(3, 1, padding=1)]
+        self.pool5 = nn.Sequential(*pools if settings.backbone.name == "vgg16" else [])
+        self.fc6 = nn.Conv2d(backbone.out_channels, settings.channels, 3, padding=rate, dilation=rate)
+        self.fc7 = nn.Conv2d(settings.channels, settings.channels, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.dropout = nn.Dropout(settings.dropout)
+        he_normal(self)
+        self.fc8 = nn.Conv2d(settings.channels, outputs, 1)
+        normal(self.fc8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.relu(self.fc6(self.pool5(x))))
+        x = self.dropout(self.relu(self.fc7(x)))
+        logits: Tensor = self.fc8(x)
+        return logits

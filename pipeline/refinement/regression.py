@@ -1,0 +1,36 @@
+"""Localization map refinement learning (DRS, section of that name): a network that regresses maps."""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.networks.heads import normal
+from pipeline.refinement.base import RefinementNetwork, Target
+from pipeline.schema import Refinement
+
+
+def strongest(maps: Tensor) -> Tensor:
+    """B x K x H x W maps in which each pixel keeps only its strongest class (DRS's public code); ties keep all."""
+    return maps * (maps == maps.amax(1, keepdim=True))
+
+
+class RegressionNetwork(RefinementNetwork):
+    """The refinement network of DRS: linear outputs and the mean squared error over all classes and pixels.
+
+    The target is each pixel's strongest class alone (``target: strongest``, the public code) or all classes ('full',
+    the paper). The outputs are upsampled to the input, as in the public code. Outputs are unbounded: take its maps with
+    ``normalise: none``, which cuts them at 0 and 1, so that a weak map stays weak.
+    """
+
+    def __init__(self, settings: Refinement, num_classes: int) -> None:
+        super().__init__(settings, num_classes)
+        for conv in self.head.convs:
+            if isinstance(conv, nn.Conv2d):
+                normal(conv)
+
+    def loss(self, images: Tensor, target: Target, tags: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        values = functional.interpolate(
+            self(images).float(), size=(height, width), mode="bilinear", align_corners=False
+        )
+        maps = target((height, width)).to(values.device)
+        return functional.mse_loss(values, strongest(maps) if self.settings.target == "strongest" else maps)

@@ -1,0 +1,30 @@
+"""Feature maps of a classifier's layers, of the few training images that the report shows."""
+
+import json
+from functools import partial
+
+from pipeline.data.index import Index
+from pipeline.data.sample import choose
+from pipeline.inference import models
+from pipeline.inference.features import feature_maps
+from pipeline.methods import Method
+from pipeline.stage import Work, progress, run
+from pipeline.stores.blocks import write_blocks
+from pipeline.stores.raster import RasterWriter
+from pipeline.training.settings import prepare
+
+
+def main(work: Work) -> None:
+    device = prepare(work.runtime.device, work.runtime.threads)
+    index = Index(work.inputs["index"])
+    network = models.load(work.inputs["model"], index.num_classes, device)
+    assert isinstance(network, Method)
+    images = choose(index.images("train"), work.job.params["gallery"])
+    with RasterWriter(work.outputs["features"], "features") as writer:
+        shown = partial(progress, label=work.job.label)
+        write_blocks(images, partial(feature_maps, network, device=device), writer, work.checkpoint, progress=shown)
+    work.outputs["layers"].write_text(json.dumps(list(network.layers())) + "\n")
+
+
+if __name__ == "__main__":
+    run("features", main)
