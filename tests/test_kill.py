@@ -11,11 +11,11 @@ from benchmarks.kill import compare
 from pipeline.graph import Graph
 from pipeline.params import load
 from pipeline.stage import run
-from stages import ground_truth, index
+from stages import classifier, ground_truth, index
 from tests.project import ROOT
 from tests.voc_tree import make_tree, minimal_params
 
-EPOCHS = {"classifier": 60, "segmentation": 120}
+EPOCHS = {"classifier": 60, "refinement": 90, "segmentation": 120}
 
 
 @pytest.fixture
@@ -30,9 +30,17 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for section, epochs in EPOCHS.items()
     }
     drop = {"attention_drop": {"beta": 0.5, "delta": 0.5}, "accumulate": {"cells": 6, "snapshots": True}}
-    params["classifiers"] = {"base": {**small["classifier"], **drop, "head": {"convs": 1, "channels": 8}}}
-    head = {"channels": 8, "rates": [2], "dropout": 0.5}
-    params["segmentations"] = {"cam": {**small["segmentation"], **head, "labels": "ground_truth"}}
+    head = {"head": {"convs": 1, "channels": 8}}
+    params["classifiers"] = {
+        "base": {**small["classifier"], **drop, **head},
+        "drs": {**small["classifier"], **drop, **head, "suppression": {}},
+    }
+    params["refinements"] = {"drs": {**small["refinement"], **head, "kind": "regression", "source": "classifiers/drs"}}
+    v2 = {"network": "deeplab_v2", "rates": [1, 2], "extra_scales": [0.5], "self_training": True}
+    params["segmentations"] = {
+        "cam": {**small["segmentation"], "channels": 8, "rates": [2], "dropout": 0.5, "labels": "ground_truth"},
+        "v2": {**small["segmentation"], **v2, "labels": "ground_truth"},
+    }
     Path("params.yaml").write_text(yaml.safe_dump(params))
     run("index", index.main, [])
     run("ground_truth", ground_truth.main, [])
@@ -43,13 +51,18 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("stage", "name", "outputs"),
     [
         ("classifier", "base", {"model.pt", "log.json", "maps.h5", "snapshots.h5"}),
+        ("classifier", "drs", {"model.pt", "log.json", "maps.h5", "snapshots.h5"}),
+        ("refinement", "drs", {"model.pt", "log.json"}),
         ("segmentation", "cam", {"model.pt", "log.json"}),
+        ("segmentation", "v2", {"model.pt", "log.json"}),
     ],
 )
 def test_a_killed_training_ends_with_the_same_bytes(project: Path, stage: str, name: str, outputs: set[str]) -> None:
     params = load([Path("params.yaml")])
     job = Graph(params).find(stage, name)
     options = ["--params", str(project / "params.yaml"), "--threads", "1", "--device", "cpu"]
+    if stage == "refinement":
+        run("classifier", classifier.main, ["drs", "--device", "cpu"])
     unbroken, killed = compare(job, Path("data"), project, options, kills=3, seed=1)
     assert killed.resumptions() >= 1
     assert set(unbroken.hashes()) == outputs

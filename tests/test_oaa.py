@@ -55,16 +55,33 @@ def dumped(source: AttentionAccumulator, folder: Path) -> RasterStore:
 class TestAttention:
     def test_it_is_relu_over_maximum(self) -> None:
         """OAA Eq. 2, each map by its own maximum."""
-        maps = torch.tensor([[[1.0, -3.0], [2.0, 4.0]], [[0.5, 0.25], [-1.0, 0.0]]])
+        maps = np.array([[[1.0, -3.0], [2.0, 4.0]], [[0.5, 0.25], [-1.0, 0.0]]], np.float32)
         expected = [[[0.25, 0.0], [0.5, 1.0]], [[1.0, 0.5], [0.0, 0.0]]]
         assert attention(maps).tolist() == expected
+        assert maps.min() == -3  # what was handed in stays as it was
 
     def test_a_map_without_a_positive_value_is_zero(self) -> None:
-        found = attention(torch.tensor([[[-1.0, -2.0]], [[0.0, 0.0]]]))
-        assert found.eq(0).all()
+        assert not attention(np.array([[[-1.0, -2.0]], [[0.0, 0.0]]], np.float32)).any()
 
-    def test_bf16_maps_give_float_attention(self) -> None:
-        assert attention(torch.rand(2, 3, 3).bfloat16()).dtype == torch.float32
+    @pytest.mark.parametrize("kind", ["bfloat16", "channels_last", "requires_grad", "cuda"])
+    def test_maps_of_any_kind_are_fused_alike(self, kind: str) -> None:
+        """As networks hand them out; the values are exact in bfloat16."""
+        if kind == "cuda" and not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        plain = torch.randn(len(IMAGES), K, *GRID, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+        maps = {
+            "bfloat16": plain.bfloat16(),
+            "channels_last": plain.contiguous(memory_format=torch.channels_last),
+            "requires_grad": plain.clone().requires_grad_(),
+            "cuda": plain.to("cuda" if torch.cuda.is_available() else "cpu"),
+        }[kind]
+        found = [accumulator(Accumulate(gate="top_n", skip_epochs=0, cells=4)) for _ in range(2)]
+        tags = torch.tensor([tag_row(image) for image in IMAGES])
+        for into, given in zip(found, (plain, maps), strict=True):
+            logits = given.float().amax((2, 3))
+            into.update(given, logits, tags.to(given.device), [image.id for image in IMAGES], [WHOLE] * 5, 0)
+        assert found[0]._seen.any()
+        assert np.array_equal(found[0]._values, found[1]._values)
 
 
 class TestGates:
@@ -244,6 +261,71 @@ class TestFusion:
         feed(found, cells.repeat(2, 0).repeat(2, 1))
         expected = np.rint(cells * 255)
         assert np.abs(dumped(found, tmp_path).get("img0", 1) - expected).max() <= 1
+
+
+class TestBatches:
+    """Batches of several grids, with flips and crops: as one sample after another."""
+
+    MIXED = (
+        Image("mixed0", Path(), 40, 60, (1,), None, None),
+        Image("mixed1", Path(), 60, 40, (2, 4), None, None),
+        Image("mixed2", Path(), 40, 60, (1, 2, 3, 4), None, None),
+        Image("mixed3", Path(), 40, 40, (), None, None),
+        Image("mixed4", Path(), 40, 60, (3,), None, None),
+        Image("mixed5", Path(), 60, 40, (1, 3), None, None),
+    )
+    WINDOWS = (WHOLE, WHOLE, Window(flip=True), WHOLE, Window(0.25, 0, 1, 0.5, True), Window(0, -0.5, 1, 1))
+
+    def run(self, parts: Sequence[Sequence[int]], fusion: Any, gate: Any, epochs: int = 4) -> AttentionAccumulator:
+        """``parts``: the images of each batch of an epoch; all maps are 4 x 6, as wide images' grids are."""
+        found = AttentionAccumulator(self.MIXED, Accumulate(fusion, gate, 0, cells=4), epochs, keep_last=True)
+        tags = torch.tensor([tag_row(image) for image in self.MIXED])
+        for epoch in range(epochs):
+            draw = torch.Generator().manual_seed(epoch)
+            maps, logits = torch.randn(6, K, *GRID, generator=draw), torch.randn(6, K, generator=draw)
+            windows = self.WINDOWS[epoch:] + self.WINDOWS[:epoch]
+            for part in map(list, parts):
+                ids = [self.MIXED[n].id for n in part]
+                found.update(maps[part], logits[part], tags[part], ids, [windows[n] for n in part], epoch)
+        return found
+
+    @pytest.mark.parametrize("fusion", ["max", "average"])
+    @pytest.mark.parametrize("gate", ["none", "strict"])
+    def test_a_batch_is_fused_as_its_samples_one_by_one(self, fusion: Any, gate: Any) -> None:
+        single = self.run([[n] for n in range(6)], fusion, gate).state()
+        assert single["_seen"].all()  # the strict gate leaves some to the last epoch's rule
+        assert single["_has_last"].all() == (gate == "none")
+        for parts in ([range(6)], [[5, 0, 2], [4, 1, 3]], [[3], [2, 4, 5, 1, 0]]):
+            batched = self.run(parts, fusion, gate).state()
+            assert all(torch.equal(single[name], batched[name]) for name in single)
+
+    @pytest.mark.parametrize("fusion", ["max", "average"])
+    def test_an_image_twice_in_a_batch_counts_twice(self, fusion: Any) -> None:
+        twice = self.run([[0, 1, 0, 4, 4, 2, 0]], fusion, "none").state()
+        single = self.run([[n] for n in (0, 1, 0, 4, 4, 2, 0)], fusion, "none").state()
+        assert all(torch.equal(single[name], twice[name]) for name in single)
+        if fusion == "average":
+            assert twice["_counts"].max() == 3 * 4  # image 0, in four epochs
+
+    def test_a_dump_of_several_grids_is_in_the_images_order(self, tmp_path: Path) -> None:
+        found = AttentionAccumulator(self.MIXED, ALL, 9)
+        shades = {}
+        for number, image in enumerate(self.MIXED):
+            for tag in image.tags if number != 2 else (2, 3):  # tags 1 and 4 of image 2 are never seen
+                shades[image.id, tag] = 40 * number + tag
+                maps = torch.full((1, K, *found.grids[image.id]), shades[image.id, tag] / 255)
+                maps[:, :, 0, 0] = 1
+                found.update(maps, torch.zeros(1, K), torch.eye(K)[[tag - 1]], [image.id], [WHOLE], 0)
+        store = dumped(found, tmp_path)
+        assert store.ids == [image.id for image in self.MIXED]
+        assert [store.classes(name) for name in store] == [[1], [2, 4], [2, 3], [], [3], [1, 3]]
+        assert len(store) == len(shades) == 8
+        for (name, tag), shade in shades.items():
+            values = store.get(name, tag)
+            assert values.shape == found.grids[name]
+            assert values[0, 0] == 255
+            assert (values.reshape(-1)[1:] == shade).all()
+        assert found.share_seen() == 8 / 10
 
 
 class TestWhen:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError
 from pipeline.stores import files, manifest, raster
-from pipeline.stores.raster import RasterStore, RasterWriter
+from pipeline.stores.raster import RasterStore, RasterWriter, write_store
 
 Rows = list[tuple[str, int, NDArray[np.uint8]]]
 
@@ -131,6 +131,69 @@ class TestRasters:
         child.join(20)
         assert child.exitcode == 0
         assert store.get("image 3", 2).tolist() == expected
+
+
+class TestWholeStore:
+    """A store written at once: rasters of 2 x 3 and 1 x 4 cells, of images 'c' and 'a', and three cells of none."""
+
+    IDS = ("c", "empty", "a")
+    VALUES = np.arange(100, 117, dtype=np.uint8)
+    ROWS = np.array([(11, 2, 3, 0, 7), (0, 1, 4, 0, 9), (7, 1, 4, 2, 300)], np.int64)
+
+    def whole(self, path: Path) -> RasterStore:
+        write_store(path, "test", self.IDS, self.ROWS, self.VALUES)
+        return RasterStore(path)
+
+    def test_what_is_written_is_read(self, tmp_path: Path) -> None:
+        store = self.whole(tmp_path / "maps.h5")
+        assert store.kind == "test"
+        assert store.ids == list(self.IDS)
+        assert len(store) == 3
+        assert {key: values.tolist() for key, values in store.maps("c").items()} == {
+            7: [[111, 112, 113], [114, 115, 116]],
+            9: [[100, 101, 102, 103]],
+        }
+        assert store.maps("empty") == {}
+        assert store.get("a", 300).tolist() == [[107, 108, 109, 110]]
+
+    def test_it_is_a_writers_store_but_for_the_compression(self, tmp_path: Path) -> None:
+        self.whole(tmp_path / "whole.h5")
+        with RasterWriter(tmp_path / "written.h5", "test") as writer:
+            writer.append("c", self.VALUES[11:].reshape(2, 3), 7)
+            writer.append("c", self.VALUES[:4].reshape(1, 4), 9)
+            writer.add_image("empty")
+            writer.append("a", self.VALUES[7:11].reshape(1, 4), 300)
+        with h5py.File(tmp_path / "whole.h5") as whole, h5py.File(tmp_path / "written.h5") as written:
+            assert whole["values"].compression is None
+            assert written["values"].compression == "gzip"
+            assert dict(whole.attrs) == dict(written.attrs)
+            assert whole.keys() == written.keys()
+            for name in whole.keys() - {"values", "offset"}:
+                assert whole[name].dtype == written[name].dtype
+                assert whole[name][:].tolist() == written[name][:].tolist()
+        one, other = RasterStore(tmp_path / "whole.h5"), RasterStore(tmp_path / "written.h5")
+        for name in self.IDS:
+            assert {k: v.tolist() for k, v in one.maps(name).items()} == {
+                k: v.tolist() for k, v in other.maps(name).items()
+            }
+
+    def test_an_empty_store_is_one(self, tmp_path: Path) -> None:
+        write_store(tmp_path / "maps.h5", "test", [], np.zeros((0, 5), np.int64), np.zeros(0, np.uint8))
+        assert list(RasterStore(tmp_path / "maps.h5")) == []
+
+    def test_same_content_same_bytes_and_a_flipped_bit_is_refused(self, tmp_path: Path) -> None:
+        for name in ("one.h5", "other.h5"):
+            self.whole(tmp_path / name)
+        path = tmp_path / "one.h5"
+        content = path.read_bytes()
+        assert content == (tmp_path / "other.h5").read_bytes()
+        manifest.write(tmp_path, stage="classifier x", outputs={"one.h5": files.sha256(path)})
+        assert manifest.verify(path) == hashlib.sha256(content).hexdigest()
+        place = content.index(self.VALUES.tobytes())  # as it is, in one piece
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert RasterStore(path).get("c", 9)[0, 0] == 101  # HDF5 itself does not notice
+        with pytest.raises(PipelineError, match="damaged or changed by hand"):
+            manifest.verify(path)
 
 
 class TestFiles:

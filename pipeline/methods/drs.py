@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.errors import PipelineError
 from pipeline.methods.base import Method
@@ -38,28 +39,30 @@ class Suppressor(nn.Module):
 
 
 class _Suppress(torch.autograd.Function):
-    """torch.minimum(x, x.amax((2, 3), keepdim=True) * gate) in fewer passes over memory.
+    """torch.minimum(x, gate * global max pooling of x) in fewer passes over memory.
 
-    Where an element equals its bound, the gradient is its own; equal maxima share theirs equally.
+    As in max pooling, the gradient of a maximum goes to one place; where an element equals its bound, it is its own.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor | float) -> Tensor:
-        peak = x.amax((2, 3), keepdim=True)
+        peak, place = functional.adaptive_max_pool2d(x, 1, return_indices=True)
         bound = peak * gate
-        ctx.save_for_backward(x, peak, bound, gate if isinstance(gate, Tensor) else None)
-        ctx.delta = None if isinstance(gate, Tensor) else gate
+        ctx.save_for_backward(x, peak, place, bound, gate if isinstance(gate, Tensor) else None)
+        ctx.delta = gate
         return torch.minimum(x, bound)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         (grad,) = grads
-        x, peak, bound, gate = ctx.saved_tensors
-        above = x > bound
-        to_bound = torch.where(above, grad, 0).sum((2, 3), keepdim=True)
-        peaks = x == peak
-        to_peak = to_bound * (ctx.delta if gate is None else gate) / peaks.sum((2, 3), keepdim=True)
-        to_x = torch.where(above, torch.where(peaks, to_peak, 0), grad)
+        x, peak, place, bound, gate = ctx.saved_tensors
+        above = torch.ops.aten.threshold_backward(grad, x - bound, 0)  # grad where x is above its bound, else 0
+        to_bound = above.sum((2, 3), keepdim=True)
+        to_x = torch.sub(grad, above, out=above)
+        to_peak = to_bound * (ctx.delta if gate is None else gate)
+        samples, channels = (torch.arange(count, device=x.device) for count in x.shape[:2])
+        row, column = place[:, :, 0, 0] // x.shape[3], place[:, :, 0, 0] % x.shape[3]
+        to_x.index_put_((samples[:, None], channels, row, column), to_peak[:, :, 0, 0], accumulate=True)
         return to_x, None if gate is None else to_bound * peak
 
 

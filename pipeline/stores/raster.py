@@ -1,12 +1,12 @@
 """One HDF5 container for ragged 8-bit rasters: attention, localization maps, saliency, labels and predictions.
 
-Layout: ``values`` (flat uint8, gzip-1 chunks) and one row a raster in ``offset`` (int64), ``height``, ``width``
-(int32), ``image`` (int32 index into ``image_ids``) and ``class_id`` (int16; 0 where a raster has no class). Rows of one
-image lie together. A map's value is value / 255; a label's value is its class id (0 background, 255 ignore).
+Layout: ``values`` (flat uint8; gzip-1 chunks, or as it is) and one row a raster in ``offset`` (int64), ``height``,
+``width`` (int32), ``image`` (int32 index into ``image_ids``) and ``class_id`` (int16; 0 where a raster has no class).
+Rows of one image lie together. A map's value is value / 255; a label's is its class id (0 background, 255 ignore).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,6 +20,7 @@ from pipeline.errors import PipelineError
 Raster = NDArray[np.uint8]
 CHUNK = 1 << 16
 BUFFER = 1 << 24
+COLUMNS = (("offset", "i8"), ("height", "i4"), ("width", "i4"), ("image", "i4"), ("class_id", "i2"))
 
 
 class RasterWriter:
@@ -71,13 +72,7 @@ class RasterWriter:
 
     def close(self) -> None:
         self._flush()
-        rows = np.array(self._rows, np.int64).reshape(-1, 5)
-        for column, (name, dtype) in enumerate(
-            [("offset", "i8"), ("height", "i4"), ("width", "i4"), ("image", "i4"), ("class_id", "i2")]
-        ):
-            self._file.create_dataset(name, data=rows[:, column].astype(dtype))
-        ids = np.array([name.encode() for name in self._images], dtype=bytes)
-        self._file.create_dataset("image_ids", data=ids if len(ids) else np.zeros(0, "S1"))
+        _write_rows(self._file, list(self._images), np.array(self._rows, np.int64).reshape(-1, 5))
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -88,6 +83,30 @@ class RasterWriter:
             self.close()
         else:
             self._file.close()
+
+
+def write_store(
+    path: Path, kind: str, image_ids: Sequence[str], rows: NDArray[np.int64], values: NDArray[np.uint8]
+) -> None:
+    """Write a whole store at once, uncompressed, from rasters that lie in one array already.
+
+    Args:
+        image_ids: all images, those without a raster too.
+        rows: R x 5, a raster's offset in ``values``, height, width, image (index into ``image_ids``) and class id;
+            sorted by image.
+        values: flat; rasters lie in it in any order, and what no row points to is written all the same.
+    """
+    with h5py.File(path, "w", track_order=False) as file:
+        file.attrs["kind"] = kind
+        file.create_dataset("values", data=values)
+        _write_rows(file, image_ids, rows)
+
+
+def _write_rows(file: h5py.File, image_ids: Sequence[str], rows: NDArray[np.int64]) -> None:
+    for column, (name, dtype) in enumerate(COLUMNS):
+        file.create_dataset(name, data=rows[:, column].astype(dtype))
+    ids = np.array([name.encode() for name in image_ids], dtype=bytes)
+    file.create_dataset("image_ids", data=ids if len(ids) else np.zeros(0, "S1"))
 
 
 class RasterStore:
