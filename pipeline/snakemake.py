@@ -105,7 +105,10 @@ def plan(workflow: Any, config: Mapping[str, Any]) -> Plan:
             workflow.global_resources.setdefault("gpu", cards)
     given = files != [PARAMS] or overrides
     arguments = ["--params", *files, "--set", json.dumps(overrides)] if given else []
-    return Plan(graph, shlex.join(arguments), 8 if cards else 2)
+    # On a processor two trainings of one thread each are done well before one after the other with two (a second thread
+    # saves a quarter of a training's time); DVC runs a stage at a time.
+    threads = 8 if cards else 2 if DVC_RUNS in os.environ else 1
+    return Plan(graph, shlex.join(arguments), threads)
 
 
 def _refuse(faults: Iterable[str]) -> NoReturn:
