@@ -34,7 +34,9 @@ class Suppressor(nn.Module):
         """B x K x H x W to the same; gradients flow through X, its maxima and G."""
         gate: Tensor | float = self.delta
         if self.controller is not None:
-            gate = self.controller(x.mean((2, 3))).sigmoid().to(x.dtype)[:, :, None, None]
+            # Not x.mean(): of a sum, the gradient is not written out pixel by pixel before it is added to the rest.
+            pooled = x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+            gate = self.controller(pooled).sigmoid().to(x.dtype)[:, :, None, None]
         return cast(Tensor, _Suppress.apply(x, gate))  # type: ignore[no-untyped-call]
 
 
