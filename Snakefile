@@ -37,6 +37,7 @@ rule all:
 include: "rules/dataset.smk"
 include: "rules/maps.smk"
 include: "rules/labels.smk"
+include: "rules/affinity.smk"
 include: "rules/segmentation.smk"
 include: "rules/results.smk"
 

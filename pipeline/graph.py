@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import params as parameters
+from pipeline import references
 from pipeline.errors import PipelineError
 from pipeline.schema import Params
 from pipeline.stores import manifest
@@ -35,12 +36,23 @@ CODE: dict[str, tuple[str, ...]] = {
     "features": ("stages/features.py", *_LEARN, "pipeline/inference"),
     "refinement": ("stages/refinement.py", *_LEARN),
     "localization": ("stages/localization.py", *_LEARN, "pipeline/inference"),
+    "affinity": ("stages/affinity.py", *_LEARN),
+    "walk": ("stages/walk.py", *_LEARN, "pipeline/inference"),
     "pseudo_labels": ("stages/pseudo_labels.py", *_DATA, "pipeline/labels"),
     "mixture": ("stages/mixture.py",),
     "segmentation": ("stages/segmentation.py", *_LEARN),
     "prediction": ("stages/prediction.py", *_LEARN, "pipeline/inference", "pipeline/labels/crf.py"),
     "evaluation": ("stages/evaluation.py", "pipeline/evaluation"),
     "report": ("stages/report.py", "pipeline/report"),
+}
+
+
+STAGES = {  # of the sections whose blocks may feed each other
+    "localizations": "localization",
+    "refinements": "refinement",
+    "affinities": "affinity",
+    "walks": "walk",
+    "pseudo_labels": "pseudo_labels",
 }
 
 
@@ -123,10 +135,8 @@ class Graph:
             home = f"features/{name}"
             pictures = {"features": self._file(home, "features.h5"), "layers": self._file(home, "layers.json")}
             yield Job("features", name, files, pictures, {"gallery": params.gallery})
-        yield from self._maps(index, seed, trained)
-        for name, rule in params.pseudo_labels.items():
-            files = {"index": index, "maps": self._file(rule.source, "maps.h5"), "saliency": saliency}
-            yield self._job("pseudo_labels", "pseudo_labels", name, files, rule, ("labels",))
+        for reference in references.in_order(params):
+            yield self._made(reference, index, saliency, seed)
         for name, mixture in params.mixtures.items():
             files = {"index": index, "labels": self._file(mixture.labels, "labels.h5"), "ground_truth": masks}
             yield self._job("mixture", "mixtures", name, files, mixture, ("labels",), seed)
@@ -138,23 +148,25 @@ class Graph:
             yield self._job("prediction", "predictions", name, files, params.test, ("labels",))
         yield from self._evaluations(index, masks)
 
-    def _maps(self, index: Path, seed: dict[str, int], trained: tuple[str, ...]) -> Iterator[Job]:
-        """Localizations and refinements feed each other: order them by what they refer to."""
-        params = self.params
-        waiting = {f"localizations/{name}": block.model for name, block in params.localizations.items()}
-        waiting |= {f"refinements/{name}": block.source for name, block in params.refinements.items()}
-        while waiting:
-            for reference, needs in list(waiting.items()):
-                if needs in waiting:
-                    continue
-                del waiting[reference]
-                section, name = reference.split("/")
-                if section == "localizations":
-                    files = {"index": index, "model": self._file(needs, "model.pt")}
-                    yield self._job("localization", section, name, files, params.localizations[name], ("maps",))
-                else:
-                    files = {"index": index, "maps": self._file(needs, "maps.h5")}
-                    yield self._job("refinement", section, name, files, params.refinements[name], trained, seed)
+    def _made(self, reference: str, index: Path, saliency: Path, seed: dict[str, int]) -> Job:
+        """The job of a block between classifiers and segmentations."""
+        section, name = reference.split("/")
+        block = getattr(self.params, section)[name]
+        outputs: tuple[str, ...]
+        match section:
+            case "localizations":
+                files, outputs, extra = {"model": self._file(block.model, "model.pt")}, ("maps",), {}
+            case "refinements":
+                files, outputs, extra = {"maps": self._file(block.source, "maps.h5")}, ("model", "log"), seed
+            case "affinities":
+                files, outputs, extra = {"labels": self._file(block.labels, "labels.h5")}, ("model", "log"), seed
+            case "walks":
+                model, maps = self._file(block.affinity, "model.pt"), self._file(block.maps, "maps.h5")
+                files, outputs, extra = {"model": model, "maps": maps}, ("maps",), {}
+            case _:
+                files = {"maps": self._file(block.source, "maps.h5"), "saliency": saliency}
+                outputs, extra = ("labels",), {}
+        return self._job(STAGES[section], section, name, {"index": index, **files}, block, outputs, extra)
 
     def _evaluations(self, index: Path, masks: Path) -> Iterator[Job]:
         params = self.params
@@ -163,6 +175,7 @@ class Graph:
         for section, kept in [
             ("classifiers", "maps"),
             ("localizations", "maps"),
+            ("walks", "maps"),
             ("pseudo_labels", "labels"),
             ("mixtures", "labels"),
             ("predictions", "labels"),
@@ -181,7 +194,7 @@ class Graph:
             "metrics": Path("metrics.json"),
         }
         wanted = {"method": params.method, "gallery": params.gallery, "rows": self._chains()}
-        for section in ("classifiers", "refinements", "segmentations"):
+        for section in parameters.TRAINED:
             for name in getattr(params, section):
                 stores[f"log of {section}/{name}"] = self._file(f"{section}/{name}", "log.json")
         for reference in (f"features/{name}" for name in params.classifiers):

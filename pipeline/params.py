@@ -10,10 +10,20 @@ from typing import Any
 
 import yaml
 
+from pipeline import references
 from pipeline.errors import PipelineError
 from pipeline.schema import Params, Segmentation
 
-DEFAULTS = ("classifiers", "refinements", "localizations", "pseudo_labels", "segmentations")
+DEFAULTS = (
+    "classifiers",
+    "refinements",
+    "localizations",
+    "affinities",
+    "walks",
+    "pseudo_labels",
+    "segmentations",
+)
+TRAINED = ("classifiers", "refinements", "affinities", "segmentations")
 RATES = {"deeplab_largefov": 1, "deeplab_v3plus": 3}  # dilations that a network takes; deeplab_v2: any number
 _T = typing.TypeVar("_T")
 
@@ -180,11 +190,8 @@ def _said(value: Any) -> str:
 
 def _check(params: Params, faults: list[str]) -> None:
     """What no single key can tell: references between blocks, and values that contradict each other."""
-    known = {
-        section: {f"{section}/{name}" for name in getattr(params, section)}
-        for section in ("classifiers", "refinements", "localizations", "pseudo_labels", "mixtures")
-    }
-    maps = known["classifiers"] | known["localizations"]
+    known = {section: {f"{section}/{name}" for name in getattr(params, section)} for section in (*DEFAULTS, "mixtures")}
+    maps = known["classifiers"] | known["localizations"] | known["walks"]
     labels = known["pseudo_labels"] | known["mixtures"] | {"ground_truth"}
 
     def refers(where: str, name: str, choices: set[str]) -> None:
@@ -195,12 +202,19 @@ def _check(params: Params, faults: list[str]) -> None:
         refers(f"localizations.{name}.model", localization.model, known["classifiers"] | known["refinements"])
     for name, refinement in params.refinements.items():
         refers(f"refinements.{name}.source", refinement.source, maps)
+    for name, affinity in params.affinities.items():
+        refers(f"affinities.{name}.labels", affinity.labels, known["pseudo_labels"])
+    for name, walk in params.walks.items():
+        refers(f"walks.{name}.affinity", walk.affinity, known["affinities"])
+        refers(f"walks.{name}.maps", walk.maps, maps)
     for name, rule in params.pseudo_labels.items():
         refers(f"pseudo_labels.{name}.source", rule.source, maps)
         if rule.saliency and params.saliency.kind == "none":
             faults.append(f"pseudo_labels.{name}.saliency: is true, but saliency.kind is none; set it to false")
-        if rule.rule == "drs" and not rule.saliency:
-            faults.append(f"pseudo_labels.{name}.saliency: is false, but rule drs takes its background from saliency")
+        if rule.rule in ("drs", "edam") and not rule.saliency:
+            faults.append(f"pseudo_labels.{name}.saliency: is false, but rule {rule.rule} needs saliency")
+        if rule.rule == "confident" and (rule.crf is None or rule.saliency):
+            faults.append(f"pseudo_labels.{name}: rule confident needs crf, and saliency: false")
         if rule.confidence > 0 and rule.crf is None:
             faults.append(f"pseudo_labels.{name}.confidence: is of the CRF's marginals; set crf, or confidence to 0")
     for name, mixture in params.mixtures.items():
@@ -217,7 +231,7 @@ def _check(params: Params, faults: list[str]) -> None:
     for name, classifier in params.classifiers.items():
         if classifier.suppression is not None and not 0 <= classifier.suppression.delta < 1:
             faults.append(f"classifiers.{name}.suppression.delta: {classifier.suppression.delta} is not within 0 and 1")
-    for section in ("classifiers", "refinements", "segmentations"):
+    for section in TRAINED:
         for name, block in getattr(params, section).items():
             training = block.training
             if (training.epochs is None) == (training.iterations is None):
@@ -230,7 +244,8 @@ def _check(params: Params, faults: list[str]) -> None:
                 faults.append(
                     f"{section}.{name}.augmentation.length: is missing; side {block.augmentation.side} needs it"
                 )
-    _check_cycles(params, faults)
+    if circle := references.circle(params):
+        faults.append(f"goes round in a circle: {' <- '.join(circle)}")
 
 
 def _network_faults(settings: Segmentation) -> typing.Iterator[str]:
@@ -241,18 +256,3 @@ def _network_faults(settings: Segmentation) -> typing.Iterator[str]:
         yield f"rates: is empty; {settings.network} takes one dilation for each parallel convolution"
     yield from (f"rates: {rate} is below 1" for rate in settings.rates if rate < 1)
     yield from (f"extra_scales: {scale} is not above 0" for scale in settings.extra_scales if scale <= 0)
-
-
-def _check_cycles(params: Params, faults: list[str]) -> None:
-    """A refinement may learn from maps of another refinement, but not from its own."""
-    for name in params.refinements:
-        seen, at = [f"refinements/{name}"], params.refinements[name].source
-        while at.removeprefix("localizations/") in params.localizations:
-            at = params.localizations[at.removeprefix("localizations/")].model
-            if not at.startswith("refinements/"):
-                break
-            if at in seen:
-                faults.append(f"refinements.{name}.source: goes round in a circle: {' <- '.join([*seen, at])}")
-                break
-            seen.append(at)
-            at = params.refinements[at.removeprefix("refinements/")].source

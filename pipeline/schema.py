@@ -127,17 +127,46 @@ class Suppression:
 
 
 @dataclass(frozen=True)
+class Amr:
+    """Activation modulation and recalibration (AMR): its modules and its joint training."""
+
+    channel: bool = True  # channel attention modulation in the compensation branch (Table 3: AMM_c)
+    spatial: bool = True  # spatial attention modulation (AMM_s)
+    function: Literal["gaussian", "threshold"] = "gaussian"  # of the modulation (Table 4)
+    statistics: Literal["sample", "batch"] = "sample"  # what the Gaussian's mean and deviation are taken over
+    reduction: int = 16  # channels over those between the two linear layers of the channel modulation
+    consistency: float = 0.05  # weight of cross pseudo supervision, L_cps (the code; the paper: 1); 0: none
+    xi: float = 0.5  # share of the spotlight branch in the recalibrated maps (Table 5)
+    shared: Literal["nothing", "stem"] = "nothing"  # what both branches have in common
+
+
+@dataclass(frozen=True)
+class Edam:
+    """The discriminative activation layer and the collaborative multi-attention module (EDAM)."""
+
+    channels: int = 128  # of the class-specific activation maps, the width of the attention
+    heads: int = 2
+    hidden: int = 512  # of the feed-forward layer
+    dropout: float = 0.1
+    collaborative: bool = True  # the collaborative multi-attention module; without it, plain pooling (Table 5)
+    group: int = 2  # images that attend to each other, 1 to 4 (Table 6)
+    pairing: Literal["shared_class", "random"] = "shared_class"  # what a group's images have in common
+
+
+@dataclass(frozen=True)
 class Classifier:
     """An image-level classifier whose class-aware maps locate objects."""
 
     backbone: Backbone
     training: Training
-    method: Literal["cam"] = "cam"
+    method: Literal["cam", "amr", "edam"] = "cam"
     head: Head = field(default_factory=Head)
     augmentation: Augmentation = field(default_factory=Augmentation)
     accumulate: Accumulate = field(default_factory=Accumulate)
     attention_drop: AttentionDrop | None = None
     suppression: Suppression | None = None
+    amr: Amr | None = None  # of method amr; null: its defaults
+    edam: Edam | None = None  # of method edam; null: its defaults
 
 
 @dataclass(frozen=True)
@@ -145,23 +174,36 @@ class Refinement:
     """A network trained on maps. ``integral``: the integral attention model (OAA Sec. 3.4); ``regression``:
     localization map refinement learning (DRS Sec. "Localization Map Refinement Learning")."""
 
-    source: str  # classifiers/NAME (cumulative attention) or localizations/NAME
+    source: str  # classifiers/NAME (cumulative attention), localizations/NAME or walks/NAME
     backbone: Backbone
     training: Training
     kind: Literal["integral", "regression"] = "integral"
     head: Head = field(default_factory=Head)
     augmentation: Augmentation = field(default_factory=Augmentation)
     loss: Literal["hybrid", "cross_entropy", "enhance"] = "hybrid"  # OAA Eq. 9, 6, 7 (Table 4: HL, MCE, EP)
-    reduction: Literal["class", "pooled"] = "class"  # mean per class, summed (paper); all tagged classes pooled (code)
+    # integral: mean per class, summed (paper), or all tagged classes pooled (code); regression: the mean over all
+    # classes (paper and code), or over the tagged ones
+    reduction: Literal["class", "pooled"] = "class"
     threshold: float = 0.0  # attention above which a pixel belongs to N+ (OAA Table 5)
     target: Literal["strongest", "full"] = "strongest"  # of regression: a pixel's strongest class (code); all (paper)
 
 
 @dataclass(frozen=True)
-class Localization:
-    """Localization maps of a trained classifier or refinement network."""
+class Climbing:
+    """Anti-adversarial climbing (AdvCAM): the image is changed step by step so that its tag's score grows, and the maps
+    of all steps are added up. AMR's public numbers contain it, its paper does not name it."""
 
-    model: str  # classifiers/NAME or refinements/NAME
+    iterations: int = 27
+    step: float = 0.08  # length of a step along the gradient, in units of the normalised input
+    weight: float = 7.0  # of the term that holds back what is attended already
+    threshold: float = 0.5  # attention from which a pixel counts as attended already
+
+
+@dataclass(frozen=True)
+class Localization:
+    """Localization maps of a trained classifier, refinement or one-step network."""
+
+    model: str  # classifiers/NAME, refinements/NAME or one_step/NAME
     side: Literal["short", "long", "square", "none"] = "none"
     length: int | None = None  # pixels
     scales: tuple[float, ...] = (1.0,)
@@ -169,6 +211,32 @@ class Localization:
     fusion: Literal["mean", "max"] = "mean"
     normalise: Literal["max", "none"] = "max"  # divide by the maximum; or cut at 1, for networks that regress values
     stride: int = 4  # image pixels a stored cell
+    climbing: Climbing | None = None  # of a classifier
+
+
+@dataclass(frozen=True)
+class Affinity:
+    """The affinity branch of the inter-pixel relation network (IRN): edges, learned from confident labels."""
+
+    labels: str  # pseudo_labels/NAME, of which only 255 is not learned from; rule: confident makes such labels
+    backbone: Backbone
+    training: Training
+    channels: int = 32  # of each level's edge features
+    radius: int = 10  # cells: the farthest pair of pixels that is compared
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Maps spread by a random walk along the affinities (PSA, IRN)."""
+
+    affinity: str  # affinities/NAME
+    maps: str  # classifiers/NAME (cumulative attention), localizations/NAME or walks/NAME
+    radius: int = 5  # cells: the farthest neighbour of a step; 5 has 34 pairs of neighbours
+    beta: float = 10.0  # power of the affinities
+    times: int = 8  # the walk has 2^times steps
+    power: float = 1.0  # of the maps before the walk (AMR: 1.5)
+    edge_weighting: bool = True  # maps times (1 - edge) before the walk
 
 
 @dataclass(frozen=True)
@@ -187,11 +255,12 @@ class Crf:
 class PseudoLabels:
     """From maps to label maps. Thresholds are in [0, 1]; see ``pipeline.labels.rules``."""
 
-    source: str  # classifiers/NAME (cumulative attention) or localizations/NAME
-    rule: Literal["oaa", "drs", "threshold"] = "oaa"
+    source: str  # classifiers/NAME (cumulative attention), localizations/NAME or walks/NAME
+    rule: Literal["oaa", "drs", "edam", "confident", "threshold"] = "oaa"
     normalise: Literal["minmax", "max", "none"] = "minmax"
     saliency: bool = True  # background score: 1 - saliency, or the constant ``background``
     background: float = 0.3
+    background_power: float | None = None  # background score: (1 - strongest class)^power instead
     attention_threshold: float = 0.3  # scores below it count as nothing; DRS's alpha
     conflict_threshold: float = 0.9  # several scores above it: ignore
     object_threshold: float = 0.8  # a class above it on predicted background: ignore
@@ -199,6 +268,8 @@ class PseudoLabels:
     minimum_foreground: float = 0.01  # share of the image below which all of it is ignored
     crf: Crf | None = None  # over background and the image's tags, before the argmax
     confidence: float = 0.0  # after the CRF, pixels whose probability is below it are ignored
+    low_background: float = 0.05  # of rule confident: the background score of its second pass (IRN)
+    certainty: float = 0.7  # of rule confident: probability of a pixel's label before the CRF (IRN)
 
 
 @dataclass(frozen=True)
@@ -249,6 +320,8 @@ class Params:
     segmentations: dict[str, Segmentation]
     refinements: dict[str, Refinement] = field(default_factory=dict)
     localizations: dict[str, Localization] = field(default_factory=dict)
+    affinities: dict[str, Affinity] = field(default_factory=dict)
+    walks: dict[str, Walk] = field(default_factory=dict)
     mixtures: dict[str, Mixture] = field(default_factory=dict)
     test: Test = field(default_factory=Test)
     gallery: int = 12  # images in the report

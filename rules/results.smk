@@ -1,6 +1,10 @@
 """The numbers after every stage, and the pages that a person looks at."""
 
-SCORED = {"classifiers": ["maps.h5", "snapshots.h5"], "localizations": ["maps.h5"]}  # of any other section: labels
+SCORED = {  # of any other section: labels
+    "classifiers": ["maps.h5", "snapshots.h5"],
+    "localizations": ["maps.h5"],
+    "walks": ["maps.h5"],
+}
 
 
 rule evaluation:
@@ -21,9 +25,9 @@ rule evaluation:
         "python -m stages.evaluation {wildcards.section}/{wildcards.name} {params.options} 2>&1 | tee {log}"
 
 
-MAPS = PLAN.blocks("classifiers", "localizations")
+MAPS = PLAN.blocks("classifiers", "localizations", "walks")
 LABELS = PLAN.blocks("pseudo_labels", "mixtures", "predictions")
-TRAINED = PLAN.blocks("classifiers", "refinements", "segmentations")
+TRAINED = PLAN.blocks("classifiers", "refinements", "affinities", "segmentations")
 
 
 rule report:

@@ -15,6 +15,7 @@ from pipeline.stores.raster import RasterStore
 KINDS = {
     "classifiers": ("maps", "train"),
     "localizations": ("maps", "train"),
+    "walks": ("maps", "train"),
     "pseudo_labels": ("labels", "train"),
     "mixtures": ("labels", "train"),
     "predictions": ("predictions", "evaluation"),

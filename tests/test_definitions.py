@@ -164,7 +164,7 @@ def variants(value: Any) -> list[Any]:
     if isinstance(value, list):
         return [[*value, 2.0], [item + 1 for item in value], [item + 0.5 for item in value]]
     words = {"adam", "resnet50", "average", "strict", "constant", "threshold", "features", "store", "data/other"}
-    sections = ("classifiers", "localizations", "refinements", "pseudo_labels")
+    sections = ("classifiers", "localizations", "refinements", "affinities", "walks", "pseudo_labels")
     return sorted(words | {f"{section}/{name}" for section in sections for name in ("cam", "base")} | {"cam", "oaa"})
 
 

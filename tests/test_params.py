@@ -145,7 +145,7 @@ def test_a_reference_to_nothing_is_answered_with_what_there_is(
 
 def test_a_circle_of_references_is_refused() -> None:
     (line,) = faults(over(refinements={"finer": {"source": "localizations/fine"}}))
-    assert line == "p.yaml: refinements.finer.source: goes round in a circle: refinements/finer <- refinements/finer"
+    assert line == "p.yaml: goes round in a circle: localizations/fine <- refinements/finer <- localizations/fine"
 
 
 def test_all_faults_are_reported_at_once() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline import params as parameters
+from pipeline import references
 from pipeline.data.sample import choose
 from pipeline.graph import Graph
 from pipeline.report import charts, metrics, pictures, protocol
@@ -284,7 +285,7 @@ def test_best_is_the_best_weak_row() -> None:
 
 def test_map_columns_follow_the_selected_method() -> None:
     params = parameters.validate(RAW)
-    assert protocol.lineage(params, "localizations/refined") == [
+    assert references.lineage(params, "localizations/refined") == [
         "classifiers/base",
         "refinements/oaa_plus",
         "localizations/refined",

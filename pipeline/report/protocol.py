@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline import references
 from pipeline.data.index import Index
 from pipeline.schema import Backbone, Crf, Params, Suppression
 
@@ -24,23 +25,13 @@ def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple
     ]
 
 
-def lineage(params: Params, reference: str) -> list[str]:
-    """All that maps come from, the classifier first and the maps themselves last."""
-    chain = [reference]
-    while not chain[0].startswith("classifiers/"):
-        section, name = chain[0].split("/")
-        before = params.localizations[name].model if section == "localizations" else params.refinements[name].source
-        chain.insert(0, before)
-    return chain
-
-
 def map_columns(params: Params, reference: str) -> dict[str, str]:
     """Heading and reference of each map store on the way to ``reference``; plain CAM first where it was made."""
-    chain = lineage(params, reference)
+    chain = references.lineage(params, reference)
     plain = [f"localizations/{name}" for name, block in params.localizations.items() if block.model == chain[0]]
     columns = {"CAM": next((name for name in plain if name in chain), plain[0])} if plain else {}
     columns["Cumulative attention"] = chain[0]
-    refined = [name for name in chain if name.startswith("localizations/") and name not in plain]
+    refined = [name for name in chain if name.startswith(("localizations/", "walks/")) and name not in plain]
     for number, name in enumerate(refined):
         columns["Refined map" if len(refined) == 1 else f"Refined map {number + 1}"] = name
     return columns
@@ -56,7 +47,7 @@ def provenance(params: Params, row: str) -> dict[str, str]:
     told = {"Maps": "none", "Map networks": "none", "Pseudo labels": "ground truth"}
     if labels.startswith("pseudo_labels/"):
         rule = params.pseudo_labels[labels.split("/")[1]]
-        chain = lineage(params, rule.source)
+        chain = references.lineage(params, rule.source)
         told["Maps"] = " → ".join(chain)
         told["Map networks"] = "; ".join(dict.fromkeys(_trained(params, name) for name in _networks(chain)))
         saliency = "saliency" if rule.saliency else f"constant background {rule.background:g}"
@@ -66,7 +57,7 @@ def provenance(params: Params, row: str) -> dict[str, str]:
 
 
 def _networks(chain: list[str]) -> list[str]:
-    return [name for name in chain if not name.startswith("localizations/")]
+    return [name for name in chain if name.startswith(("classifiers/", "refinements/"))]
 
 
 def _trained(params: Params, reference: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.data.index import Image, Index
 from pipeline.data.sample import choose
+from pipeline.params import TRAINED
 from pipeline.report import page, protocol, tables
 from pipeline.report.charts import dot_chart, line_chart, thin
 from pipeline.report.gallery import Layers, Step, gallery, holds, layer_gallery, legend
@@ -147,7 +148,7 @@ def classes(results: Results) -> str:
 def curves(results: Results) -> str:
     """Loss of every training, coverage by epoch, mIoU of maps by background threshold."""
     charts = []
-    for section in ("classifiers", "refinements", "segmentations"):
+    for section in TRAINED:
         losses = {
             name.split("/")[1]: thin([(entry["step"], entry["loss"]) for entry in log["steps"]])
             for name, log in results.logs.items()

@@ -1,0 +1,50 @@
+"""Which block is made of which: the references between the blocks of params.yaml."""
+
+from collections.abc import Mapping
+
+from pipeline.schema import Params
+
+Needs = Mapping[str, tuple[str, ...]]  # SECTION/NAME -> what it is made of
+
+
+def sources(params: Params) -> Needs:
+    """Of every block between the classifiers and the labels that segmentation networks learn."""
+    found: dict[str, tuple[str, ...]] = {}
+    found |= {f"localizations/{name}": (block.model,) for name, block in params.localizations.items()}
+    found |= {f"refinements/{name}": (block.source,) for name, block in params.refinements.items()}
+    found |= {f"affinities/{name}": (block.labels,) for name, block in params.affinities.items()}
+    found |= {f"walks/{name}": (block.maps, block.affinity) for name, block in params.walks.items()}
+    found |= {f"pseudo_labels/{name}": (block.source,) for name, block in params.pseudo_labels.items()}
+    return found
+
+
+def in_order(params: Params) -> list[str]:
+    """The blocks of ``sources``, each after all that it is made of. Those of a circle are left out."""
+    waiting = dict(sources(params))
+    ready: list[str] = []
+    while now := [name for name, needs in waiting.items() if not any(need in waiting for need in needs)]:
+        ready += now
+        for name in now:
+            del waiting[name]
+    return ready
+
+
+def circle(params: Params) -> list[str]:
+    """Blocks of which each is made of the next and the last is the first again; empty where there are none."""
+    ordered = set(in_order(params))
+    waiting = {name: needs for name, needs in sources(params).items() if name not in ordered}
+    seen: list[str] = []
+    following = next(iter(waiting), None)
+    while following is not None and following not in seen:
+        seen.append(following)
+        following = next(need for need in waiting[following] if need in waiting)
+    return [*seen[seen.index(following) :], following] if following is not None else []
+
+
+def lineage(params: Params, reference: str) -> list[str]:
+    """All that maps come from along their first source, the classifier first and the maps themselves last."""
+    needs = sources(params)
+    chain = [reference]
+    while chain[0] in needs:
+        chain.insert(0, needs[chain[0]][0])
+    return chain
