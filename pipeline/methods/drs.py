@@ -32,40 +32,48 @@ class Suppressor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """B x K x H x W to the same; gradients flow through X, its maxima and G."""
-        gate: Tensor | float = self.delta
-        if self.controller is not None:
-            # Not x.mean(): of a sum, the gradient is not written out pixel by pixel before it is added to the rest.
-            pooled = x.sum((2, 3)) / (x.shape[2] * x.shape[3])
-            gate = self.controller(pooled).sigmoid().to(x.dtype)[:, :, None, None]
-        return cast(Tensor, _Suppress.apply(x, gate))  # type: ignore[no-untyped-call]
+        weight = None if self.controller is None else self.controller.weight
+        return cast(Tensor, _Suppress.apply(x, weight, self.delta))  # type: ignore[no-untyped-call]
 
 
 class _Suppress(torch.autograd.Function):
-    """torch.minimum(x, gate * global max pooling of x) in fewer passes over memory.
+    """torch.minimum(x, gate * global max pooling of x), the controller included, in few passes over memory.
 
     As in max pooling, the gradient of a maximum goes to one place; where an element equals its bound, it is its own.
+    On a processor it is fresh memory that costs, not arithmetic: backward writes all it needs into one tensor.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor | float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, delta: float) -> Tensor:
         peak, place = functional.adaptive_max_pool2d(x, 1, return_indices=True)
-        bound = peak * gate
-        ctx.save_for_backward(x, peak, place, bound, gate if isinstance(gate, Tensor) else None)
-        ctx.delta = gate
+        pooled = gate = None
+        if weight is not None:
+            with torch.autocast(x.device.type, enabled=False):  # under it, the sum would copy x as float32
+                pooled = x.sum((2, 3)).to(weight.dtype) / (x.shape[2] * x.shape[3])
+                gate = (pooled @ weight.t()).sigmoid()
+        bound = peak * (delta if gate is None else gate.to(x.dtype)[:, :, None, None])
+        ctx.save_for_backward(x, peak[:, :, 0, 0], place[:, :, 0, 0], bound, weight, pooled, gate)
+        ctx.delta = delta
         return torch.minimum(x, bound)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (grad,) = grads
-        x, peak, place, bound, gate = ctx.saved_tensors
-        above = torch.ops.aten.threshold_backward(grad, x - bound, 0)  # grad where x is above its bound, else 0
-        to_bound = above.sum((2, 3), keepdim=True)
+        x, peak, place, bound, weight, pooled, gate = ctx.saved_tensors
+        above = x - bound
+        torch.ops.aten.threshold_backward(grad, above, 0, grad_input=above)  # grad where x is above its bound, else 0
+        to_bound = above.sum((2, 3))
         to_x = torch.sub(grad, above, out=above)
-        to_peak = to_bound * (ctx.delta if gate is None else gate)
+        to_weight = None
+        if weight is not None:
+            to_control = (to_bound * peak).to(weight.dtype) * gate * (1 - gate)
+            to_weight = to_control.t() @ pooled
+            to_x += (to_control @ weight / (x.shape[2] * x.shape[3])).to(x.dtype)[:, :, None, None]
+        to_peak = to_bound * (ctx.delta if gate is None else gate.to(x.dtype))
         samples, channels = (torch.arange(count, device=x.device) for count in x.shape[:2])
-        row, column = place[:, :, 0, 0] // x.shape[3], place[:, :, 0, 0] % x.shape[3]
-        to_x.index_put_((samples[:, None], channels, row, column), to_peak[:, :, 0, 0], accumulate=True)
-        return to_x, None if gate is None else to_bound * peak
+        row, column = place // x.shape[3], place % x.shape[3]
+        to_x.index_put_((samples[:, None], channels, row, column), to_peak, accumulate=True)
+        return to_x, to_weight, None
 
 
 def plug(method: Method, settings: Suppression) -> None:
