@@ -81,6 +81,13 @@ class Colours(nn.Module):
         return self(x).relu()
 
 
+class Constant(nn.Module):
+    """0.4 times the class id, everywhere."""
+
+    def localize(self, x: Tensor) -> Tensor:
+        return 0.4 * torch.arange(1.0, K + 1)[None, :, None, None].expand(len(x), K, 5, 7)
+
+
 def maps_of(network: nn.Module, images: Sequence[Image], **settings: Any) -> dict[tuple[str, int], NDArray[np.uint8]]:
     found = localization_maps(network, images, Localization("classifiers/base", **settings), CPU)
     return {(image_id, tag): values for image_id, tag, values in found}
@@ -128,6 +135,14 @@ class TestLocalization:
             for tag in image.tags:
                 expected = 255 * fused[tag - 1] / fused[tag - 1].max()
                 assert np.abs(found[image.id, tag] - expected.numpy()).max() <= 0.51
+
+    @pytest.mark.parametrize("fusion", ["mean", "max"])
+    def test_regressed_values_stay_as_they_are(self, images: list[Image], fusion: str) -> None:
+        """Without division by the maximum four passes that agree give what one of them gives, cut at 1."""
+        found = maps_of(Constant(), images, scales=(1.0, 0.5), flip=True, fusion=fusion, normalise="none")
+        for image in images:
+            for tag in image.tags:
+                assert np.unique(found[image.id, tag]).tolist() == [round(255 * min(1.0, 0.4 * tag))]
 
     def test_a_symmetric_network_sees_a_flipped_image_flipped(self, tmp_path: Path, images: list[Image]) -> None:
         rgb = read_rgb(images[0])

@@ -1,13 +1,18 @@
-"""SIGKILL at random moments of a training: what is started again ends with the bytes of an unbroken run."""
+"""SIGKILL at random moments of a stage: what is started again ends with the bytes of an unbroken run."""
 
 import json
+import os
+import random
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from benchmarks.kill import compare
+from benchmarks.kill import Trial, compare
 from pipeline.graph import Graph
 from pipeline.params import load
 from pipeline.stage import run
@@ -16,6 +21,8 @@ from tests.project import ROOT
 from tests.voc_tree import make_tree, minimal_params
 
 EPOCHS = {"classifier": 60, "refinement": 90, "segmentation": 120}
+
+SHORT = {"classifiers": {"drs": {"training": {"epochs": 2}}}}
 
 
 @pytest.fixture
@@ -35,6 +42,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "base": {**small["classifier"], **drop, **head},
         "drs": {**small["classifier"], **drop, **head, "suppression": {}},
     }
+    params["localizations"]["drs"] = {"model": "classifiers/drs"}
     params["refinements"] = {"drs": {**small["refinement"], **head, "kind": "regression", "source": "classifiers/drs"}}
     v2 = {"network": "deeplab_v2", "rates": [1, 2], "extra_scales": [0.5], "self_training": True}
     params["segmentations"] = {
@@ -69,3 +77,22 @@ def test_a_killed_training_ends_with_the_same_bytes(project: Path, stage: str, n
     assert killed.hashes() == unbroken.hashes()
     log = json.loads((killed.folder / job.outputs["log"]).read_text())
     assert [entry["epoch"] for entry in log["epochs"]] == list(range(EPOCHS[stage]))
+
+
+@pytest.mark.parametrize(("stage", "name"), [("features", "drs"), ("localization", "drs")])
+def test_a_killed_inference_ends_with_the_same_bytes(project: Path, stage: str, name: str) -> None:
+    run("classifier", classifier.main, ["drs", "--device", "cpu", "--set", json.dumps(SHORT)])
+    job = Graph(load([Path("params.yaml")], SHORT)).find(stage, name)
+    options = ["--params", str(project / "params.yaml"), "--set", json.dumps(SHORT), "--device", "cpu"]
+    unbroken, killed = (Trial(job, Path("data"), project / kind, options) for kind in ("unbroken", "killed"))
+    start = time.monotonic()
+    unbroken.run()
+    seconds = time.monotonic() - start
+    moments = random.Random(1)
+    for _ in range(3):
+        process = subprocess.Popen(killed.command, cwd=killed.folder, start_new_session=True)
+        time.sleep(moments.uniform(0.3, 0.9) * seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    killed.run()
+    assert killed.hashes() == unbroken.hashes()

@@ -1,6 +1,7 @@
 """Localization maps of whole images: multi-scale, flipped, normalised per class, present classes only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch.nn import functional
 from pipeline.data.index import Image
 from pipeline.data.loading import resized
 from pipeline.inference.batching import batches, pixels_per_batch
+from pipeline.inference.climbing import climb
+from pipeline.methods import Method
 from pipeline.schema import Localization
 from pipeline.stores.blocks import Row
 from pipeline.training.settings import autocast
@@ -27,7 +30,7 @@ def localization_maps(
 
     The maps of all scales and flips are resized to the same grid and fused by mean or maximum. Then they are divided by
     their maximum, after the fusion, so that the scale that sees a class best weighs most; or, with ``normalise: none``,
-    taken as they are and cut at 1.
+    taken as they are and cut at 1. With ``settings.climbing``, which is of classifiers, each view of an image climbs.
     """
 
     def shape(image: Image) -> tuple[int, int]:
@@ -35,7 +38,12 @@ def localization_maps(
 
     for part, inputs in batches(images, shape, pixels_per_batch(device)):
         grids = [(-(-image.height // settings.stride), -(-image.width // settings.stride)) for image in part]
-        passes = _passes(network, inputs.to(device), settings)
+        look: Callable[[Tensor], Tensor] = partial(_look, network)
+        if settings.climbing is not None:
+            assert isinstance(network, Method)
+            present = [[tag - 1 for tag in image.tags] for image in part]
+            look = partial(climb, network, present=present, settings=settings.climbing)
+        passes = _passes(look, inputs.to(device), settings)
         for number, (image, grid) in enumerate(zip(part, grids, strict=True)):
             tags = torch.tensor([tag - 1 for tag in image.tags], device=device)
             fused: Tensor | None = None
@@ -48,6 +56,8 @@ def localization_maps(
                 else:
                     fused = torch.maximum(fused, found) if settings.fusion == "max" else fused + found
             assert fused is not None
+            if settings.fusion == "mean":
+                fused = fused / len(passes)
             if settings.normalise == "max":
                 fused = fused / fused.amax((1, 2), keepdim=True).clamp_min(1e-5)
             levels = (fused.clamp_max(1) * 255).round().to(torch.uint8).cpu().numpy()
@@ -56,7 +66,12 @@ def localization_maps(
 
 
 @torch.inference_mode()
-def _passes(network: nn.Module, inputs: Tensor, settings: Localization) -> list[Tensor]:
+def _look(network: nn.Module, images: Tensor) -> Tensor:
+    with autocast(images.device, "auto"):
+        return network.localize(images).float()  # type: ignore[operator]
+
+
+def _passes(look: Callable[[Tensor], Tensor], inputs: Tensor, settings: Localization) -> list[Tensor]:
     """B x K x h x w maps of each scale and flip, unflipped."""
     out = []
     height, width = inputs.shape[2:]
@@ -68,8 +83,7 @@ def _passes(network: nn.Module, inputs: Tensor, settings: Localization) -> list[
                 inputs, size=size, mode="bilinear", align_corners=False, antialias=scale < 1
             )
         scaled = scaled.contiguous(memory_format=torch.channels_last)
-        with autocast(inputs.device, "auto"):
-            out.append(network.localize(scaled).float())  # type: ignore[operator]
-            if settings.flip:
-                out.append(network.localize(scaled.flip(3)).float().flip(3))  # type: ignore[operator]
+        out.append(look(scaled))
+        if settings.flip:
+            out.append(look(scaled.flip(3)).flip(3))
     return out
