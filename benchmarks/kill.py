@@ -2,8 +2,9 @@
 
     python -m benchmarks.kill STAGE NAME [--kills N] [--seed N] [--params FILE ...] [--set JSON] [--threads N]
 
-STAGE is classifier, refinement or segmentation; its inputs must lie in results/ already. Both runs work in a temporary
-folder, on links to the inputs. Prints the sha256 of every output of both; the exit status is 1 where any two differ.
+STAGE is classifier, refinement, affinity or segmentation; its inputs must lie in results/ already. Both runs work in a
+temporary folder, on links to the inputs. Prints the sha256 of every output of both; the exit status is 1 where any two
+differ.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pipeline import params as parameters
 from pipeline.graph import Graph, Job
 from pipeline.stores.files import sha256
 
-STAGES = ("classifier", "refinement", "segmentation")
+STAGES = ("classifier", "refinement", "affinity", "segmentation")
 EVERY = 0.3  # seconds between checkpoints
 
 

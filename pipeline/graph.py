@@ -6,7 +6,7 @@ The Snakefile and dvc.yaml state the same graph in their own languages; tests/te
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ CODE: dict[str, tuple[str, ...]] = {
     "pseudo_labels": ("stages/pseudo_labels.py", *_DATA, "pipeline/labels"),
     "mixture": ("stages/mixture.py",),
     "segmentation": ("stages/segmentation.py", *_LEARN),
+    "one_step": ("stages/one_step.py", *_LEARN, "pipeline/labels/crf.py"),
     "prediction": ("stages/prediction.py", *_LEARN, "pipeline/inference", "pipeline/labels/crf.py"),
     "evaluation": ("stages/evaluation.py", "pipeline/evaluation"),
     "report": ("stages/report.py", "pipeline/report"),
@@ -67,6 +68,7 @@ class Job:
     params: dict[str, Any]
     block: Any = None  # the block as its dataclass
     home: Path | None = None
+    origin: str = ""  # of a prediction and its evaluation: the section of the network
 
     @property
     def label(self) -> str:
@@ -135,6 +137,8 @@ class Graph:
             home = f"features/{name}"
             pictures = {"features": self._file(home, "features.h5"), "layers": self._file(home, "layers.json")}
             yield Job("features", name, files, pictures, {"gallery": params.gallery})
+        for name, learner in params.one_step.items():
+            yield self._job("one_step", "one_step", name, {"index": index}, learner, trained, seed)
         for reference in references.in_order(params):
             yield self._made(reference, index, saliency, seed)
         for name, mixture in params.mixtures.items():
@@ -143,9 +147,10 @@ class Graph:
         for name, network in params.segmentations.items():
             files = {"index": index, "labels": self._file(network.labels, "labels.h5")}
             yield self._job("segmentation", "segmentations", name, files, network, trained, seed)
-        for name in params.segmentations:
-            files = {"index": index, "model": self._file(f"segmentations/{name}", "model.pt")}
-            yield self._job("prediction", "predictions", name, files, params.test, ("labels",))
+        for name, model in references.rows(params).items():
+            files = {"index": index, "model": self._file(model, "model.pt")}
+            job = self._job("prediction", "predictions", name, files, params.test, ("labels",))
+            yield replace(job, origin=model.split("/")[0])
         yield from self._evaluations(index, masks)
 
     def _made(self, reference: str, index: Path, saliency: Path, seed: dict[str, int]) -> Job:
@@ -171,6 +176,7 @@ class Graph:
     def _evaluations(self, index: Path, masks: Path) -> Iterator[Job]:
         params = self.params
         scores: dict[str, Path] = {}
+        rows = references.rows(params)
         stores: dict[str, Path] = {"saliency": self._file("saliency", "maps.h5"), "ground_truth": masks}
         for section, kept in [
             ("classifiers", "maps"),
@@ -180,14 +186,16 @@ class Graph:
             ("mixtures", "labels"),
             ("predictions", "labels"),
         ]:
-            for name in getattr(params, "segmentations" if section == "predictions" else section):
+            for name in rows if section == "predictions" else getattr(params, section):
                 reference = f"{section}/{name}"
                 files = {"index": index, "ground_truth": masks, kept: self._file(reference, f"{kept}.h5")}
                 if section == "classifiers":
                     files["snapshots"] = self._file(reference, "snapshots.h5")
                 scores[f"scores of {reference}"] = self._file(f"evaluation/{reference}", "scores.json")
                 stores[reference] = files[kept]
-                yield Job("evaluation", reference, files, {"scores": scores[f"scores of {reference}"]}, {}, None)
+                origin = rows[name].split("/")[0] if section == "predictions" else ""
+                made = {"scores": scores[f"scores of {reference}"]}
+                yield Job("evaluation", reference, files, made, {}, origin=origin)
         outputs = {
             "report": self.results / "report.html",
             "table": self.results / "metrics.json",
@@ -213,7 +221,7 @@ class Graph:
             if origin.startswith("pseudo_labels/"):
                 chain["maps"] = self.params.pseudo_labels[origin.split("/")[1]].source
             chains[name] = chain
-        return chains
+        return chains | {name: {"predictions": f"predictions/{name}"} for name in self.params.one_step}
 
     def _index_params(self) -> dict[str, Any]:
         kept = {key: value for key, value in asdict(self.params.dataset).items() if key not in ("demo", "download")}

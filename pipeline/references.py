@@ -29,6 +29,12 @@ def in_order(params: Params) -> list[str]:
     return ready
 
 
+def rows(params: Params) -> dict[str, str]:
+    """The network of each row of the report, SECTION/NAME by the row's name: predictions/NAME are its masks."""
+    names = {name: f"segmentations/{name}" for name in params.segmentations}
+    return names | {name: f"one_step/{name}" for name in params.one_step}
+
+
 def circle(params: Params) -> list[str]:
     """Blocks of which each is made of the next and the last is the first again; empty where there are none."""
     ordered = set(in_order(params))
@@ -42,7 +48,7 @@ def circle(params: Params) -> list[str]:
 
 
 def lineage(params: Params, reference: str) -> list[str]:
-    """All that maps come from along their first source, the classifier first and the maps themselves last."""
+    """All that maps come from along their first source: the classifier or one-step network first, the maps last."""
     needs = sources(params)
     chain = [reference]
     while chain[0] in needs:

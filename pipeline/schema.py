@@ -132,7 +132,8 @@ class Amr:
 
     channel: bool = True  # channel attention modulation in the compensation branch (Table 3: AMM_c)
     spatial: bool = True  # spatial attention modulation (AMM_s)
-    function: Literal["gaussian", "threshold"] = "gaussian"  # of the modulation (Table 4)
+    # Of the modulation (Table 4); density: a Gaussian of the density's height, 1 / (sqrt(2 pi) sigma) (the code)
+    function: Literal["gaussian", "density", "threshold"] = "gaussian"
     statistics: Literal["sample", "batch"] = "sample"  # what the Gaussian's mean and deviation are taken over
     reduction: int = 16  # channels over those between the two linear layers of the channel modulation
     consistency: float = 0.05  # weight of cross pseudo supervision, L_cps (the code; the paper: 1); 0: none
@@ -142,7 +143,8 @@ class Amr:
 
 @dataclass(frozen=True)
 class Edam:
-    """The discriminative activation layer and the collaborative multi-attention module (EDAM)."""
+    """The discriminative activation layer and the collaborative multi-attention module (EDAM). They take the place of
+    the classifier's ``head``; ``training.batch_size`` is a multiple of ``group``."""
 
     channels: int = 128  # of the class-specific activation maps, the width of the attention
     heads: int = 2
@@ -194,9 +196,9 @@ class Climbing:
     of all steps are added up. AMR's public numbers contain it, its paper does not name it."""
 
     iterations: int = 27
-    step: float = 0.08  # length of a step along the gradient, in units of the normalised input
+    step: float = 0.08  # by which a step changes the value it changes most, in units of the normalised input
     weight: float = 7.0  # of the term that holds back what is attended already
-    threshold: float = 0.5  # attention from which a pixel counts as attended already
+    threshold: float = 0.5  # share of a map's maximum above which a place counts as attended already
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,9 @@ class Affinity:
     labels: str  # pseudo_labels/NAME, of which only 255 is not learned from; rule: confident makes such labels
     backbone: Backbone
     training: Training
+    frozen_backbone: bool = True  # only the branch learns (IRN's code); one without trained weights has to learn, too
     channels: int = 32  # of each level's edge features
-    radius: int = 10  # cells: the farthest pair of pixels that is compared
+    radius: int = 10  # cells: pairs that are nearer are compared
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
@@ -232,7 +235,7 @@ class Walk:
 
     affinity: str  # affinities/NAME
     maps: str  # classifiers/NAME (cumulative attention), localizations/NAME or walks/NAME
-    radius: int = 5  # cells: the farthest neighbour of a step; 5 has 34 pairs of neighbours
+    radius: int = 5  # cells: a step leads to those that are nearer; at 5 each cell begins 34 pairs
     beta: float = 10.0  # power of the affinities
     times: int = 8  # the walk has 2^times steps
     power: float = 1.0  # of the maps before the walk (AMR: 1.5)
@@ -298,6 +301,40 @@ class Segmentation:
 
 
 @dataclass(frozen=True)
+class OneStep:
+    """A network that learns masks from tags in one training: the attention guided enhancement network (AGEN).
+
+    Branch A classifies; branch B segments and learns from labels that the class-aware maps of A and of the attention
+    guided modules (AGM) give while all of them train. Stages are counted as in the paper, 3 to 5.
+    """
+
+    classification: Backbone  # of branch A
+    segmentation: Backbone  # of branch B
+    training: Training
+    shared: tuple[str, str]  # tap of A whose features both branches go on from, and the tap of B that they stand for
+    classification_taps: tuple[str, str, str] | None = None  # of stages 3 to 5; null: the three after ``shared``
+    segmentation_taps: tuple[str, str, str] | None = None
+    head: Head = Head(2, 1024)  # of branch A
+    channels: int = 512  # of branch B's last 3x3 convolution
+    rate: int = 12  # its dilation
+    agm: tuple[int, ...] = (3, 4, 5)  # stages with an attention guided module (Table 2)
+    agm_channels: tuple[int, int] = (256, 512)  # of the AGMs' classification and segmentation branches (C and D)
+    coam: tuple[int, ...] = (3, 4, 5)  # stages whose AGM has a context attention module (Table 3)
+    # Which pixels a class or the background labels: 'value': score > delta; 'share': score >= (1 - delta) of the
+    # class's maximum; 'rank': the pixels of the highest scores, delta of all. The paper can be read in all three ways.
+    confident: Literal["value", "share", "rank"] = "value"
+    delta: tuple[float, float, float, float] = (0.4, 0.4, 0.3, 0.3)  # of AGM-3, AGM-4, AGM-5 and branch A
+    background_power: float = 8.0  # background score: (1 - strongest class)^power (Eq. 4)
+    loss_size: Literal["input", "output"] = "input"  # logits upsampled to the image; or labels at the logits' size
+    classification_weight: float = 1.0  # of L_cls, the mean over classes; the sum of Eq. 10 is that times their number
+    boundary_weight: float = 1.0  # of L_boundary; 0: no CRF
+    grid: int = 41  # cells on the long side of what the boundary loss compares (SEC)
+    crf: Crf = Crf(10, 0.25, 3.0, 80 / 12, 13.0, 10.0)  # of the boundary loss, xy in its cells; SEC's
+    delay: int = 0  # epochs that train the classification branches alone
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass(frozen=True)
 class Test:
     """How every segmentation network is tested: one protocol for all rows."""
 
@@ -318,6 +355,7 @@ class Params:
     classifiers: dict[str, Classifier]
     pseudo_labels: dict[str, PseudoLabels]
     segmentations: dict[str, Segmentation]
+    one_step: dict[str, OneStep] = field(default_factory=dict)
     refinements: dict[str, Refinement] = field(default_factory=dict)
     localizations: dict[str, Localization] = field(default_factory=dict)
     affinities: dict[str, Affinity] = field(default_factory=dict)

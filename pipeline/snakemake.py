@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from pipeline import params as parameters
+from pipeline import references
 from pipeline.errors import PipelineError
 from pipeline.graph import Graph, Job, stale
 from pipeline.schema import Params
@@ -48,9 +49,14 @@ class Plan:
         return [str(made(job)[-1]) for job in self.graph.jobs]
 
     def blocks(self, *sections: str) -> list[str]:
-        """SECTION/NAME of every block; each segmentation has its predictions."""
-        of = {section: getattr(self.params, section.replace("predictions", "segmentations")) for section in sections}
+        """SECTION/NAME of every block; each segmentation and one-step network has its predictions."""
+        rows = references.rows(self.params)
+        of = {section: rows if section == "predictions" else getattr(self.params, section) for section in sections}
         return [f"{section}/{name}" for section, names in of.items() for name in names]
+
+    def network(self, wildcards: Any) -> str:
+        """SECTION/NAME of the network that makes predictions/NAME."""
+        return references.rows(self.params)[wildcards.name]
 
     def runtime(self, wildcards: Any, threads: int) -> str:
         """Arguments of a training stage: with more than two threads, all but two load images beside it."""
@@ -80,6 +86,9 @@ def made(job: Job) -> list[Path]:
 
 def stage_of(job: Job) -> str:
     """The job's name in dvc.yaml."""
+    if job.origin == "one_step":
+        verb = {"prediction": "predict", "evaluation": "evaluate"}[job.stage]
+        return f"{verb}_one_step@{job.name.removeprefix('predictions/')}"
     if job.stage == "evaluation":
         return "evaluate_{}@{}".format(*job.name.split("/"))
     return f"{job.stage}@{job.name}" if job.name else job.stage

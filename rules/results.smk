@@ -27,7 +27,7 @@ rule evaluation:
 
 MAPS = PLAN.blocks("classifiers", "localizations", "walks")
 LABELS = PLAN.blocks("pseudo_labels", "mixtures", "predictions")
-TRAINED = PLAN.blocks("classifiers", "refinements", "affinities", "segmentations")
+TRAINED = PLAN.blocks("classifiers", "refinements", "affinities", "segmentations", "one_step")
 
 
 rule report:

@@ -1,4 +1,4 @@
-"""The segmentation networks trained on label maps, and their predictions."""
+"""The segmentation networks trained on label maps, the one-step networks trained on tags, and the predictions of both."""
 
 
 rule segmentation:
@@ -23,10 +23,31 @@ rule segmentation:
         "python -m stages.segmentation {wildcards.name} {params.runtime} {params.options} 2>&1 | tee {log}"
 
 
+rule one_step:
+    input:
+        index="<results>/index/index.json",
+    output:
+        model="<results>/one_step/{name}/model.pt",
+        log="<results>/one_step/{name}/log.json",
+        manifest="<results>/one_step/{name}/manifest.json",
+    log:
+        "<logs>/one_step/{name}.log",
+    conda:
+        "../environment.yml"
+    threads: PLAN.threads
+    resources:
+        gpu=1,
+    params:
+        options=PLAN.options,
+        runtime=PLAN.runtime,
+    shell:
+        "python -m stages.one_step {wildcards.name} {params.runtime} {params.options} 2>&1 | tee {log}"
+
+
 rule prediction:
     input:
         index="<results>/index/index.json",
-        model="<results>/segmentations/{name}/model.pt",
+        model=lambda w: f"<results>/{PLAN.network(w)}/model.pt",
     output:
         labels="<results>/predictions/{name}/labels.h5",
         manifest="<results>/predictions/{name}/manifest.json",

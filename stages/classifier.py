@@ -12,6 +12,7 @@ from pipeline.data.index import Image, Index
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.inference import models
 from pipeline.methods import Method
+from pipeline.methods.edam import companions
 from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
 from pipeline.schema import Classifier
 from pipeline.stage import Work, run
@@ -87,7 +88,7 @@ def main(work: Work) -> None:
     torch.manual_seed(seed)
     network = models.build(settings, index.num_classes)
     assert isinstance(network, Method)
-    dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed)
+    dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed, group=companions(settings))
     epochs = extent(settings.training, len(images)).epochs
     task = ClassifierTask(network, images, epochs, seed, work)
     loop = Loop(task, dataset, settings.training, device, runtime=runtime, path=work.checkpoint, label=work.job.label)

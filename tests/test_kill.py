@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,19 @@ from benchmarks.kill import Trial, compare
 from pipeline.graph import Graph
 from pipeline.params import load
 from pipeline.stage import run
-from stages import classifier, ground_truth, index
+from stages import ground_truth, index
 from tests.project import ROOT
 from tests.voc_tree import make_tree, minimal_params
 
-EPOCHS = {"classifier": 60, "refinement": 90, "segmentation": 120}
-
-SHORT = {"classifiers": {"drs": {"training": {"epochs": 2}}}}
+EPOCHS = {"classifier": 60, "refinement": 90, "segmentation": 120, "one_step": 40, "affinity": 90}
+INPUTS = {  # what must have run before a stage
+    "refinement": ["classifier drs"],
+    "features": ["classifier drs"],
+    "localization": ["classifier drs"],
+    "affinity": ["classifier drs", "saliency", "pseudo_labels drs"],
+    "walk": ["classifier drs", "saliency", "pseudo_labels drs", "affinity drs"],
+}
+SHORT = {section: {"drs": {"training": {"epochs": 2}}} for section in ("classifiers", "affinities")}
 
 
 @pytest.fixture
@@ -49,10 +56,23 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "cam": {**small["segmentation"], "channels": 8, "rates": [2], "dropout": 0.5, "labels": "ground_truth"},
         "v2": {**small["segmentation"], **v2, "labels": "ground_truth"},
     }
+    body = {"name": "small"}
+    one_step = {"classification": body, "segmentation": body, "shared": ["conv2", "conv2"], "grid": 6, "delay": 10}
+    narrow = {"channels": 8, "rate": 2, "agm_channels": [8, 8], "training": small["one_step"]["training"], **head}
+    params["one_step"] = {"agen": {**one_step, **narrow}}
+    params["pseudo_labels"]["drs"] = {"source": "classifiers/drs", "rule": "threshold", "saliency": False}
+    params["affinities"] = {"drs": {**small["affinity"], "channels": 8, "radius": 3, "labels": "pseudo_labels/drs"}}
+    params["walks"] = {"drs": {"affinity": "affinities/drs", "maps": "classifiers/drs"}}
     Path("params.yaml").write_text(yaml.safe_dump(params))
     run("index", index.main, [])
     run("ground_truth", ground_truth.main, [])
     return tmp_path
+
+
+def make_inputs(stage: str) -> None:
+    for command in INPUTS.get(stage, []):
+        before, *name = command.split()
+        run(before, import_module(f"stages.{before}").main, [*name, "--device", "cpu", "--set", json.dumps(SHORT)])
 
 
 @pytest.mark.parametrize(
@@ -63,14 +83,15 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("refinement", "drs", {"model.pt", "log.json"}),
         ("segmentation", "cam", {"model.pt", "log.json"}),
         ("segmentation", "v2", {"model.pt", "log.json"}),
+        ("one_step", "agen", {"model.pt", "log.json"}),
+        ("affinity", "drs", {"model.pt", "log.json"}),
     ],
 )
 def test_a_killed_training_ends_with_the_same_bytes(project: Path, stage: str, name: str, outputs: set[str]) -> None:
     params = load([Path("params.yaml")])
     job = Graph(params).find(stage, name)
     options = ["--params", str(project / "params.yaml"), "--threads", "1", "--device", "cpu"]
-    if stage == "refinement":
-        run("classifier", classifier.main, ["drs", "--device", "cpu"])
+    make_inputs(stage)
     unbroken, killed = compare(job, Path("data"), project, options, kills=3, seed=1)
     assert killed.resumptions() >= 1
     assert set(unbroken.hashes()) == outputs
@@ -79,9 +100,9 @@ def test_a_killed_training_ends_with_the_same_bytes(project: Path, stage: str, n
     assert [entry["epoch"] for entry in log["epochs"]] == list(range(EPOCHS[stage]))
 
 
-@pytest.mark.parametrize(("stage", "name"), [("features", "drs"), ("localization", "drs")])
+@pytest.mark.parametrize(("stage", "name"), [("features", "drs"), ("localization", "drs"), ("walk", "drs")])
 def test_a_killed_inference_ends_with_the_same_bytes(project: Path, stage: str, name: str) -> None:
-    run("classifier", classifier.main, ["drs", "--device", "cpu", "--set", json.dumps(SHORT)])
+    make_inputs(stage)
     job = Graph(load([Path("params.yaml")], SHORT)).find(stage, name)
     options = ["--params", str(project / "params.yaml"), "--set", json.dumps(SHORT), "--device", "cpu"]
     unbroken, killed = (Trial(job, Path("data"), project / kind, options) for kind in ("unbroken", "killed"))

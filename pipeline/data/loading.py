@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.data.geometry import Window
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
+from pipeline.data.sampling import epoch_order
 from pipeline.errors import PipelineError
 from pipeline.schema import Augmentation
 from pipeline.stores.raster import Raster, RasterStore
@@ -127,7 +128,10 @@ def _jitter(
 
 
 class TrainingSet(Dataset[tuple[Any, ...]]):
-    """Augmented images; item (epoch, number) is the same whoever loads it, in whatever order."""
+    """Augmented images; item (epoch, number) is the same whoever loads it, in whatever order.
+
+    ``group`` images that lie together in a batch share a class where they can (``sampling.epoch_order``).
+    """
 
     def __init__(
         self,
@@ -136,11 +140,13 @@ class TrainingSet(Dataset[tuple[Any, ...]]):
         settings: Augmentation,
         seed: int,
         labels: RasterStore | None = None,
+        group: int = 1,
     ) -> None:
         self.images = list(images)
         self.settings = settings
         self.seed = seed
         self.labels = labels
+        self.group = group
         self.tags = torch.zeros(len(self.images), num_classes)
         for row, image in enumerate(self.images):
             self.tags[row, [tag - 1 for tag in image.tags]] = 1
@@ -184,10 +190,13 @@ def collate(items: list[tuple[Any, ...]]) -> Batch:
 
 
 class Batches:
-    """The batches of one epoch from batch number ``first`` on, in an order that seed and epoch decide."""
+    """The batches of one epoch from batch number ``first`` on, in an order that seed and epoch decide.
+
+    The batch size counts images; as a multiple of the dataset's ``group`` it cuts no group in two.
+    """
 
     def __init__(self, dataset: TrainingSet, batch_size: int, epoch: int, first: int = 0) -> None:
-        order = np.random.default_rng([dataset.seed, epoch]).permutation(len(dataset))
+        order = epoch_order([image.tags for image in dataset.images], dataset.group, dataset.seed, epoch)
         batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
         self.batches = [[(epoch, number) for number in batch] for batch in batches[first:]]
 

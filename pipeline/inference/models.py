@@ -1,8 +1,8 @@
 """Trained networks from their files."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -10,21 +10,27 @@ from torch import nn
 from pipeline import params
 from pipeline.errors import PipelineError
 from pipeline.methods import build_method
+from pipeline.methods.agen import Agen
 from pipeline.networks.deeplab import build_segmentation
 from pipeline.refinement import REFINEMENTS
-from pipeline.schema import Classifier, Refinement, Segmentation
+from pipeline.refinement.affinity import AffinityNetwork
+from pipeline.schema import Affinity, Backbone, Classifier, OneStep, Refinement, Segmentation
 from pipeline.training.checkpoint import load_model, save_model
 
-Block = Classifier | Refinement | Segmentation
-_BLOCKS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Classifier, Refinement, Segmentation)}
+Block = Classifier | Refinement | Affinity | Segmentation | OneStep
+_BLOCKS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Block)}
 
 
 def build(block: Block, num_classes: int) -> nn.Module:
-    """The network of a block, with the starting weights that its backbone names."""
+    """The network of a block, with the starting weights that its backbones name."""
     if isinstance(block, Classifier):
         return build_method(block, num_classes)
     if isinstance(block, Refinement):
         return REFINEMENTS[block.kind](block, num_classes)
+    if isinstance(block, Affinity):
+        return AffinityNetwork(block)
+    if isinstance(block, OneStep):
+        return Agen(block, num_classes)
     return build_segmentation(block, num_classes)
 
 
@@ -43,7 +49,9 @@ def load(path: Path, num_classes: int, device: torch.device) -> nn.Module:
     if model["num_classes"] != num_classes:
         raise PipelineError(f"{path}: was trained on {model['num_classes']} classes, the dataset has {num_classes}")
     block: Block = params.block(_BLOCKS[model["block"]], model["settings"], str(path))
-    network = build(replace(block, backbone=replace(block.backbone, weights=None)), num_classes)
+    values = {member.name: getattr(block, member.name) for member in fields(block)}
+    bare: Any = {key: replace(value, weights=None) for key, value in values.items() if isinstance(value, Backbone)}
+    network = build(replace(block, **bare), num_classes)
     network.load_state_dict(model["state"])
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval()

@@ -11,7 +11,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.labels.confident import confident_winners
 from pipeline.labels.crf import FLOOR, dense_crf
+from pipeline.labels.edam import fused_winners
 from pipeline.schema import PseudoLabels
 from pipeline.stores.raster import Raster
 
@@ -61,6 +63,8 @@ def label_image(
         scores[0] = np.divide(255 - saliency, 255, dtype=np.float32)  # 1 - salient, rounded as class scores are
     for channel, class_id in enumerate(classes, 1):
         scores[channel] = class_score(maps[class_id], rule.normalise, shape)
+    if rule.background_power is not None:  # 1: EDAM's background before the CRF; 8: AGEN's
+        scores[0] = (1 - scores[1:].max(axis=0, initial=0).clip(max=1)) ** rule.background_power
     return RULES[rule.rule](Cues((0, *classes), scores, salient, image), rule)
 
 
@@ -117,14 +121,43 @@ def drs(cues: Cues, rule: PseudoLabels) -> Raster:
     return as_labels(winners, unsure | conflict | ~scores.any(axis=0), cues.classes)
 
 
+def edam(cues: Cues, rule: PseudoLabels) -> Raster:
+    """EDAM's label generation: see ``fused_winners``, which gets the CRF's marginals where the rule has a CRF.
+
+    The background's own score is no matter of saliency, but ``background`` or of ``background_power``, as in the public
+    code, which leaves the learned background of the paper aside.
+    """
+    if cues.saliency is None:
+        raise ValueError("the rule edam refines its labels by saliency, and none is given")
+    scores = cues.scores.copy()
+    if rule.background_power is None:
+        scores[0] = rule.background
+    scores, unsure = refined(scores, cues, rule)
+    return as_labels(fused_winners(scores, cues.saliency, rule), unsure, cues.classes)
+
+
+def confident(cues: Cues, rule: PseudoLabels) -> Raster:
+    """IRN's confident labels: see ``confident_winners``. The background's scores are the rule's two constants."""
+    if cues.image is None:
+        raise ValueError("the rule has a CRF, and no image is given")
+    winners, unsure = confident_winners(cues.scores, cues.image, rule)
+    return as_labels(winners, unsure, cues.classes)
+
+
 def decide(scores: Scores, cues: Cues, rule: PseudoLabels) -> tuple[NDArray[np.intp], Mask]:
     """Each pixel's winning channel, by CRF where the rule has one, and where that stays below ``rule.confidence``."""
+    found, unsure = refined(scores, cues, rule)
+    return found.argmax(axis=0), unsure
+
+
+def refined(scores: Scores, cues: Cues, rule: PseudoLabels) -> tuple[Scores, Mask]:
+    """The CRF's marginals, and where the strongest stays below ``rule.confidence``; without a CRF, the scores."""
     if rule.crf is None:
-        return scores.argmax(axis=0), np.zeros(scores.shape[1:], np.bool_)
+        return scores, np.zeros(scores.shape[1:], np.bool_)
     if cues.image is None:
         raise ValueError("the rule has a CRF, and no image is given")
     marginals = dense_crf(cues.image, as_probabilities(scores), rule.crf)
-    return marginals.argmax(axis=0), marginals.max(axis=0) < rule.confidence
+    return marginals, marginals.max(axis=0) < rule.confidence
 
 
 def as_probabilities(scores: Scores) -> Scores:
@@ -141,4 +174,10 @@ def as_labels(winners: NDArray[np.intp], ignored: Mask, classes: tuple[int, ...]
     return labels
 
 
-RULES: dict[str, Callable[[Cues, PseudoLabels], Raster]] = {"oaa": oaa, "drs": drs, "threshold": threshold}
+RULES: dict[str, Callable[[Cues, PseudoLabels], Raster]] = {
+    "oaa": oaa,
+    "drs": drs,
+    "edam": edam,
+    "confident": confident,
+    "threshold": threshold,
+}

@@ -1,11 +1,13 @@
 """The methods by name."""
 
+from pipeline.methods.amr import Amr
 from pipeline.methods.base import Method, Output
 from pipeline.methods.cam import Cam
 from pipeline.methods.drs import plug
+from pipeline.methods.edam import Edam
 from pipeline.schema import Classifier
 
-METHODS: dict[str, type[Method]] = {"cam": Cam}
+METHODS: dict[str, type[Method]] = {"cam": Cam, "amr": Amr, "edam": Edam}
 
 
 def build_method(settings: Classifier, num_classes: int) -> Method:

@@ -1,16 +1,20 @@
 """What a method is: a classifier whose class-aware maps can be read off."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.schema import Classifier
 
 
-class Output(NamedTuple):
-    """``logits`` B x K; ``maps`` B x K x h x w, the raw class-aware feature maps F (OAA Sec. 3.1)."""
+@dataclass(frozen=True, eq=False)
+class Output:
+    """``logits`` B x K; ``maps`` B x K x h x w, the raw class-aware feature maps F (OAA Sec. 3.1).
+
+    A method whose loss or maps need more than these subclasses it.
+    """
 
     logits: Tensor
     maps: Tensor
@@ -39,8 +43,20 @@ class Method(nn.Module):
 
     def loss(self, output: Output, tags: Tensor) -> Tensor:
         """Scalar classification loss against B x K tags."""
-        return torch.nn.functional.binary_cross_entropy_with_logits(output.logits.float(), tags)
+        return functional.binary_cross_entropy_with_logits(output.logits.float(), tags)
+
+    def localization(self, output: Output) -> Tensor:
+        """B x K x h x w non-negative maps for localization, from what ``forward`` gave; not normalised."""
+        return output.maps.float().relu()
 
     def localize(self, images: Tensor) -> Tensor:
-        """B x K x h x w non-negative maps for localization, not normalised."""
-        return self(images).maps.float().relu()
+        """The same of images, in one pass."""
+        return self.localization(self(images))
+
+
+def occlude(features: Tensor, occluded: Tensor | None) -> Tensor:
+    """B x C x h x w features, 0 where at least half of a cell's pixels are ``occluded`` (B x 1 x H x W, bool)."""
+    if occluded is None:
+        return features
+    shares = functional.interpolate(occluded.to(features.dtype), size=features.shape[2:], mode="area")
+    return features * (shares < 0.5)

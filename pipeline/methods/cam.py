@@ -3,9 +3,8 @@
 from collections.abc import Iterable
 
 from torch import Tensor, nn
-from torch.nn import functional
 
-from pipeline.methods.base import Method, Output
+from pipeline.methods.base import Method, Output, occlude
 from pipeline.networks.backbones import build_backbone
 from pipeline.networks.heads import ClassAwareHead
 from pipeline.schema import Classifier
@@ -28,9 +27,6 @@ class Cam(Method):
         return self.backbone.layers() | ({"head": activations} if activations else {})
 
     def forward(self, images: Tensor, occluded: Tensor | None = None) -> Output:
-        features = self.head.penultimate(self.backbone(images))
-        if occluded is not None:
-            mask = functional.interpolate(occluded.to(features.dtype), size=features.shape[2:], mode="area")
-            features = features * (mask < 0.5)
+        features = occlude(self.head.penultimate(self.backbone(images)), occluded)
         maps = self.head.classify(features)
         return Output(maps.float().mean((2, 3)), maps)

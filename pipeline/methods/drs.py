@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from pipeline.errors import PipelineError
 from pipeline.methods.base import Method
+from pipeline.networks.base import output_channels
 from pipeline.schema import Suppression
 
 
@@ -90,24 +91,7 @@ def plug(method: Method, settings: Suppression) -> None:
     if unknown := [name for name in chosen if name not in layers]:
         raise PipelineError(f"suppression.layers: no layer {', '.join(unknown)}; the layers are {', '.join(layers)}")
     modules = [module for name in chosen for module in layers[name]]
-    for module, channels in zip(modules, _channels(method, modules), strict=True):
+    for module, channels in zip(modules, output_channels(method, modules), strict=True):
         suppressor = Suppressor(channels, settings.delta)
         method.suppressors.append(suppressor)
         module.register_forward_hook(lambda _module, _inputs, output, suppressor=suppressor: suppressor(output))
-
-
-@torch.no_grad()
-def _channels(method: Method, modules: list[nn.Module]) -> list[int]:
-    """Of each module's output, seen on a small blank image."""
-    found: dict[nn.Module, int] = {}
-
-    def note(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        found[module] = output.shape[1]
-
-    handles = [module.register_forward_hook(note) for module in modules]
-    training = method.training
-    method.eval()(torch.zeros(1, 3, 64, 64, device=next(method.parameters()).device))
-    method.train(training)
-    for handle in handles:
-        handle.remove()
-    return [found[module] for module in modules]

@@ -1,8 +1,9 @@
 """What every backbone is: named stages in a row, each of which can be tapped."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,7 +19,8 @@ class Backbone(nn.Module):
 
     ``taps`` names its stages from shallow to deep; the last one is the output. ``stages`` holds one module a tap, and
     ``layer_types`` tells of which kinds the modules are whose output is that of a layer: activations of a plain
-    network, blocks of a residual one.
+    network, blocks of a residual one. ``residuals`` names, for each kind of residual block, the module within whose
+    output is added to the shortcut.
     """
 
     def __init__(
@@ -27,12 +29,14 @@ class Backbone(nn.Module):
         taps: Mapping[str, Tap],
         frozen_batch_norm: bool,
         layer_types: tuple[type[nn.Module], ...],
+        residuals: Mapping[type[nn.Module], str] | None = None,
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleDict(stages)
         self.taps = dict(taps)
         self.frozen_batch_norm = frozen_batch_norm
         self.layer_types = layer_types
+        self.residuals = dict(residuals or {})
         if frozen_batch_norm:
             for norm in self._batch_norms():
                 norm.requires_grad_(False)
@@ -77,6 +81,20 @@ class Backbone(nn.Module):
         """By tap, the modules whose outputs are the features of its layers, shallow to deep."""
         return {name: list(outermost(stage, self.layer_types)) for name, stage in self.stages.items()}
 
+    def increments(self) -> dict[str, list[nn.Module]]:
+        """By tap, shallow to deep, the modules whose outputs are what each layer contributes.
+
+        In a residual network that is what each block adds to its shortcut, after the last norm that there is, and
+        nothing outside of blocks; in a plain one, the layers' outputs themselves.
+        """
+        layers, inner = self.layers(), self.residuals
+        if not inner:
+            return layers
+        return {
+            name: [block.get_submodule(inner[type(block)]) for block in found if type(block) in inner]
+            for name, found in layers.items()
+        }
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.frozen_batch_norm:
@@ -95,6 +113,23 @@ def outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator
     else:
         for child in module.children():
             yield from outermost(child, kinds)
+
+
+@torch.no_grad()
+def output_channels(network: nn.Module, modules: Sequence[nn.Module]) -> list[int]:
+    """The channels of each module's output, seen on a small blank image that goes through ``network``."""
+    found: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        found[module] = output.shape[1]
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    training = network.training
+    network.eval()(torch.zeros(1, 3, 64, 64, device=next(network.parameters()).device))
+    network.train(training)
+    for handle in handles:
+        handle.remove()
+    return [found[module] for module in modules]
 
 
 def limit_stride(blocks: Iterable[nn.Module], stride: int, output_stride: int, dilated: bool) -> list[int]:

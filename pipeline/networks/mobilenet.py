@@ -18,4 +18,5 @@ def mobilenet_v2(settings: schema.Backbone) -> Backbone:
     starts = [0, *ENDS.values()]
     stages = {name: features[start:end] for (name, end), start in zip(ENDS.items(), starts, strict=False)}
     taps = {name: Tap(CHANNELS[name], strides[end - 1]) for name, end in ENDS.items()}
-    return Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU6, type(features[1])))
+    block = type(features[1])
+    return Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU6, block), {block: "conv"})

@@ -32,4 +32,5 @@ def _resnet(settings: schema.Backbone) -> Backbone:
         held = ["conv1", "bn1", "relu", "maxpool", name] if name == "layer1" else [name]
         stages[name] = nn.Sequential(OrderedDict((part, modules[part]) for part in held))
         taps[name] = Tap(width, strides[list(modules[name].children())[-1]])
-    return Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU, type(blocks[0])))
+    block = type(blocks[0])
+    return Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU, block), {block: "bn3"})

@@ -78,7 +78,8 @@ def resnet38(settings: schema.Backbone) -> Backbone:
     }
     widths, strides = (128, 256, 512, 1024, 2048, 4096), (2, 4, 8, 8, 8, 8)
     taps = {name: Tap(width, stride) for name, width, stride in zip(stages, widths, strides, strict=True)}
-    backbone = Backbone(stages, taps, settings.frozen_batch_norm, (WideBlock, BottleneckBlock))
+    residuals = {WideBlock: "conv2", BottleneckBlock: "conv3"}
+    backbone = Backbone(stages, taps, settings.frozen_batch_norm, tuple(residuals), residuals)
     he_normal(backbone)
     return backbone
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Scores = Mapping[str, Mapping[str, Any]]  # reference of a store -> its scores.json
-Chains = Mapping[str, Mapping[str, str]]  # row -> references of its maps, labels and predictions
+Chains = Mapping[str, Mapping[str, str]]  # row -> references of its maps and labels, if it has any, and predictions
 Metrics = dict[str, dict[str, float]]
 
 
@@ -36,9 +36,10 @@ CELL = 10  # characters of a number in the plain text
 
 def supervision(chain: Mapping[str, str]) -> str:
     """What a row learned from: 'weak' (tags alone), 'mixed' (some masks) or 'full' (all masks: the upper bound)."""
-    if chain["labels"] == "ground_truth":
+    labels = chain.get("labels", "")  # a one-step network has none
+    if labels == "ground_truth":
         return "full"
-    return "mixed" if chain["labels"].startswith("mixtures/") else "weak"
+    return "mixed" if labels.startswith("mixtures/") else "weak"
 
 
 def collect(rows: Chains, scores: Scores) -> Metrics:

@@ -26,8 +26,14 @@ def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple
 
 
 def map_columns(params: Params, reference: str) -> dict[str, str]:
-    """Heading and reference of each map store on the way to ``reference``; plain CAM first where it was made."""
+    """Heading and reference of each map store on the way to ``reference``; plain CAM first where it was made.
+
+    A one-step network's maps are its classes' probabilities.
+    """
     chain = references.lineage(params, reference)
+    if chain[0].startswith("one_step/"):
+        found = [name for name in chain if name.startswith(("localizations/", "walks/"))]
+        return {"Probability" if number == 0 else f"Refined map {number}": name for number, name in enumerate(found)}
     plain = [f"localizations/{name}" for name, block in params.localizations.items() if block.model == chain[0]]
     columns = {"CAM": next((name for name in plain if name in chain), plain[0])} if plain else {}
     columns["Cumulative attention"] = chain[0]
@@ -39,6 +45,9 @@ def map_columns(params: Params, reference: str) -> dict[str, str]:
 
 def provenance(params: Params, row: str) -> dict[str, str]:
     """Where a row's numbers come from: maps, label rule, networks and their initial weights."""
+    if row in params.one_step:
+        trained = _trained(params, f"one_step/{row}")
+        return {"Maps": "none", "Map networks": "none", "Pseudo labels": "on the fly", "Segmentation network": trained}
     network = params.segmentations[row]
     labels, words = network.labels, ""
     if labels.startswith("mixtures/"):
@@ -57,11 +66,14 @@ def provenance(params: Params, row: str) -> dict[str, str]:
 
 
 def _networks(chain: list[str]) -> list[str]:
-    return [name for name in chain if name.startswith(("classifiers/", "refinements/"))]
+    return [name for name in chain if name.startswith(("classifiers/", "refinements/", "one_step/"))]
 
 
 def _trained(params: Params, reference: str) -> str:
     section, name = reference.split("/")
+    if section == "one_step":
+        learner = params.one_step[name]
+        return f"AGEN, {_backbone(learner.classification)}, {_backbone(learner.segmentation)}"
     if section == "refinements":
         refinement = params.refinements[name]
         return f"{refinement.kind} {_backbone(refinement.backbone)}"

@@ -117,16 +117,17 @@ def _load(part: Path, ids: list[str]) -> dict[str, list[tuple[int, Raster]]] | N
 
 
 @contextmanager
-def parallel(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+def parallel(workers: int, chunk: int = 4) -> Iterator[Callable[..., Iterator[Any]]]:
     """Give a ``map(function, items)`` that keeps the items' order: the built-in one, or over ``workers`` processes.
 
-    Processes are spawned, so that no lock or HDF5 handle of this one is inherited; ``function`` must be picklable.
+    Processes are spawned, so that no lock or HDF5 handle of this one is inherited; ``function`` must be picklable. They
+    are given ``chunk`` items at a time.
     """
     if workers == 0:
         yield map
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker) as executor:
-        yield partial(executor.map, chunksize=4)
+        yield partial(executor.map, chunksize=chunk)
 
 
 def _start_worker() -> None:

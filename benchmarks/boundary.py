@@ -1,0 +1,91 @@
+"""What AGEN's boundary loss costs: a training step with it and without.
+
+    python -m benchmarks.boundary [--workers N] [--side S] [--batch-size B] [--steps N] [--device D] ...
+
+The dense CRF runs on a grid of 41 cells over background and 20 classes, in worker processes while the classification
+branch, the attention guided modules and their losses are computed. Steps without the loss, with it in N workers and
+with it in the process itself take turns; the median of each is told. Backbones and sizes are light by default; the
+paper's are --classification vgg16 --segmentation resnet38 --shared conv2_2 b2 --side 321 --batch-size 15.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from pipeline.methods.agen import Agen
+from pipeline.methods.agen_losses import Map
+from pipeline.schema import Backbone, OneStep, Training
+from pipeline.stores.blocks import parallel
+from pipeline.training.settings import autocast, build_optimizer, parameter_groups, prepare
+
+CLASSES = 20
+
+
+def stepper(options: argparse.Namespace, weight: float, mapper: Map, device: torch.device) -> Callable[[], None]:
+    """One optimizer step, images and tags given."""
+    torch.manual_seed(0)
+    training = Training(options.batch_size, 1e-3, epochs=1, precision=options.precision)
+    backbones = (Backbone(options.classification), Backbone(options.segmentation))
+    network = Agen(OneStep(*backbones, training, tuple(options.shared), boundary_weight=weight), CLASSES)
+    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(parameter_groups(network, network.new_layers(), training), training)
+    images = torch.randn(options.batch_size, 3, options.side, options.side, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    tags = functional.one_hot(torch.arange(options.batch_size, device=device) % CLASSES, CLASSES).float()
+
+    def step() -> None:
+        with autocast(device, training.precision):
+            loss = torch.stack(network.losses(images, tags, 0, mapper)).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classification", default="mobilenet_v2", metavar="BACKBONE")
+    parser.add_argument("--segmentation", default="mobilenet_v2", metavar="BACKBONE")
+    parser.add_argument("--shared", nargs=2, default=["stage2", "stage2"], metavar="TAP")
+    parser.add_argument("--side", type=int, default=161)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    device = prepare(options.device, options.threads)
+    with parallel(options.workers, chunk=1) as mapper:
+        steps = {
+            "without": stepper(options, 0.0, map, device),
+            f"{options.workers} workers": stepper(options, 1.0, mapper, device),
+            "in process": stepper(options, 1.0, map, device),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(options.steps + 1):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                if turn:  # the first allocates, and starts the workers
+                    seconds[name].append(time.perf_counter() - start)
+    plain = statistics.median(seconds["without"])
+    print(
+        f"{options.classification} and {options.segmentation} at {options.side}, batch {options.batch_size}, {device},"
+        f" {options.threads} threads, {options.precision}, median of {options.steps} steps"
+    )
+    for name, found in seconds.items():
+        median = statistics.median(found)
+        print(f"{name:<12} {median * 1e3:9.1f} ms a step  {100 * (median / plain - 1):+6.1f} %")
+
+
+if __name__ == "__main__":
+    main()

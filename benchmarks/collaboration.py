@@ -1,0 +1,191 @@
+"""EDAM's collaborative attention, all classes at once and fused, against a loop over blocks that write T x T scores.
+
+    python -m benchmarks.collaboration [--size 46] [--classes 20] [--images 2] [--repeats 3] [--dropout 0.1] ...
+
+One group of images, forward and backward, in fp32 and in the precision that trainings have by default (bf16 where the
+processor has it); the loop, which is what EDAM's public code does, in fp32 as there, and with dropout on the attention.
+Both get the same weights, and first have to agree at a small size. Then they take turns, each turn in a process of its
+own. Told are the median of the seconds, and by how much the peak rises: of the resident set, or of the memory allocated
+on the card. Where the loop's matrices would not fit into memory, their size is told and it is not run.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.methods.collaboration import CollaborativeAttention, sinusoid
+from pipeline.schema import Edam
+from pipeline.training.settings import autocast, prepare
+
+KINDS = ("loop", "batched")
+ROWS = (("loop", "fp32"), ("batched", "fp32"), ("batched", "auto"))  # kind, precision
+KEPT = 3  # T x T matrices of a head that the loop's backward needs: softmax, dropout's mask, their product
+
+
+class PlainBlock(nn.Module):
+    """A pre-norm self-attention block of one class."""
+
+    def __init__(self, settings: Edam) -> None:
+        super().__init__()
+        width = settings.channels
+        self.heads = settings.heads
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.queries, self.keys = nn.Linear(width, width), nn.Linear(width, width)
+        self.values, self.merge = nn.Linear(width, width), nn.Linear(width, width)
+        self.expand, self.contract = nn.Linear(width, settings.hidden), nn.Linear(settings.hidden, width)
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """T x C to the same."""
+        normed = self.attention_norm(x)
+        sides = (side(normed).view(len(x), self.heads, -1) for side in (self.queries, self.keys, self.values))
+        queries, keys, values = (side.transpose(0, 1) for side in sides)
+        scores = queries @ keys.transpose(1, 2) / queries.shape[2] ** 0.5
+        found = self.dropout(scores.softmax(2)) @ values
+        x = x + self.dropout(self.merge(found.transpose(0, 1).flatten(1)))
+        hidden = functional.gelu(self.expand(self.feed_forward_norm(x)), approximate="tanh")
+        return x + self.dropout(self.contract(self.dropout(hidden)))
+
+
+class Loop(nn.Module):
+    """One ``PlainBlock`` a class, one after the other."""
+
+    def __init__(self, classes: int, settings: Edam) -> None:
+        super().__init__()
+        self.image_position = nn.Parameter(torch.zeros(settings.group, settings.channels))
+        self.blocks = nn.ModuleList(PlainBlock(settings) for _ in range(classes))
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def forward(self, features: Tensor, masks: Tensor) -> Tensor:
+        """B x C x h x w features and B x K x h x w masks of one group to B x K x C."""
+        images, channels, height, width = features.shape
+        position = sinusoid(height * width, channels, features.device) + self.image_position[:, None]
+        pooled = []
+        for number, block in enumerate(self.blocks):
+            activation = (features * masks[:, number, None]).flatten(2).transpose(1, 2)
+            x = block(self.dropout(activation + position).flatten(0, 1))
+            pooled.append(x.view(images, -1, channels).mean(1))
+        return torch.stack(pooled, 1)
+
+    def take(self, other: CollaborativeAttention) -> None:
+        """The weights of the batched blocks."""
+        state: dict[str, Tensor] = {"image_position": other.image_position}
+        for name, value in other.named_parameters():
+            for number in range(len(self.blocks) if value.dim() == 3 else 0):
+                state[f"blocks.{number}.{name}"] = value[number].squeeze(0).t()
+        self.load_state_dict(state)
+
+
+def build(kind: str, classes: int, settings: Edam) -> nn.Module:
+    torch.manual_seed(0)
+    batched = CollaborativeAttention(classes, settings)
+    if kind == "batched":
+        return batched
+    loop = Loop(classes, settings)
+    loop.take(batched)
+    return loop
+
+
+def inputs(images: int, classes: int, channels: int, size: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(images, channels, size, size, generator=generator)
+    return features, torch.rand(images, classes, size, size, generator=generator)
+
+
+def disagreement(settings: Edam, classes: int) -> float:
+    """Greatest difference of outputs and of gradients, relative to the greatest value, at 6 x 6 without dropout."""
+    given = inputs(settings.group, classes, settings.channels, 6)
+    found = []
+    for kind in KINDS:
+        features = given[0].clone().requires_grad_()
+        out = build(kind, classes, settings).eval()(features, given[1])
+        (gradient,) = torch.autograd.grad(out.square().sum(), features)
+        found.append((out.detach(), gradient))
+    return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(*found, strict=True))
+
+
+def measure(kind: str, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of one step, and how many MB the peak of memory rises by."""
+    device = prepare(options.device, options.threads)
+    settings = Edam(dropout=options.dropout, group=options.images)
+    network = build(kind, options.classes, settings).to(device)
+
+    def step(size: int) -> float:
+        given = inputs(options.images, options.classes, settings.channels, size)
+        features, masks = given[0].to(device).requires_grad_(), given[1].to(device)
+        start = time.perf_counter()
+        with autocast(device, options.precision):
+            loss = network(features, masks).float().square().mean()
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    step(6)  # what is started once is not counted
+    before = megabytes(device)
+    seconds = step(options.size)
+    return {"seconds": seconds, "megabytes": megabytes(device) - before}
+
+
+def megabytes(device: torch.device) -> float:
+    """Peak so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def turn(kind: str, precision: str, arguments: list[str]) -> dict[str, float]:
+    command = [sys.executable, "-m", __spec__.name, *arguments, "--kind", kind, "--precision", precision]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=46, help="places on a side of the feature maps")
+    parser.add_argument("--classes", type=int, default=20)
+    parser.add_argument("--images", type=int, default=2, help="of the group")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)  # of one turn
+    parser.add_argument("--precision", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.kind is not None:
+        print(json.dumps(measure(options.kind, options)))
+        return
+    settings = Edam(group=options.images)
+    print(
+        f"{options.images} images of {options.size}x{options.size} places, {options.classes} classes, {settings.heads}"
+        f" heads, dropout {options.dropout}, {options.device}, {options.threads} threads;"
+        f" greatest difference {disagreement(settings, options.classes):.0e}"
+    )
+    rows: tuple[tuple[str, str], ...] = ROWS
+    matrices = KEPT * options.classes * settings.heads * (options.images * options.size**2) ** 2 * 4
+    if options.device == "cpu" and matrices > 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        print(f"loop: not run, its matrices alone would take {matrices / 2**20:.0f} MB")
+        rows = ROWS[1:]
+    turns = [[turn(*row, sys.argv[1:]) for row in rows] for _ in range(options.repeats)]
+    base: tuple[float, float] | None = None
+    for row, found in zip(rows, zip(*turns, strict=True), strict=True):
+        seconds = statistics.median(each["seconds"] for each in found)
+        peak = max(each["megabytes"] for each in found)
+        line = f"{' '.join(row):<14}{seconds:8.2f} s{peak:8.0f} MB"
+        if base is not None:
+            line += f"; {base[0] / seconds:.1f} times as fast, 1 / {base[1] / peak:.1f} of the memory"
+        print(line)
+        if row == ROWS[0]:
+            base = seconds, peak
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Activation modulation and recalibration (AMR): a spotlight and a compensation branch that correct each other."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pipeline import schema
+from pipeline.methods.base import Method, Output, occlude
+from pipeline.methods.modulation import attention_modulation
+from pipeline.networks.backbones import build_backbone
+from pipeline.networks.base import output_channels
+from pipeline.networks.heads import ClassAwareHead
+from pipeline.schema import Classifier
+
+
+@dataclass(frozen=True, eq=False)
+class AmrOutput(Output):
+    """The recalibrated logits and maps, and those of either branch."""
+
+    spotlight: Output
+    compensation: Output
+
+
+class Branch(nn.Module):
+    """A backbone and its class-aware head."""
+
+    def __init__(self, settings: Classifier, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = build_backbone(settings.backbone)
+        self.head = ClassAwareHead(self.backbone.out_channels, settings.head, num_classes)
+
+
+class Amr(Method):
+    """Two classifiers of one image; in the second, the compensation branch, AMMs modulate the features (AMR Fig. 2).
+
+    An AMM stands where ``Backbone.increments`` says: in every residual block before the addition, as in the public
+    code, or after every layer of a plain network. Both branches learn together; the public code first trains a plain
+    classifier (name its model.pt as ``backbone.weights``) and then freezes it as the spotlight branch.
+
+    ``backbone`` and ``head`` are the spotlight branch's and are named as those of ``Cam``. With ``shared: stem``, its
+    first stage feeds both branches, without AMMs.
+    """
+
+    def __init__(self, settings: Classifier, num_classes: int) -> None:
+        super().__init__(settings, num_classes)
+        self.amr = settings.amr or schema.Amr()
+        self.backbone = build_backbone(settings.backbone)
+        self.head = ClassAwareHead(self.backbone.out_channels, settings.head, num_classes)
+        self.compensation = Branch(settings, num_classes)
+        self.modulations = nn.ModuleList()
+        if self.amr.channel or self.amr.spatial:
+            self._modulate()
+        if self.amr.shared == "stem":
+            del self.compensation.backbone.stages[self._stem], self.compensation.backbone.taps[self._stem]
+
+    @property
+    def _stem(self) -> str:
+        return next(iter(self.backbone.taps))
+
+    def _modulate(self) -> None:
+        """Hook an AMM onto each place, so that the names of the backbone's weights stay what they are."""
+        increments = self.compensation.backbone.increments()
+        if self.amr.shared == "stem":
+            del increments[self._stem]
+        modules = [module for found in increments.values() for module in found]
+        for module, channels in zip(modules, output_channels(self.compensation.backbone, modules), strict=True):
+            modulation = attention_modulation(channels, self.amr)
+            self.modulations.append(modulation)
+            module.register_forward_hook(lambda _module, _inputs, output, modulation=modulation: modulation(output))
+
+    def new_layers(self) -> Iterable[nn.Module]:
+        """The compensation branch's backbone, although pretrained, and its AMMs.
+
+        The public code trains them at ten times the rate of the spotlight branch and of both heads: 0.1 and 0.01, which
+        is ``lr: 0.01`` and ``lr_new: 10``.
+        """
+        return [self.compensation.backbone, self.modulations, self.suppressors]
+
+    def layers(self) -> dict[str, list[nn.Module]]:
+        """The spotlight branch's under the names that ``Cam`` has; the other's, modulated, as 'compensation_NAME'."""
+        spotlight = _layers(self)
+        return spotlight | {f"compensation_{name}": found for name, found in _layers(self.compensation).items()}
+
+    def forward(self, images: Tensor, occluded: Tensor | None = None) -> AmrOutput:
+        """Logits and maps are the branches' weighted sums, ``xi`` of the spotlight (AMR Eq. 2), before any division."""
+        first, last = self._stem, list(self.backbone.taps)[-1]
+        features = self.backbone.features(images, [first, last])
+        spotlight = _classify(self.head, features[last], occluded)
+        start = features[first] if self.amr.shared == "stem" else images
+        compensation = _classify(self.compensation.head, self.compensation.backbone(start), occluded)
+        return AmrOutput(
+            self._recalibrate(spotlight.logits, compensation.logits),
+            self._recalibrate(spotlight.maps, compensation.maps),
+            spotlight,
+            compensation,
+        )
+
+    def loss(self, output: Output, tags: Tensor) -> Tensor:
+        """The mean of both branches' classification losses (AMR Eq. 10), and cross pseudo supervision (Eq. 11).
+
+        L_cps is the mean absolute difference of the branches' class activation maps, without their negative parts, over
+        all images, classes and positions. (The public code compares but two images of a batch.)
+        """
+        assert isinstance(output, AmrOutput)
+        total = (super().loss(output.spotlight, tags) + super().loss(output.compensation, tags)) / 2
+        if self.amr.consistency > 0:
+            spotlight, compensation = (branch.maps.float().relu() for branch in (output.spotlight, output.compensation))
+            total = total + self.amr.consistency * (spotlight - compensation).abs().mean()
+        return total
+
+    def localization(self, output: Output) -> Tensor:
+        """The recalibrated maps (AMR Eq. 2), each branch's divided by their maximum before (the public code).
+
+        So each scale and flip weighs the same when their maps are fused.
+        """
+        assert isinstance(output, AmrOutput)
+        return self._recalibrate(*(_normalised(branch.maps) for branch in (output.spotlight, output.compensation)))
+
+    def _recalibrate(self, spotlight: Tensor, compensation: Tensor) -> Tensor:
+        return self.amr.xi * spotlight + (1 - self.amr.xi) * compensation
+
+
+def _layers(branch: Amr | Branch) -> dict[str, list[nn.Module]]:
+    activations: list[nn.Module] = [module for module in branch.head.convs if isinstance(module, nn.ReLU)]
+    return branch.backbone.layers() | ({"head": activations} if activations else {})
+
+
+def _classify(head: ClassAwareHead, features: Tensor, occluded: Tensor | None) -> Output:
+    maps = head.classify(occlude(head.penultimate(features), occluded))
+    return Output(maps.float().mean((2, 3)), maps)
+
+
+def _normalised(maps: Tensor) -> Tensor:
+    """B x K x h x w in [0, 1], each map's maximum 1; a map without a positive value is 0."""
+    positive = maps.float().relu()
+    return positive / positive.amax((2, 3), keepdim=True).clamp_min(1e-5)

@@ -1,0 +1,72 @@
+"""Train a one-step network: from tags to masks in one training."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.index import Index
+from pipeline.data.loading import Batch, TrainingSet
+from pipeline.inference import models
+from pipeline.methods.agen import Agen, Losses
+from pipeline.methods.agen_losses import Map
+from pipeline.schema import OneStep
+from pipeline.stage import Work, run
+from pipeline.stores.blocks import parallel
+from pipeline.training.loop import Loop
+from pipeline.training.settings import prepare
+
+
+class OneStepTask:
+    """A one-step network, and the means of its losses' terms over the epoch at work."""
+
+    def __init__(self, network: Agen, mapper: Map) -> None:
+        """``mapper``: computes the dense CRF; ``map``, or one over worker processes."""
+        self.network = network
+        self.mapper = mapper
+        self.terms: Tensor | None = None  # sums over the epoch's batches, and their number
+
+    def new_layers(self) -> Iterable[nn.Module]:
+        return self.network.new_layers()
+
+    def loss(self, batch: Batch, epoch: int) -> Tensor:
+        losses = torch.stack(self.network.losses(batch.images, batch.tags, epoch, self.mapper))
+        counted = torch.cat([losses.detach().double(), losses.new_ones(1)])
+        self.terms = counted if self.terms is None else self.terms + counted
+        return losses.sum()
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        assert self.terms is not None
+        *sums, count = self.terms.tolist()
+        self.terms = None
+        lambdas = {f"lambda_{stage}": round(weight, 6) for stage, weight in self.network.lambdas().items()}
+        return {name: round(value / count, 6) for name, value in zip(Losses._fields, sums, strict=True)} | lambdas
+
+    def state(self) -> dict[str, Any]:
+        return {"terms": self.terms}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.terms = None if state["terms"] is None else state["terms"].to(next(self.network.parameters()).device)
+
+
+def main(work: Work) -> None:
+    settings: OneStep = work.job.block
+    seed, runtime = work.job.params["seed"], work.runtime
+    device = prepare(runtime.device, runtime.threads)
+    index = Index(work.inputs["index"])
+    dataset = TrainingSet(index.images("train"), index.num_classes, settings.augmentation, seed)
+    torch.manual_seed(seed)
+    network = models.build(settings, index.num_classes)
+    assert isinstance(network, Agen)
+    with parallel(runtime.workers if settings.boundary_weight > 0 else 0, chunk=1) as mapper:
+        task = OneStepTask(network, mapper)
+        training, label = settings.training, work.job.label
+        log = Loop(task, dataset, training, device, runtime=runtime, path=work.checkpoint, label=label).run()
+    models.save(work.outputs["model"], network, settings, index.num_classes)
+    work.outputs["log"].write_text(json.dumps(log, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run("one_step", main)
