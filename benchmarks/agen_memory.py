@@ -74,7 +74,7 @@ def main() -> None:
         fits = "more than" if total > options.card else "within"
         print(
             f"{names}, {options.side} px, {options.precision}, batch {batch}:"
-            f" {activations / GB:.1f} GB kept for the backward pass, {3 * weights / GB:.1f} GB of weights, gradients and"
+            f" {activations / GB:.1f} GB kept for the backward pass, {3 * weights / GB:.1f} GB weights, gradients and"
             f" momentum: {total:.1f} GB, {fits} {options.card:g} GB"
         )
 

@@ -12,7 +12,7 @@ import yaml
 
 from pipeline import references
 from pipeline.errors import PipelineError
-from pipeline.schema import Classifier, OneStep, Params, Segmentation
+from pipeline.schema import Classifier, Edam, OneStep, Params, Segmentation
 
 DEFAULTS = (
     "classifiers",
@@ -286,6 +286,14 @@ def _method_faults(classifier: Classifier) -> typing.Iterator[str]:
             yield f"amr.xi: {amr.xi} is not within 0 and 1"
         if amr.reduction < 1 or amr.consistency < 0:
             yield "amr: reduction must be 1 or more, and consistency 0 or more"
+    if classifier.method == "edam":
+        edam = classifier.edam or Edam()
+        if not 1 <= edam.group <= 4:
+            yield f"edam.group: {edam.group} is not within 1 and 4"
+        elif classifier.training.batch_size % edam.group:
+            yield f"training.batch_size: {classifier.training.batch_size} is no multiple of edam.group, {edam.group}"
+        if edam.channels % edam.heads:
+            yield f"edam.channels: {edam.channels} is no multiple of edam.heads, {edam.heads}"
 
 
 def _network_faults(settings: Segmentation) -> typing.Iterator[str]:
