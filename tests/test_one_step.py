@@ -197,7 +197,12 @@ def test_the_report_shows_its_row_as_weak(tmp_path: Path, monkeypatch: pytest.Mo
     raw = copy.deepcopy(RAW)
     raw |= {"method": "agen", "one_step": {"agen": LEARNER}}
     raw["localizations"]["agen"] = {"model": "one_step/agen", "normalise": "none"}
-    raw["pseudo_labels"]["agen"] = {"source": "localizations/agen", "rule": "threshold", "saliency": False}
+    raw["pseudo_labels"]["agen"] = {
+        "source": "localizations/agen",
+        "rule": "threshold",
+        "saliency": False,
+        "background_power": 1,
+    }
     raw["segmentations"]["agen_two_step"] = {**raw["segmentations"]["cam"], "labels": "pseudo_labels/agen"}
     graph = experiment(raw)
     html = Path("results/drawn/report.html").read_text()
@@ -215,6 +220,7 @@ def test_the_report_shows_its_row_as_weak(tmp_path: Path, monkeypatch: pytest.Mo
     two_step = protocol.provenance(graph.params, "agen_two_step")
     assert two_step["Maps"] == "one_step/agen → localizations/agen"
     assert two_step["Map networks"] == told["Segmentation network"]
+    assert two_step["Pseudo labels"] == "rule threshold, background (1 - strongest)^1, dense CRF off"
     assert told.keys() == two_step.keys()
     assert protocol.map_columns(graph.params, "localizations/agen") == {"Probability": "localizations/agen"}
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.data.loading import IGNORE
 from pipeline.errors import PipelineError
 from pipeline.methods.agen_losses import BoundaryLoss, Map, inside, online_labels, seeding_loss
 from pipeline.networks.backbones import Backbone, Tap, build_backbone
@@ -233,7 +234,7 @@ class Agen(nn.Module):
             logits = functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
         delta = settings.delta[(*STAGES, FINAL).index(stage)]
         labels = online_labels(maps, tags, size, delta, settings.background_power, settings.confident)
-        return seeding_loss(logits, labels.masked_fill(~inside(images, size), 255))
+        return seeding_loss(logits, labels.masked_fill(~inside(images, size), IGNORE))
 
 
 def _run(backbone: Backbone, x: Tensor, start: str | None = None, end: str | None = None) -> dict[str, Tensor]:

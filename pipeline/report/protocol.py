@@ -59,8 +59,10 @@ def provenance(params: Params, row: str) -> dict[str, str]:
         chain = references.lineage(params, rule.source)
         told["Maps"] = " → ".join(chain)
         told["Map networks"] = "; ".join(dict.fromkeys(_trained(params, name) for name in _networks(chain)))
-        saliency = "saliency" if rule.saliency else f"constant background {rule.background:g}"
-        told["Pseudo labels"] = f"rule {rule.rule}, {saliency}, dense CRF {_crf(rule.crf)}{words}"
+        background = "saliency" if rule.saliency else f"constant background {rule.background:g}"
+        if rule.background_power is not None:
+            background = f"background (1 - strongest)^{rule.background_power:g}"
+        told["Pseudo labels"] = f"rule {rule.rule}, {background}, dense CRF {_crf(rule.crf)}{words}"
     told["Segmentation network"] = f"{network.network}, {_backbone(network.backbone)}"
     return told
 
