@@ -87,7 +87,8 @@ def validate(raw: Mapping[str, Any], origin: str = "params.yaml") -> Params:
         _check(params, faults)
     if faults:
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
-    return typing.cast(Params, params)
+    checked = typing.cast(Params, params)
+    return checked if checked.rows is None else references.only(checked, checked.rows)
 
 
 def block(kind: type[_T], raw: Mapping[str, Any], origin: str) -> _T:
@@ -252,8 +253,10 @@ def _check(params: Params, faults: list[str]) -> None:
         faults.extend(f"one_step.{name}.{fault}" for fault in _one_step_faults(network))
         if name in params.segmentations:
             faults.append(f"one_step.{name}: segmentations has the same name, and both would be predictions/{name}")
-    if params.method not in (rows := references.rows(params)):
-        faults.append(f"method: {params.method} is none of the rows {', '.join(rows)}")
+    rows = references.rows(params)
+    faults.extend(f"rows: {row} is none of {', '.join(rows)}" for row in params.rows or () if row not in rows)
+    if params.method not in (chosen := rows if params.rows is None else params.rows):
+        faults.append(f"method: {params.method} is none of the rows {', '.join(chosen)}")
     if params.saliency.kind in ("folder", "store") and params.saliency.path is None:
         faults.append(f"saliency.path: is missing; saliency.kind {params.saliency.kind} needs it")
     for name, classifier in params.classifiers.items():

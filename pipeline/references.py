@@ -1,6 +1,7 @@
 """Which block is made of which: the references between the blocks of params.yaml."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pipeline.schema import Params
 
@@ -33,6 +34,26 @@ def rows(params: Params) -> dict[str, str]:
     """The network of each row of the report, SECTION/NAME by the row's name: predictions/NAME are its masks."""
     names = {name: f"segmentations/{name}" for name in params.segmentations}
     return names | {name: f"one_step/{name}" for name in params.one_step}
+
+
+def only(params: Params, kept: Sequence[str]) -> Params:
+    """The params with these rows alone, and what they are made of."""
+    needs = dict(sources(params))
+    needs |= {f"mixtures/{name}": (block.labels,) for name, block in params.mixtures.items()}
+    needs |= {f"segmentations/{name}": (block.labels,) for name, block in params.segmentations.items()}
+    wanted: set[str] = set()
+    queue = [network for name, network in rows(params).items() if name in kept]
+    while queue:
+        reference = queue.pop()
+        if reference not in wanted:
+            wanted.add(reference)
+            queue.extend(needs.get(reference, ()))
+    sections = {"classifiers", "one_step", *(reference.split("/")[0] for reference in needs)}
+    parts = {
+        section: {name: block for name, block in getattr(params, section).items() if f"{section}/{name}" in wanted}
+        for section in sections
+    }
+    return replace(params, **parts)  # type: ignore[arg-type]
 
 
 def circle(params: Params) -> list[str]:
