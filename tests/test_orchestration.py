@@ -35,7 +35,10 @@ def shrink(params: dict[str, Any]) -> None:
         refinements={},
         localizations={"cam": {"model": "classifiers/base"}},
         pseudo_labels={"cam": {"source": "localizations/cam"}, "oaa": {"source": "classifiers/base"}},
+        affinities={},
+        walks={},
         mixtures={},
+        one_step={},
         segmentations={"cam": {"labels": "pseudo_labels/cam"}, "oaa": {"labels": "pseudo_labels/oaa"}},
         gallery=2,
     )
