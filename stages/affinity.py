@@ -1,21 +1,16 @@
 """Train the affinity network on confident labels."""
 
-import json
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
-from pipeline.data.index import Index
-from pipeline.data.loading import Batch, TrainingSet
-from pipeline.inference import models
+from pipeline.data.loading import Batch
 from pipeline.refinement.affinity import AffinityNetwork, affinity_loss
-from pipeline.schema import Affinity
 from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore
-from pipeline.training.loop import Loop, Stateless
+from pipeline.training.fit import fit
+from pipeline.training.loop import Stateless
 from pipeline.training.segmentation import reduced
-from pipeline.training.settings import prepare
 
 
 class AffinityTask(Stateless):
@@ -35,20 +30,8 @@ class AffinityTask(Stateless):
 
 
 def main(work: Work) -> None:
-    settings: Affinity = work.job.block
-    seed, runtime = work.job.params["seed"], work.runtime
-    device = prepare(runtime.device, runtime.threads)
-    index = Index(work.inputs["index"])
-    labels = RasterStore(work.inputs["labels"])
-    dataset = TrainingSet(index.images("train"), index.num_classes, settings.augmentation, seed, labels)
-    torch.manual_seed(seed)
-    network = models.build(settings, index.num_classes)
-    assert isinstance(network, AffinityNetwork)
-    task = AffinityTask(network, settings.radius)
-    loop = Loop(task, dataset, settings.training, device, runtime=runtime, path=work.checkpoint, label=work.job.label)
-    log = loop.run()
-    models.save(work.outputs["model"], network, settings, index.num_classes)
-    work.outputs["log"].write_text(json.dumps(log, indent=1) + "\n")
+    radius: int = work.job.block.radius
+    fit(work, lambda network, _dataset: AffinityTask(network, radius), RasterStore(work.inputs["labels"]))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,21 @@
 """Train an image-level classifier; accumulate the attention of its training (OAA)."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pipeline.data.index import Image, Index
+from pipeline.data.index import Image
 from pipeline.data.loading import Batch, TrainingSet
-from pipeline.inference import models
 from pipeline.methods import Method
 from pipeline.methods.edam import companions
 from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
 from pipeline.schema import Classifier
 from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore, RasterWriter
-from pipeline.training.loop import Loop, extent
-from pipeline.training.settings import prepare
+from pipeline.training.fit import fit
+from pipeline.training.loop import extent
 
 
 class ClassifierTask:
@@ -81,22 +78,14 @@ def join_snapshots(work: Work, epochs: int) -> None:
 
 def main(work: Work) -> None:
     settings: Classifier = work.job.block
-    seed, runtime = work.job.params["seed"], work.runtime
-    device = prepare(runtime.device, runtime.threads)
-    index = Index(work.inputs["index"])
-    images = index.images("train")
-    torch.manual_seed(seed)
-    network = models.build(settings, index.num_classes)
-    assert isinstance(network, Method)
-    dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed, group=companions(settings))
-    epochs = extent(settings.training, len(images)).epochs
-    task = ClassifierTask(network, images, epochs, seed, work)
-    loop = Loop(task, dataset, settings.training, device, runtime=runtime, path=work.checkpoint, label=work.job.label)
-    log = loop.run()
+
+    def task_of(network: Method, dataset: TrainingSet) -> ClassifierTask:
+        epochs = extent(settings.training, len(dataset)).epochs
+        return ClassifierTask(network, dataset.images, epochs, dataset.seed, work)
+
+    task = fit(work, task_of, group=companions(settings))
     task.accumulator.dump(work.outputs["maps"])
-    join_snapshots(work, epochs)
-    models.save(work.outputs["model"], network, settings, index.num_classes)
-    work.outputs["log"].write_text(json.dumps(log, indent=1) + "\n")
+    join_snapshots(work, task.accumulator.last_epoch + 1)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,17 @@
 """Train a one-step network: from tags to masks in one training."""
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.index import Index
-from pipeline.data.loading import Batch, TrainingSet
-from pipeline.inference import models
+from pipeline.data.loading import Batch
 from pipeline.methods.agen import Agen, Losses
 from pipeline.methods.agen_losses import Map
-from pipeline.schema import OneStep
 from pipeline.stage import Work, run
 from pipeline.stores.blocks import parallel
-from pipeline.training.loop import Loop
-from pipeline.training.settings import prepare
+from pipeline.training.fit import fit
 
 
 class OneStepTask:
@@ -52,20 +47,9 @@ class OneStepTask:
 
 
 def main(work: Work) -> None:
-    settings: OneStep = work.job.block
-    seed, runtime = work.job.params["seed"], work.runtime
-    device = prepare(runtime.device, runtime.threads)
-    index = Index(work.inputs["index"])
-    dataset = TrainingSet(index.images("train"), index.num_classes, settings.augmentation, seed)
-    torch.manual_seed(seed)
-    network = models.build(settings, index.num_classes)
-    assert isinstance(network, Agen)
-    with parallel(runtime.workers if settings.boundary_weight > 0 else 0, chunk=1) as mapper:
-        task = OneStepTask(network, mapper)
-        training, label = settings.training, work.job.label
-        log = Loop(task, dataset, training, device, runtime=runtime, path=work.checkpoint, label=label).run()
-    models.save(work.outputs["model"], network, settings, index.num_classes)
-    work.outputs["log"].write_text(json.dumps(log, indent=1) + "\n")
+    workers = work.runtime.workers if work.job.block.boundary_weight > 0 else 0
+    with parallel(workers, chunk=1) as mapper:
+        fit(work, lambda network, _dataset: OneStepTask(network, mapper))
 
 
 if __name__ == "__main__":

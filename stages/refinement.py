@@ -1,21 +1,17 @@
 """Train a refinement network on the maps of any source."""
 
-import json
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.data.geometry import to_window
-from pipeline.data.index import Index
-from pipeline.data.loading import Batch, TrainingSet
-from pipeline.inference import models
+from pipeline.data.loading import Batch
 from pipeline.refinement import RefinementNetwork
-from pipeline.schema import Refinement
 from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore
-from pipeline.training.loop import Loop, Stateless
-from pipeline.training.settings import prepare
+from pipeline.training.fit import fit
+from pipeline.training.loop import Stateless
 
 
 class RefinementTask(Stateless):
@@ -41,19 +37,8 @@ class RefinementTask(Stateless):
 
 
 def main(work: Work) -> None:
-    settings: Refinement = work.job.block
-    seed, runtime = work.job.params["seed"], work.runtime
-    device = prepare(runtime.device, runtime.threads)
-    index = Index(work.inputs["index"])
-    torch.manual_seed(seed)
-    network = models.build(settings, index.num_classes)
-    assert isinstance(network, RefinementNetwork)
-    dataset = TrainingSet(index.images("train"), index.num_classes, settings.augmentation, seed)
-    task = RefinementTask(network, RasterStore(work.inputs["maps"]))
-    loop = Loop(task, dataset, settings.training, device, runtime=runtime, path=work.checkpoint, label=work.job.label)
-    log = loop.run()
-    models.save(work.outputs["model"], network, settings, index.num_classes)
-    work.outputs["log"].write_text(json.dumps(log, indent=1) + "\n")
+    maps = RasterStore(work.inputs["maps"])
+    fit(work, lambda network, _dataset: RefinementTask(network, maps))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""What every stage that trains does: the network of its block, the loop, model and log as files."""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from pipeline.data.index import Index
+from pipeline.data.loading import TrainingSet
+from pipeline.inference import models
+from pipeline.stage import Work
+from pipeline.stores.raster import RasterStore
+from pipeline.training.loop import Loop, Task
+from pipeline.training.settings import prepare
+
+_Task = TypeVar("_Task", bound=Task)
+
+
+def fit(
+    work: Work, make: Callable[[Any, TrainingSet], _Task], labels: RasterStore | None = None, group: int = 1
+) -> _Task:
+    """Train the network of the job's block on the training images; write ``model`` and ``log``.
+
+    Args:
+        make: the task of the network and the images, which it is told once.
+        labels: label maps that go with the images.
+        group: images that are to share a class (``TrainingSet``).
+
+    Returns:
+        The task, done.
+
+    Raises:
+        PipelineError: the block does not fit the data, or the loss is not finite.
+    """
+    settings, seed, runtime = work.job.block, work.job.params["seed"], work.runtime
+    device = prepare(runtime.device, runtime.threads)
+    index = Index(work.inputs["index"])
+    dataset = TrainingSet(index.images("train"), index.num_classes, settings.augmentation, seed, labels, group)
+    torch.manual_seed(seed)
+    network = models.build(settings, index.num_classes)
+    task = make(network, dataset)
+    training, label = settings.training, work.job.label
+    log = Loop(task, dataset, training, device, runtime=runtime, path=work.checkpoint, label=label).run()
+    models.save(work.outputs["model"], network, settings, index.num_classes)
+    work.outputs["log"].write_text(json.dumps(log, indent=1) + "\n")
+    return task
