@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import params as parameters
 from pipeline import references
 from pipeline.errors import PipelineError
-from pipeline.schema import Params
+from pipeline.schema import Backbone, Params
 from pipeline.stores import manifest
 from pipeline.stores.files import code_hash, fingerprint
 
@@ -240,7 +240,16 @@ class Graph:
     ) -> Job:
         suffix = {"model": "pt", "log": "json", "maps": "h5", "labels": "h5", "snapshots": "h5"}
         files = {key: self._file(f"{section}/{name}", f"{key}.{suffix[key]}") for key in outputs}
-        return Job(stage, name, inputs, files, {**(extra or {}), "block": asdict(block)}, block)
+        return Job(
+            stage, name, inputs | weight_files(block), files, {**(extra or {}), "block": asdict(block)}, block
+        )
+
+
+def weight_files(block: Any) -> dict[str, Path]:
+    """The files that a trained block's backbones start from."""
+    backbones = {key: value for key, value in vars(block).items() if isinstance(value, Backbone)}
+    given = {key: value.weights for key, value in backbones.items() if value.weights not in (None, "imagenet")}
+    return {f"weights of {key}": Path(file) for key, file in given.items() if file is not None}
 
 
 def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import IO, Any, NoReturn
 from pipeline import params as parameters
 from pipeline import references
 from pipeline.errors import PipelineError
-from pipeline.graph import Graph, Job, stale
+from pipeline.graph import Graph, Job, stale, weight_files
 from pipeline.schema import Params
 from pipeline.stores import manifest
 
@@ -57,6 +57,11 @@ class Plan:
     def network(self, wildcards: Any) -> str:
         """SECTION/NAME of the network that makes predictions/NAME."""
         return references.rows(self.params)[wildcards.name]
+
+    def weights(self, section: str) -> Callable[[Any], list[str]]:
+        """Of a rule that trains: the files that the block's backbones start from."""
+        blocks = getattr(self.params, section)
+        return lambda wildcards: list(map(str, weight_files(blocks[wildcards.name]).values()))
 
     def runtime(self, wildcards: Any, threads: int) -> str:
         """Arguments of a training stage: with more than two threads, all but two load images beside it."""

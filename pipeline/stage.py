@@ -119,7 +119,8 @@ def _check_inputs(job: Job) -> dict[str, str]:
             elif path.exists():
                 hashes[name] = manifest.verify(path)
             else:
-                faults.append(f"{path}: missing ({name} of {job.label}); run the stage that makes it")
+                mend = "put the file there" if name.startswith("weights of") else "run the stage that makes it"
+                faults.append(f"{path}: missing ({name} of {job.label}); {mend}")
         except PipelineError as error:
             faults.extend(error.lines)
     if faults:

@@ -5,6 +5,7 @@ rule affinity:
     input:
         index="<results>/index/index.json",
         labels=lambda w: f"<results>/{P.affinities[w.name].labels}/labels.h5",
+        weights=PLAN.weights("affinities"),
     output:
         model="<results>/affinities/{name}/model.pt",
         log="<results>/affinities/{name}/log.json",

@@ -4,6 +4,7 @@
 rule classifier:
     input:
         index="<results>/index/index.json",
+        weights=PLAN.weights("classifiers"),
     output:
         model="<results>/classifiers/{name}/model.pt",
         log="<results>/classifiers/{name}/log.json",
@@ -50,6 +51,7 @@ rule refinement:
     input:
         index="<results>/index/index.json",
         maps=lambda w: f"<results>/{P.refinements[w.name].source}/maps.h5",
+        weights=PLAN.weights("refinements"),
     output:
         model="<results>/refinements/{name}/model.pt",
         log="<results>/refinements/{name}/log.json",

@@ -5,6 +5,7 @@ rule segmentation:
     input:
         index="<results>/index/index.json",
         labels=lambda w: f"<results>/{P.segmentations[w.name].labels}/labels.h5",
+        weights=PLAN.weights("segmentations"),
     output:
         model="<results>/segmentations/{name}/model.pt",
         log="<results>/segmentations/{name}/log.json",
@@ -26,6 +27,7 @@ rule segmentation:
 rule one_step:
     input:
         index="<results>/index/index.json",
+        weights=PLAN.weights("one_step"),
     output:
         model="<results>/one_step/{name}/model.pt",
         log="<results>/one_step/{name}/log.json",

@@ -180,7 +180,7 @@ def test_report_shows_every_row_and_needs_nothing_beside_it(place: Path, capsys:
     sources = re.findall(r'(?:src|href)="([^"]{1,20})', html)
     assert sources
     assert all(source.startswith(("data:image/", "#")) for source in sources)
-    # 4 images: photo, saliency, CAM, cumulative, refined, label, mask; photo, five rows, mask
+    # 4 images: photo, mask, saliency, CAM, cumulative, refined, label; photo, mask, five rows
     assert len(re.findall(r"<img", html)) == 4 * 7 + 4 * 7
     assert html.count('<svg class="chart"') == 6
     last = capsys.readouterr().out.splitlines()[-5:]
@@ -255,6 +255,15 @@ def test_layers_with_and_without_suppression_side_by_side(place: Path) -> None:
         assert np.array_equal(bright, line(classifier, LAYERS[""].index(layer) + 1) > 0)
 
 
+def test_only_plain_cam_is_shown_as_plain(place: Path) -> None:
+    amr = {**SMALL, "method": "amr"}
+    experiment({**RAW, "classifiers": {"base": SMALL, "amr": amr, "both": {**amr, "suppression": {}}}})
+    html = (place / "results/drawn/report.html").read_text()
+    section = html.partition("<h2>Feature maps</h2>")[2].partition("</section>")[0]
+    rows = [re.sub("<.*?>", "", cell) for cell in re.findall(r'<th scope="row">.*?</th>', section)]
+    assert rows == 4 * ["baseplain", "bothAMR, DRS, learnable"]
+
+
 def test_classifiers_of_other_layers_leave_cells_empty(place: Path) -> None:
     drs = {**SMALL, "suppression": {}}
     experiment({**RAW, "classifiers": {"base": SMALL, "wide": drs, "drs": drs}})
@@ -300,6 +309,15 @@ def test_map_columns_follow_the_selected_method() -> None:
     assert protocol.provenance(params, "supervised")["Pseudo labels"] == "ground truth"
 
 
+def test_photo_and_mask_are_in_the_headings_of_a_gallery(place: Path) -> None:
+    experiment(RAW)
+    html = (place / "results/drawn/report.html").read_text()
+    section = html.partition("<h2>Predictions</h2>")[2].partition("</section>")[0]
+    headings = re.findall(r'<th scope="row">(.*?)</th>', section)
+    assert [re.findall(r'alt="(\w+) of', heading) for heading in headings] == 4 * [["photo", "Mask"]]
+    assert re.findall(r'<th scope="col">([\w ]+)', section) == ["Photo and mask", *RAW["segmentations"]]
+
+
 def test_palette_is_that_of_pascal_voc() -> None:
     colours = pictures.palette()
     assert colours[[0, 1, 2, 15, 20, 255]].tolist() == [
@@ -332,3 +350,9 @@ def test_chart_axes_are_round_and_long_curves_are_thinned() -> None:
     assert len(points) == 100
     assert points[0] == (4.5, 4.5)
     assert charts.line_chart("none", "x", "y", {"a": []}) == ""
+
+
+def test_lines_of_many_series_differ() -> None:
+    chart = charts.line_chart("many", "x", "y", {str(number): [(0, 0), (1, number)] for number in range(22)})
+    lines = re.findall(r'<polyline class="(s\d)" points="[^"]*"(.*?)/>', chart.partition("<ul")[0])
+    assert len(lines) == len(set(lines)) == 22

@@ -91,6 +91,11 @@ class TestRefusals:
         assert not fake.calls
         assert not (RESULTS / "pseudo_labels/cam/labels.h5").exists()
 
+    def test_missing_weights_are_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        refused(Fake(), *set_("classifiers", "base", backbone={"name": "small", "weights": "none.pth"}))
+        expected = "error: none.pth: missing (weights of backbone of classifier base); put the file there"
+        assert lines(capsys.readouterr().err) == [expected]
+
     def test_a_flipped_bit_in_a_store_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         start(saliency.main, "", name="saliency")
         start(Fake())
@@ -157,6 +162,14 @@ class TestFreshness:
         start(fake)
         start(fake, "base", "--threads", "3", "--workers", "2", "--device", "cpu", "--checkpoint-every", "1")
         assert len(fake.calls) == 1
+
+    def test_other_weights_of_the_same_name_rerun(self) -> None:
+        fake, weights = Fake(), Path("weights.pth")
+        given = set_("classifiers", "base", backbone={"name": "small", "weights": str(weights)})
+        for content in ("one", "one", "other"):
+            weights.write_text(content)
+            start(fake, *given)
+        assert len(fake.calls) == 2
 
     def test_changed_params_rerun_their_own_block_only(self) -> None:
         base, other = Fake(), Fake()

@@ -1,16 +1,16 @@
 """Feature maps of every layer of a classifier, to be looked at (DRS Fig. 5)."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.data.index import Image
 from pipeline.data.loading import resized
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.methods import Method
+from pipeline.networks.base import observe
 from pipeline.stores.blocks import Row
 
 LONG_SIDE = 321  # pixels of an input at most: the side of DRS's training crops
@@ -39,16 +39,5 @@ def _size(image: Image) -> tuple[int, int]:
 @torch.inference_mode()
 def _channel_means(network: Method, inputs: Tensor) -> list[Tensor]:
     """B x h x w a layer: what the last module of the layer passes on, hooks that change it included."""
-    found: dict[nn.Module, Tensor] = {}
-
-    def note(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        found[module] = output.float().mean(1)
-
     last = [modules[-1] for modules in network.layers().values()]
-    handles = [module.register_forward_hook(note) for module in last]
-    try:
-        network(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [found[module] for module in last]
+    return observe(network, last, inputs, lambda output: output.float().mean(1))

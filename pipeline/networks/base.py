@@ -1,10 +1,12 @@
 """What every backbone is: named stages in a row, each of which can be tapped."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+_T = TypeVar("_T")
 
 
 class Tap(NamedTuple):
@@ -115,21 +117,29 @@ def outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator
             yield from outermost(child, kinds)
 
 
+def observe(network: nn.Module, modules: Sequence[nn.Module], inputs: Tensor, look: Callable[[Tensor], _T]) -> list[_T]:
+    """What ``look`` makes of each module's output, as hooks leave it, while ``inputs`` go through ``network``."""
+    found: dict[nn.Module, _T] = {}
+    handles = [
+        module.register_forward_hook(lambda module, _inputs, output: found.update({module: look(output)}))
+        for module in modules
+    ]
+    try:
+        network(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found[module] for module in modules]
+
+
 @torch.no_grad()
 def output_channels(network: nn.Module, modules: Sequence[nn.Module]) -> list[int]:
     """The channels of each module's output, seen on a small blank image that goes through ``network``."""
-    found: dict[nn.Module, int] = {}
-
-    def note(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        found[module] = output.shape[1]
-
-    handles = [module.register_forward_hook(note) for module in modules]
+    blank = torch.zeros(1, 3, 64, 64, device=next(network.parameters()).device)
     training = network.training
-    network.eval()(torch.zeros(1, 3, 64, 64, device=next(network.parameters()).device))
+    channels = observe(network.eval(), modules, blank, lambda output: output.shape[1])
     network.train(training)
-    for handle in handles:
-        handle.remove()
-    return [found[module] for module in modules]
+    return channels
 
 
 def limit_stride(blocks: Iterable[nn.Module], stride: int, output_stride: int, dilated: bool) -> list[int]:

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 Point = tuple[float, float]
-COLOURS = 8  # series colours that the page defines; further series are dashed
+COLOURS = 8  # series colours that the page defines
+DASHES = ("", "6 3", "1.5 2.5")  # of the first 8 series, the next 8, and so on
 WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 38
 
@@ -94,7 +95,8 @@ def thin(points: Sequence[Point], most: int = 120) -> list[Point]:
 
 
 def _line(number: int, points: Sequence[Point]) -> str:
-    dash = ' stroke-dasharray="5 3"' if number >= COLOURS else ""
+    pattern = DASHES[number // COLOURS % len(DASHES)]
+    dash = f' stroke-dasharray="{pattern}"' if pattern else ""
     drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     if len(points) == 1:
         return f'<circle class="s{number % COLOURS}" cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3"/>'

@@ -31,12 +31,17 @@ class Layers:
     store: RasterStore
 
 
-def gallery(images: Sequence[Image], steps: Sequence[Step], names: Sequence[str]) -> str:
-    """A table of pictures: a row an image, a column a step. ``names``: background first."""
-    head = '<th scope="col">Image</th><th scope="col">Photo</th>' + "".join(
+def gallery(
+    images: Sequence[Image], steps: Sequence[Step], names: Sequence[str], masks: RasterStore | None = None
+) -> str:
+    """A table of pictures: a row an image, a column a step. ``names``: background first.
+
+    Photo and mask stand in the rows' headings, which stay in view however many columns there are.
+    """
+    head = f'<th scope="col">{"Photo" if masks is None else "Photo and mask"}</th>' + "".join(
         f'<th scope="col">{escape(step.heading)}<small>{escape(step.name)}</small></th>' for step in steps
     )
-    return table(f"<tr>{head}</tr>", (_row(image, steps, names) for image in images), "gallery")
+    return table(f"<tr>{head}</tr>", (_row(image, steps, names, masks) for image in images), "gallery")
 
 
 def layer_gallery(images: Sequence[Image], networks: Sequence[Layers], names: Sequence[str]) -> str:
@@ -59,16 +64,22 @@ def legend(names: Sequence[str]) -> str:
     return f'<ul class="tags">{chips}{_chip(255, "ignored")}</ul>'
 
 
-def _row(image: Image, steps: Sequence[Step], names: Sequence[str]) -> str:
+def _row(image: Image, steps: Sequence[Step], names: Sequence[str], masks: RasterStore | None) -> str:
     photo = read_photo(image)
     tags = "".join(_chip(tag, names[tag]) for tag in image.tags)
-    cells = f'<td><img src="{data_uri(photo, lossless=False)}" alt="photo of {escape(image.id)}"></td>'
-    for step in steps:
-        words = escape(f"{step.heading} of {image.id}")
-        kind = ' class="flat"' if step.kind == "labels" else ""
-        drawn = f'<img{kind} src="{_draw(step, image, photo)}" alt="{words}">' if holds(step.store, image) else "none"
-        cells += f"<td>{drawn}</td>"
-    return f'<tr><th scope="row">{escape(image.id)}<ul class="tags">{tags}</ul></th>{cells}</tr>'
+    shown = f'<img src="{data_uri(photo, lossless=False)}" alt="photo of {escape(image.id)}">'
+    if masks is not None:
+        shown += _picture(Step("Mask", "ground truth", "labels", masks), image, photo)
+    cells = "".join(f"<td>{_picture(step, image, photo)}</td>" for step in steps)
+    heading = f'<div class="pair">{shown}</div>{escape(image.id)}<ul class="tags">{tags}</ul>'
+    return f'<tr><th scope="row">{heading}</th>{cells}</tr>'
+
+
+def _picture(step: Step, image: Image, photo: Pixels) -> str:
+    if not holds(step.store, image):
+        return "none"
+    kind = ' class="flat"' if step.kind == "labels" else ""
+    return f'<img{kind} src="{_draw(step, image, photo)}" alt="{escape(f"{step.heading} of {image.id}")}">'
 
 
 def _draw(step: Step, image: Image, photo: Pixels) -> str:

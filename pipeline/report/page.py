@@ -39,7 +39,7 @@ tbody th small{display:inline;margin-left:.5rem;padding:.05rem .4rem;border:1px 
 .numbers .first{border-left:1px solid var(--rule)}
 .numbers b{color:var(--mark)}
 .numbers tr.full>*,.numbers tr.mixed>*{color:var(--soft);font-style:italic}
-.heat,.gallery{width:auto}.scroll:has(.heat,.gallery){width:fit-content;max-width:100%}
+.heat,.gallery,.published{width:auto}.scroll:has(.heat,.gallery,.published){width:fit-content;max-width:100%}
 .heat td{padding:.3rem .5rem;min-width:2.9rem}
 .heat .class{padding:.4rem .5rem}
 .heat .class span{writing-mode:vertical-rl;transform:rotate(180deg);display:inline-block;text-align:left}
@@ -55,14 +55,19 @@ ul{list-style:none;margin:.3rem 0;padding:0;display:flex;flex-wrap:wrap;gap:.15r
 .legend svg{width:22px;height:8px;margin-right:.35rem}
 .tags i{display:inline-block;width:.75em;height:.75em;margin-right:.35em;border-radius:2px;border:1px solid var(--soft)}
 tbody .tags{flex-direction:column;color:var(--soft);font-weight:400}
+.gallery:not(.layers) tbody>tr>*{vertical-align:top;padding-top:.4rem}
 .gallery td{padding:.25rem;text-align:center;color:var(--soft);border:0}
 .gallery tbody tr+tr>*{border-top:1px solid var(--rule)}
+.published td{white-space:nowrap;font-variant-numeric:tabular-nums}
+.published :is(th,td):nth-child(4),.published :is(th,td):nth-child(5){text-align:right}
+.pair{display:flex;gap:.25rem;margin-bottom:.25rem}
 .gallery img{display:block;width:132px;max-width:none;height:auto;border-radius:3px;margin:auto}
 .gallery .flat{image-rendering:pixelated}
 .layers img{width:100px}
 .layers tbody th{border:0}.layers tbody tr:not(:has([rowspan]))>*{border:0}
 .layers tbody th small{display:block;width:max-content;max-width:11rem;margin:.2rem 0 0;white-space:normal;
 border-radius:.6rem}
+@media (max-width:45rem){.gallery tbody th{position:static}}
 @media print{.scroll{overflow:visible}nav{display:none}}
 """ + "".join(
     f".s{number}{{stroke:var(--s{number})}}circle.s{number}{{fill:var(--s{number})}}\n" for number in range(8)

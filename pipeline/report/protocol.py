@@ -1,11 +1,15 @@
 """Under which conditions the numbers were made: no score is worth reading without them."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import references
 from pipeline.data.index import Index
-from pipeline.schema import Backbone, Crf, Params, Suppression
+from pipeline.report import words
+from pipeline.schema import Params
+
+LOCALIZED = {"cam": "CAM", "amr": "Recalibrated CAM", "edam": "Activation mask"}  # by a classifier of each method
 
 
 def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -14,91 +18,88 @@ def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple
         f"{split}: {len(index.splits[split])} images, {scored[split]} with masks" for split in ("train", "evaluation")
     )
     saliency = params.saliency
-    scales = ", ".join(f"{scale:g}" for scale in params.test.scales)
+    test = params.test
+    scales = ", ".join(f"{scale:g}" for scale in test.scales)
     return [
         ("Dataset", f"{Path(params.dataset.root).name}, {index.num_classes} classes and background"),
         ("Splits", splits),
         ("Image-level labels", index.tag_source),
         ("Saliency", saliency.kind + (f" {saliency.path}" if saliency.path else "")),
-        ("Test", f"scales {scales}; flip {'on' if params.test.flip else 'off'}; dense CRF {_crf(params.test.crf)}"),
+        ("Test", f"scales {scales}; flip {'on' if test.flip else 'off'}; dense CRF {words.crf(test.crf)}"),
         ("Seed", str(params.seed)),
     ]
 
 
 def map_columns(params: Params, reference: str) -> dict[str, str]:
-    """Heading and reference of each map store on the way to ``reference``; plain CAM first where it was made.
+    """Heading and reference of each map store on the way to ``reference``.
 
-    A one-step network's maps are its classes' probabilities.
+    Before cumulative attention comes the localization of the same classifier, where it has one: not on the way, but
+    what it is to be compared with.
     """
     chain = references.lineage(params, reference)
-    if chain[0].startswith("one_step/"):
-        found = [name for name in chain if name.startswith(("localizations/", "walks/"))]
-        return {"Probability" if number == 0 else f"Refined map {number}": name for number, name in enumerate(found)}
-    plain = [f"localizations/{name}" for name, block in params.localizations.items() if block.model == chain[0]]
-    columns = {"CAM": next((name for name in plain if name in chain), plain[0])} if plain else {}
-    columns["Cumulative attention"] = chain[0]
-    refined = [name for name in chain if name.startswith(("localizations/", "walks/")) and name not in plain]
-    for number, name in enumerate(refined):
-        columns["Refined map" if len(refined) == 1 else f"Refined map {number + 1}"] = name
+    names = [name for name in chain if name.startswith(("localizations/", "walks/"))]
+    if _accumulated(chain):
+        plain = [f"localizations/{name}" for name, block in params.localizations.items() if block.model == chain[0]]
+        names = [*plain[:1], chain[0], *names]
+    headings = [_heading(params, name) for name in names]
+    counts, numbers = Counter(headings), Counter[str]()
+    columns = {}
+    for heading, name in zip(headings, names, strict=True):
+        numbers[heading] += 1
+        columns[heading if counts[heading] == 1 else f"{heading} {numbers[heading]}"] = name
     return columns
+
+
+def _accumulated(chain: list[str]) -> bool:
+    """Whether the chain begins with what a classifier accumulated, not with the classifier itself."""
+    return chain[0].startswith("classifiers/") and not (len(chain) > 1 and chain[1].startswith("localizations/"))
+
+
+def _heading(params: Params, reference: str) -> str:
+    section, name = reference.split("/")
+    if section != "localizations":
+        return {"classifiers": "Cumulative attention", "walks": "Walked map"}[section]
+    localization = params.localizations[name]
+    section, model = localization.model.split("/")
+    if section != "classifiers":
+        return {"refinements": "Refined map", "one_step": "Probability"}[section]
+    return LOCALIZED[params.classifiers[model].method] + (", climbed" if localization.climbing else "")
 
 
 def provenance(params: Params, row: str) -> dict[str, str]:
     """Where a row's numbers come from: maps, label rule, networks and their initial weights."""
+    told = {"Maps": "none", "Map networks": "none", "Pseudo labels": "ground truth"}
     if row in params.one_step:
-        trained = _trained(params, f"one_step/{row}")
-        return {"Maps": "none", "Map networks": "none", "Pseudo labels": "on the fly", "Segmentation network": trained}
+        learner = params.one_step[row]
+        return told | {"Pseudo labels": words.on_the_fly(learner), "Segmentation network": words.one_step(learner)}
     network = params.segmentations[row]
-    labels, words = network.labels, ""
+    labels, mixed = network.labels, ""
     if labels.startswith("mixtures/"):
         mixture = params.mixtures[labels.split("/")[1]]
-        labels, words = mixture.labels, f"; masks of {100 * mixture.share:g} % of the images"
-    told = {"Maps": "none", "Map networks": "none", "Pseudo labels": "ground truth"}
+        labels, mixed = mixture.labels, f"; masks of {100 * mixture.share:g} % of the images"
     if labels.startswith("pseudo_labels/"):
         rule = params.pseudo_labels[labels.split("/")[1]]
         chain = references.lineage(params, rule.source)
-        told["Maps"] = " → ".join(chain)
-        told["Map networks"] = "; ".join(dict.fromkeys(_trained(params, name) for name in _networks(chain)))
-        background = "saliency" if rule.saliency else f"constant background {rule.background:g}"
-        if rule.background_power is not None:
-            background = f"background (1 - strongest)^{rule.background_power:g}"
-        told["Pseudo labels"] = f"rule {rule.rule}, {background}, dense CRF {_crf(rule.crf)}{words}"
-    told["Segmentation network"] = f"{network.network}, {_backbone(network.backbone)}"
+        first = f"{chain[0]} (cumulative attention)" if _accumulated(chain) else chain[0]
+        told["Maps"] = " → ".join([first, *chain[1:]])
+        told["Map networks"] = "; ".join(dict.fromkeys(filter(None, (_step(params, name) for name in chain))))
+        told["Pseudo labels"] = words.labels(rule) + mixed
+    told["Segmentation network"] = f"{network.network}, {words.backbone(network.backbone)}"
     return told
 
 
-def _networks(chain: list[str]) -> list[str]:
-    return [name for name in chain if name.startswith(("classifiers/", "refinements/", "one_step/"))]
-
-
-def _trained(params: Params, reference: str) -> str:
+def _step(params: Params, reference: str) -> str:
+    """What a block on the way to maps is or does; '' of a localization that only reads a network's maps."""
     section, name = reference.split("/")
-    if section == "one_step":
-        learner = params.one_step[name]
-        return f"AGEN, {_backbone(learner.classification)}, {_backbone(learner.segmentation)}"
-    if section == "refinements":
-        refinement = params.refinements[name]
-        return f"{refinement.kind} {_backbone(refinement.backbone)}"
-    classifier = params.classifiers[name]
-    parts = [_backbone(classifier.backbone)]
-    if classifier.suppression is not None:
-        parts.append(suppression(classifier.suppression))
-    if classifier.attention_drop is not None:
-        parts.append("attention drop layer")
-    return ", ".join(parts)
-
-
-def suppression(settings: Suppression) -> str:
-    """As 'DRS, delta 0.55, in conv6, head'."""
-    kind = f"DRS, delta {settings.delta:g}" if settings.delta else "DRS, learnable"
-    return kind if settings.layers is None else f"{kind}, in {', '.join(settings.layers) or 'no layer'}"
-
-
-def _backbone(backbone: Backbone) -> str:
-    weights = backbone.weights
-    start = "random" if weights is None else "ImageNet" if weights == "imagenet" else Path(weights).name
-    return f"{backbone.name} from {start} weights"
-
-
-def _crf(crf: Crf | None) -> str:
-    return "off" if crf is None else f"on ({crf.iterations} iterations)"
+    match section:
+        case "classifiers":
+            return words.classifier(params.classifiers[name])
+        case "refinements":
+            refinement = params.refinements[name]
+            return f"{refinement.kind} {words.backbone(refinement.backbone)}"
+        case "localizations":
+            return words.climbing(params.localizations[name].climbing)
+        case "walks":
+            return words.walk(params, params.walks[name])
+        case _:
+            return words.one_step(params.one_step[name])

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from pipeline import references
 from pipeline.data.index import Image, Index
 from pipeline.data.sample import choose
 from pipeline.params import TRAINED
-from pipeline.report import page, protocol, tables
+from pipeline.report import page, protocol, tables, words
 from pipeline.report.charts import dot_chart, line_chart, thin
 from pipeline.report.gallery import Layers, Step, gallery, holds, layer_gallery, legend
 from pipeline.report.metrics import Chains, Metrics, Scores, supervision
-from pipeline.schema import Params
+from pipeline.report.published import PUBLISHED
+from pipeline.schema import Classifier, Params
 from pipeline.stores.raster import RasterStore
 
 NUMBERS = (
@@ -35,6 +37,11 @@ FEATURES = (
     "Train split. Features of each layer, averaged over their channels and normalised to [0, 1], each map by itself: "
     "dark is its least value, bright its greatest (DRS Fig. 5). The head's are those of its 3x3 convolutions. Where "
     "discriminative region suppression (DRS) is plugged in, what it leaves is shown."
+)
+NOT_MEASURED = (
+    "Published, not measured here: mIoU in percent as the papers print it. It cannot be compared with the table above, "
+    "whose rows have their own data, networks, saliency maps and lengths of training. A dash: none was found in the "
+    "paper's text."
 )
 LAYERED = 4  # images whose layers are shown: every classifier is a row of each
 
@@ -71,6 +78,7 @@ def document(results: Results) -> str:
         f"{train} training images with tags, {evaluation} evaluation images, {index.num_classes} classes.",
         {
             "Methods": methods(results),
+            "Published figures on PASCAL VOC 2012": published(),
             "Protocol": conditions(results),
             "Classes": classes(results),
             "Curves": curves(results),
@@ -94,11 +102,14 @@ def methods(results: Results) -> str:
     parts.append(tables.methods_table(metrics, rows, method, spans))
     parts.append(page.note(NUMBERS))
     labels = {"maps_best_threshold_miou": "maps*", "labels_miou": "pseudo labels", "miou": "segmentation"}
-    dots = {
-        row: {words: 100 * metrics[row][key] for key, words in labels.items() if key in metrics[row]} for row in rows
-    }
+    dots = {row: {name: 100 * metrics[row][key] for key, name in labels.items() if key in metrics[row]} for row in rows}
     chart = dot_chart("mIoU from step to step", "mIoU (%)", dots, list(labels.values()))
     return "".join(parts) + (f'<div class="wide">{chart}</div>' if chart else "")
+
+
+def published() -> str:
+    """What the papers report, apart from all that was measured."""
+    return f"<p>{escape(NOT_MEASURED)}</p>" + tables.published_table(PUBLISHED)
 
 
 def _key_figures(results: Results) -> list[tuple[str, str]]:
@@ -177,39 +188,50 @@ def confusion(results: Results) -> str:
     counts = results.scores.get(results.rows[method]["predictions"], {}).get("confusion")
     if not counts:
         return ""
-    words = (
-        f"<p>Pixels of each class by what {escape(method)} predicted for them, in percent of the class's pixels.</p>"
-    )
-    return words + tables.confusion_table(counts, results.names)
+    told = f"<p>Pixels of each class by what {escape(method)} predicted for them, in percent of the class's pixels.</p>"
+    return told + tables.confusion_table(counts, results.names)
 
 
 def train_gallery(results: Results) -> str:
     """Every step from a tagged training image to its pseudo label."""
     params, stores = results.params, results.stores
-    method = next((row for row in (params.method, *results.rows) if "maps" in results.rows[row]), None)
+    method = _way(results)
     steps: list[Step] = []
     if params.saliency.kind != "none":
         steps.append(Step("Saliency", params.saliency.kind, "saliency", stores["saliency"]))
     if method is not None:
         chain = results.rows[method]
         for heading, name in protocol.map_columns(params, chain["maps"]).items():
+            if name.startswith("walks/"):
+                walk = params.walks[name.split("/")[1]]
+                learned = params.affinities[walk.affinity.split("/")[1]].labels
+                steps.append(Step("Labels of the affinities", learned, "labels", stores[learned]))
             steps.append(Step(heading, name, "maps", stores[name]))
         steps.append(Step("Pseudo label", chain["labels"], "labels", stores[chain["labels"]]))
-    words = f"<p>Train split, the way of {escape(method)}. {MAPS}</p>" if method else ""
-    return words + _gallery(results, "train", steps)
+    told = f"<p>Train split, the way of {escape(method)}. {MAPS}</p>" if method else ""
+    return told + _gallery(results, "train", steps)
+
+
+def _way(results: Results) -> str | None:
+    """The row whose maps are shown: the selected one, else one that learns from its answers, else the first."""
+    method, rows = results.params.method, results.rows
+    mapped = {row: references.lineage(results.params, chain["maps"]) for row, chain in rows.items() if "maps" in chain}
+    if method in mapped:
+        return method
+    return next((row for row, way in mapped.items() if way[0] == f"one_step/{method}"), next(iter(mapped), None))
 
 
 def feature_gallery(results: Results) -> str:
-    """The layers of every classifier with suppression, and of the plain ones that have the same (DRS Fig. 5)."""
+    """The layers of every classifier with suppression, and of plain CAM's that have the same (DRS Fig. 5)."""
     blocks, layers = results.params.classifiers, results.layers
     suppressed = [name for name, block in blocks.items() if block.suppression]
     kinds = [layers[f"features/{name}"] for name in suppressed]
-    plain = [name for name, block in blocks.items() if not (block.suppression or block.attention_drop)]
-    plain = [name for name in plain if layers[f"features/{name}"] in kinds]
+    cams = [name for name, block in blocks.items() if block.method == "cam" and not block.attention_drop]
+    plain = [name for name in cams if not blocks[name].suppression and layers[f"features/{name}"] in kinds]
     networks = [
         Layers(
             name,
-            protocol.suppression(settings) if (settings := blocks[name].suppression) else "plain",
+            _remark(blocks[name]),
             layers[f"features/{name}"],
             results.stores[f"features/{name}"],
         )
@@ -219,6 +241,11 @@ def feature_gallery(results: Results) -> str:
     if not (suppressed and held):
         return ""
     return f"<p>{FEATURES}</p>" + layer_gallery(choose(held, LAYERED), networks, results.names)
+
+
+def _remark(block: Classifier) -> str:
+    method = "" if block.method == "cam" else f"{block.method.upper()}, "
+    return method + words.suppression(block.suppression) if block.suppression else "plain"
 
 
 def evaluation_gallery(results: Results) -> str:
@@ -231,9 +258,8 @@ def evaluation_gallery(results: Results) -> str:
 
 
 def _gallery(results: Results, split: str, steps: Sequence[Step]) -> str:
-    """``params.gallery`` images of the split, those with masks where there are any, and the mask at the end."""
+    """``params.gallery`` images of the split, those with masks where there are any, beside their masks."""
     masked = results.masked(split)
     images = choose(masked or results.index.images(split), results.params.gallery)
-    if masked:
-        steps = [*steps, Step("Mask", "ground truth", "labels", results.stores["ground_truth"])]
-    return legend(results.names) + gallery(images, steps, results.names) if images else ""
+    masks = results.stores["ground_truth"] if masked else None
+    return legend(results.names) + gallery(images, steps, results.names, masks) if images else ""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from pipeline.report.metrics import COLUMNS, STEPS, Chains, Metrics, best, supervision
+from pipeline.report.published import Published
 
 BADGES = {"full": "upper bound", "mixed": "uses masks", "weak": ""}
 LEVEL = 9  # class names that fit beside each other; more are turned upright
@@ -83,6 +84,20 @@ def words_table(rows: Mapping[str, Mapping[str, str]], corner: str) -> str:
         for row, cells in rows.items()
     )
     return table(f"<tr>{head}</tr>", body, "words")
+
+
+def published_table(entries: Sequence[Published]) -> str:
+    """What papers report: a row an entry, a number that a paper does not hold as a dash."""
+    titles = ("Method", "Segmentation network", "Supervision", "val mIoU", "test mIoU", "Published in")
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    body = []
+    for entry in entries:
+        test = "–" if entry.test is None else f"{entry.test:.1f}"
+        source = f"{entry.paper}, Table {entry.table}"
+        cells = (entry.network, entry.supervision, f"{entry.val:.1f}", test, source)
+        shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        body.append(f'<tr><th scope="row">{escape(entry.method)}</th>{shown}</tr>')
+    return table(f"<tr>{head}</tr>", body, "published")
 
 
 def _headings(names: Sequence[str]) -> str:
