@@ -212,16 +212,16 @@ class Graph:
 
     def _chains(self) -> dict[str, dict[str, str]]:
         """For each row the references that its numbers come from: maps, labels, predictions."""
-        chains = {}
-        for name, network in self.params.segmentations.items():
-            chain = {"labels": network.labels, "predictions": f"predictions/{name}"}
-            origin = network.labels
-            if origin.startswith("mixtures/"):
-                origin = self.params.mixtures[origin.split("/")[1]].labels
-            if origin.startswith("pseudo_labels/"):
-                chain["maps"] = self.params.pseudo_labels[origin.split("/")[1]].source
-            chains[name] = chain
-        return chains | {name: {"predictions": f"predictions/{name}"} for name in self.params.one_step}
+        chains: dict[str, dict[str, str]] = {}
+        for name in references.rows(self.params):
+            chains[name] = {"predictions": f"predictions/{name}"}
+            if name in self.params.segmentations:
+                origin = chains[name]["labels"] = self.params.segmentations[name].labels
+                if origin.startswith("mixtures/"):
+                    origin = self.params.mixtures[origin.split("/")[1]].labels
+                if origin.startswith("pseudo_labels/"):
+                    chains[name]["maps"] = self.params.pseudo_labels[origin.split("/")[1]].source
+        return chains
 
     def _index_params(self) -> dict[str, Any]:
         kept = {key: value for key, value in asdict(self.params.dataset).items() if key not in ("demo", "download")}
@@ -240,9 +240,7 @@ class Graph:
     ) -> Job:
         suffix = {"model": "pt", "log": "json", "maps": "h5", "labels": "h5", "snapshots": "h5"}
         files = {key: self._file(f"{section}/{name}", f"{key}.{suffix[key]}") for key in outputs}
-        return Job(
-            stage, name, inputs | weight_files(block), files, {**(extra or {}), "block": asdict(block)}, block
-        )
+        return Job(stage, name, inputs | weight_files(block), files, {**(extra or {}), "block": asdict(block)}, block)
 
 
 def weight_files(block: Any) -> dict[str, Path]:

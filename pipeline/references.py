@@ -31,9 +31,14 @@ def in_order(params: Params) -> list[str]:
 
 
 def rows(params: Params) -> dict[str, str]:
-    """The network of each row of the report, SECTION/NAME by the row's name: predictions/NAME are its masks."""
-    names = {name: f"segmentations/{name}" for name in params.segmentations}
-    return names | {name: f"one_step/{name}" for name in params.one_step}
+    """The network of each row of the report, SECTION/NAME by the row's name: predictions/NAME are its masks.
+
+    Upper bounds come last.
+    """
+    bounds = {name for name, block in params.segmentations.items() if block.labels == "ground_truth"}
+    found = {name: f"segmentations/{name}" for name in params.segmentations if name not in bounds}
+    found |= {name: f"one_step/{name}" for name in params.one_step}
+    return found | {name: f"segmentations/{name}" for name in params.segmentations if name in bounds}
 
 
 def only(params: Params, kept: Sequence[str]) -> Params:

@@ -1,6 +1,7 @@
 """params.yaml: what is read, merged, and refused."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from pipeline import params as parameters
+from pipeline import references
 from pipeline.errors import PipelineError
 from pipeline.params import load, merge, validate
 
@@ -16,6 +18,10 @@ PROFILES = {
     "voc2012": ["voc2012.yaml"],
     "voc2012_small": ["voc2012.yaml", "voc2012_small.yaml"],
     "voc12_mini": ["voc12_mini.yaml"],
+    "demo_drs": ["demo_drs.yaml"],
+    "demo_amr": ["demo_amr.yaml"],
+    "demo_edam": ["demo_edam.yaml"],
+    "demo_agen": ["demo_agen.yaml"],
 }
 NETWORK = {"backbone": {"name": "small"}, "training": {"epochs": 1, "batch_size": 2, "lr": 0.1}}
 SMALL: dict[str, Any] = {
@@ -48,6 +54,42 @@ def faults(raw: dict[str, Any]) -> list[str]:
 def test_every_profile_is_valid(name: str) -> None:
     params = load([ROOT / "params.yaml", *(ROOT / "profiles" / file for file in PROFILES[name])])
     assert params.experiment == name
+    assert params.rows is not None
+    assert sorted(params.rows) == sorted(references.rows(params))
+
+
+class Borrowed(float):
+    """A number of params.yaml's, to be found again behind a profile."""
+
+
+def borrowed(node: Any) -> Any:
+    """The same with every number marked."""
+    if isinstance(node, dict):
+        return {key: borrowed(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [borrowed(value) for value in node]
+    return Borrowed(node) if isinstance(node, int | float) and not isinstance(node, bool) else node
+
+
+def left(node: Any, where: str) -> Iterator[str]:
+    """Where marked numbers are left."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from left(value, f"{where}.{key}")
+    elif isinstance(node, Borrowed):
+        yield where
+
+
+@pytest.mark.parametrize("name", ["voc2012", "voc12_mini"])
+def test_a_profile_on_real_images_leaves_no_number_of_the_demo(name: str) -> None:
+    """Learning rates from scratch on 96 pixels, say. What params.yaml names, by words, may stay."""
+    profile = ROOT / "profiles" / f"{name}.yaml"
+    params = load([ROOT / "params.yaml", profile])
+    raw = merge(borrowed(yaml.safe_load((ROOT / "params.yaml").read_text())), yaml.safe_load(profile.read_text()))
+    for section in parameters.DEFAULTS:
+        for block in getattr(params, section):
+            settings = merge(raw["defaults"].get(section, {}), raw[section][block])
+            assert list(left(settings, f"{section}.{block}")) == []
 
 
 def test_params_of_the_demo_are_valid() -> None:

@@ -1,0 +1,121 @@
+"""Rows of the report and what they are made of: ``rows`` in a params file keeps exactly these."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from pipeline import references
+from pipeline.errors import PipelineError
+from pipeline.params import DEFAULTS, merge, validate
+from pipeline.schema import Params
+
+TRAINING = {"epochs": 1, "batch_size": 2, "lr": 0.1}
+SMALL = {"name": "small"}
+NETWORK = {"backbone": SMALL, "training": TRAINING}
+JOINT = {"classification": SMALL, "segmentation": SMALL, "shared": ["conv2", "conv2"], "training": TRAINING}
+SURE = {"rule": "confident", "saliency": False, "crf": {}}
+CHAINS: dict[str, Any] = {  # a row of each kind, on two classifiers and a one-step network
+    "experiment": "chains",
+    "seed": 1,
+    "method": "finer",
+    "dataset": {"root": "data/chains", "demo": {}},
+    "saliency": {"kind": "fine_grained"},
+    "classifiers": {"base": NETWORK, "other": NETWORK},
+    "refinements": {"finer": {**NETWORK, "source": "localizations/base"}},
+    "localizations": {
+        "base": {"model": "classifiers/base"},
+        "finer": {"model": "refinements/finer"},
+        "joint": {"model": "one_step/joint"},
+    },
+    "affinities": {"base": {**NETWORK, "labels": "pseudo_labels/sure"}},
+    "walks": {"walked": {"affinity": "affinities/base", "maps": "classifiers/other"}},
+    "pseudo_labels": {
+        "finer": {"source": "localizations/finer"},
+        "sure": {"source": "localizations/base", **SURE},
+        "walked": {"source": "walks/walked"},
+        "joint": {"source": "localizations/joint"},
+    },
+    "mixtures": {"mixed": {"labels": "pseudo_labels/finer", "share": 0.5}},
+    "segmentations": {
+        "finer": {**NETWORK, "labels": "pseudo_labels/finer"},
+        "walked": {**NETWORK, "labels": "pseudo_labels/walked"},
+        "mixed": {**NETWORK, "labels": "mixtures/mixed"},
+        "two_step": {**NETWORK, "labels": "pseudo_labels/joint"},
+        "supervised": {**NETWORK, "labels": "ground_truth"},
+    },
+    "one_step": {"joint": JOINT, "alone": JOINT},
+}
+SECTIONS = (*DEFAULTS, "mixtures")
+FINER = {"classifiers/base", "localizations/base", "refinements/finer", "localizations/finer", "pseudo_labels/finer"}
+WALKED = {
+    "classifiers/base",
+    "localizations/base",
+    "pseudo_labels/sure",
+    "affinities/base",
+    "classifiers/other",
+    "walks/walked",
+    "pseudo_labels/walked",
+}
+TWO_STEP = {"one_step/joint", "localizations/joint", "pseudo_labels/joint"}
+
+
+def chains(**changes: Any) -> Params:
+    return validate(merge(copy.deepcopy(CHAINS), changes), "p.yaml")
+
+
+def blocks(params: Params) -> set[str]:
+    """SECTION/NAME of all blocks."""
+    return {f"{section}/{name}" for section in SECTIONS for name in getattr(params, section)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        (["finer"], FINER | {"segmentations/finer"}),
+        (["walked"], WALKED | {"segmentations/walked"}),
+        (["mixed"], FINER | {"mixtures/mixed", "segmentations/mixed"}),
+        (["two_step"], TWO_STEP | {"segmentations/two_step"}),
+        (["supervised"], {"segmentations/supervised"}),
+        (["alone"], {"one_step/alone"}),
+        (["supervised", "alone", "finer"], FINER | {"segmentations/supervised", "one_step/alone", "segmentations/finer"}),
+    ],
+)
+def test_rows_keep_what_they_are_made_of_and_no_more(rows: list[str], kept: set[str]) -> None:
+    assert blocks(chains(rows=rows, method=rows[0])) == kept
+
+
+def test_without_rows_everything_stays() -> None:
+    params = chains()
+    everything = {f"{section}/{name}" for section in SECTIONS for name in CHAINS[section]}
+    assert blocks(params) == everything
+    assert blocks(chains(rows=list(references.rows(params)))) == everything
+
+
+def test_kept_blocks_stay_as_they_are() -> None:
+    whole, some = chains(), chains(rows=["walked"], method="walked")
+    for reference in WALKED | {"segmentations/walked"}:
+        section, name = reference.split("/")
+        assert getattr(some, section)[name] == getattr(whole, section)[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (
+            {"rows": ["finer", "fine"]},
+            "p.yaml: rows: fine is none of finer, walked, mixed, two_step, supervised, joint, alone",
+        ),
+        ({"rows": ["walked", "joint"]}, "p.yaml: method: finer is none of the rows walked, joint"),
+        ({"rows": []}, "p.yaml: method: finer is none of the rows "),
+    ],
+)
+def test_a_wrong_row_is_one_line(changes: dict[str, Any], fault: str) -> None:
+    with pytest.raises(PipelineError) as caught:
+        chains(**changes)
+    assert list(caught.value.lines) == [fault]
+
+
+def test_what_no_row_needs_is_checked_all_the_same() -> None:
+    with pytest.raises(PipelineError, match="walks.walked.radius: 1 is below 2"):
+        chains(rows=["supervised"], method="supervised", walks={"walked": {"radius": 1}})
