@@ -89,6 +89,10 @@ def test_a_profile_on_real_images_leaves_no_number_of_the_demo(name: str) -> Non
     for section in parameters.DEFAULTS:
         for block in getattr(params, section):
             settings = merge(raw["defaults"].get(section, {}), raw[section][block])
+            if settings.get("head", {}).get("convs") == 0:
+                settings = merge(settings, {"head": None})  # the channels of no convolution
+            if settings.get("background_power") is not None:
+                settings = merge(settings, {"background": None})  # which it replaces
             assert list(left(settings, f"{section}.{block}")) == []
 
 

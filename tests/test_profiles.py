@@ -48,12 +48,13 @@ def test_voc2012_runs_whole_at_native_image_size(tmp_path: Path) -> None:
     files = ["params.yaml", "profiles/voc2012.yaml", "profiles/voc2012_small.yaml"]
     output = run(project, "snakemake", "--cores", "2", "--quiet", "all", "--configfile", *files)
     rows = metrics(project, "voc2012_small")
-    wanted = yaml.safe_load((project / "profiles" / "voc2012.yaml").read_text())["segmentations"]
-    assert set(rows) == {name for name, block in wanted.items() if block}, output
+    wanted = yaml.safe_load((project / "profiles" / "voc2012.yaml").read_text())["rows"]
+    assert set(rows) == set(wanted), output
     assert all(math.isfinite(row["miou"]) for row in rows.values())
-    labels = RasterStore(project / "results/voc2012_small/pseudo_labels/oaa_plus/labels.h5")
-    assert all(max(labels.get(name).shape) == 500 for name in labels)
-    assert all(set(np.unique(labels.get(name))) <= {*range(21), 255} for name in labels)
+    for name in ("oaa_plus", "drs_refined", "amr_as_run", "edam_saliency", "agen_two_step"):
+        labels = RasterStore(project / f"results/voc2012_small/pseudo_labels/{name}/labels.h5")
+        assert all(max(labels.get(image).shape) == 500 for image in labels), name
+        assert all(set(np.unique(labels.get(image))) <= {*range(21), 255} for image in labels), name
     mixed = RasterStore(project / "results/voc2012_small/mixtures/mixed_20/labels.h5")
     masks = RasterStore(project / "results/voc2012_small/ground_truth/labels.h5")
     assert sum(np.array_equal(mixed.get(name), masks.get(name)) for name in mixed) == 1  # 20 % of 6
@@ -73,25 +74,31 @@ def test_voc12_mini_learns_from_real_images(tmp_path: Path) -> None:
     (data / "lists" / "train.txt").write_text("\n".join((lists / "train.txt").read_text().split()[:160]))
     (data / "lists" / "val.txt").write_text("\n".join((lists / "val.txt").read_text().split()[:24]))
     backbone = {"weights": os.path.relpath(WEIGHTS, project)}
-    learn = {"backbone": backbone, "augmentation": {"length": [161, 161]}, "training": {"epochs": 3}}
+    size = {"augmentation": {"length": [161, 161]}}
+    learn = {"backbone": backbone, **size, "training": {"epochs": 3}}
+    weak = ["cam", "oaa", "oaa_plus", "oaa_drop", "drs_learnable", "drs_fixed", "drs_refined", "drs_oaa"]
+    weak += ["amr_irn", "edam_saliency"]
     small = {
         "experiment": "mini",
+        "rows": [*weak, "agen", "supervised"],
         "dataset": {"root": "data/mini", "train": "lists/train.txt", "evaluation": "lists/val.txt"},
         "saliency": {"path": "data/mini/Saliency"},
         "defaults": {
             "classifiers": {**learn, "accumulate": {"cells": 11}},
             "refinements": {**learn, "training": {"epochs": 1}},
+            "affinities": {**learn, "training": {"epochs": 1}},
+            "one_step": {"classification": backbone, "segmentation": backbone, **size, "training": {"epochs": 3}},
             "localizations": {"length": 161, "scales": [1.0]},
             "segmentations": {"backbone": backbone, "augmentation": {"crop": 161}, "training": {"epochs": 1}},
         },
+        "classifiers": {"amr": {"training": {"epochs": 3}}},
         "test": {"flip": False},
     }
     (project / "small.yaml").write_text(yaml.safe_dump(small))
     files = ["params.yaml", "profiles/voc12_mini.yaml", "small.yaml"]
     run(project, "snakemake", "--cores", "2", "--quiet", "all", "--configfile", *files)
     rows = metrics(project, "mini")
-    weak = ["cam", "oaa", "oaa_plus", "oaa_drop", "drs_learnable", "drs_fixed", "drs_refined", "drs_oaa"]
-    assert set(rows) == {*weak, "supervised"}
+    assert set(rows) == {*weak, "agen", "supervised"}
     background = 0.04  # the mIoU of an all-background label map: about 0.7 / 21
     assert rows["cam"]["labels_miou"] > background + 0.25, rows
     assert all(0 < rows[name]["maps_recall"] < 1 for name in weak), rows
