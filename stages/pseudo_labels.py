@@ -7,11 +7,10 @@ from pathlib import Path
 
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
-from pipeline.errors import PipelineError
 from pipeline.labels.rules import IGNORE, label_image
 from pipeline.schema import PseudoLabels
 from pipeline.stage import Work, progress, run
-from pipeline.stores.blocks import Row, listed, parallel, write_blocks
+from pipeline.stores.blocks import Row, parallel, require, write_blocks
 from pipeline.stores.raster import Raster, RasterStore, RasterWriter
 
 
@@ -40,9 +39,9 @@ def _open(path: Path, key: str) -> RasterStore:
 def main(work: Work) -> None:
     rule: PseudoLabels = work.job.block
     images = Index(work.inputs["index"]).images("train")
-    _check(images, work.inputs["maps"])
+    require(RasterStore(work.inputs["maps"]), images)
     if rule.saliency:
-        _check(images, work.inputs["saliency"])
+        require(RasterStore(work.inputs["saliency"]), images)
     labeller = Labeller(rule, work.inputs["maps"], work.inputs["saliency"], work.key)
     with parallel(work.runtime.workers) as each, RasterWriter(work.outputs["labels"], "labels") as writer:
 
@@ -53,13 +52,6 @@ def main(work: Work) -> None:
     labels = RasterStore(work.outputs["labels"])
     if not any(((label > 0) & (label != IGNORE)).any() for label in map(labels.get, labels)):
         print(f"warning: {work.job.label}: labels no object at all: its maps are empty, or below the rule's thresholds")
-
-
-def _check(images: list[Image], path: Path) -> None:
-    store = RasterStore(path)
-    missing = [image.id for image in images if image.id not in store]
-    if missing:
-        raise PipelineError(f"{path}: lacks {len(missing)} training images: {listed(missing)}; run its stage again")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
 from functools import partial
 
 from pipeline.data.index import Index
-from pipeline.errors import PipelineError
 from pipeline.inference import models
 from pipeline.inference.walk import walked_maps
 from pipeline.stage import Work, progress, run
-from pipeline.stores.blocks import listed, write_blocks
+from pipeline.stores.blocks import require, write_blocks
 from pipeline.stores.raster import RasterStore, RasterWriter
 from pipeline.training.settings import prepare
 
@@ -16,10 +15,7 @@ def main(work: Work) -> None:
     device = prepare(work.runtime.device, work.runtime.threads)
     index = Index(work.inputs["index"])
     images, maps = index.images("train"), RasterStore(work.inputs["maps"])
-    if missing := [image.id for image in images if image.id not in maps]:
-        raise PipelineError(
-            f"{maps.path}: lacks {len(missing)} training images: {listed(missing)}; run its stage again"
-        )
+    require(maps, images)
     network = models.load(work.inputs["model"], index.num_classes, device)
     compute = partial(walked_maps, network, maps, settings=work.job.block, device=device)
     with RasterWriter(work.outputs["maps"], "localization") as writer:

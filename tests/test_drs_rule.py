@@ -7,6 +7,7 @@ from pipeline.errors import PipelineError
 from pipeline.labels.rules import label_image
 from pipeline.params import read, validate
 from pipeline.schema import Crf, PseudoLabels
+from tests.pixel import label
 from tests.project import ROOT
 
 PAPER = PseudoLabels(
@@ -25,13 +26,6 @@ CODE = PseudoLabels(
     saliency_threshold=51 / 255,
     conflict_threshold=0.9,
 )
-
-
-def label(rule: PseudoLabels, saliency: int, **scores: int) -> int:
-    """The label of one pixel; scores in grey levels by class: cat 3, dog 5, horse 7."""
-    ids = {"cat": 3, "dog": 5, "horse": 7}
-    maps = {ids[name]: np.full((1, 1), value, np.uint8) for name, value in scores.items()}
-    return int(label_image(maps, np.full((1, 1), saliency, np.uint8), None, rule, (1, 1))[0, 0])
 
 
 @pytest.mark.parametrize(

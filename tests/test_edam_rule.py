@@ -13,6 +13,7 @@ from pipeline.labels.rules import label_image
 from pipeline.params import read, validate
 from pipeline.schema import Crf, PseudoLabels
 from pipeline.stores.raster import Raster
+from tests.pixel import label
 from tests.project import ROOT
 
 THETA = 20  # grey levels
@@ -25,13 +26,6 @@ PAPER = PseudoLabels(
     attention_threshold=0.25,
     object_threshold=0.95,
 )
-
-
-def label(rule: PseudoLabels, saliency: int, **scores: int) -> int:
-    """The label of one pixel; scores in grey levels by class: cat 3, dog 5, horse 7."""
-    ids = {"cat": 3, "dog": 5, "horse": 7}
-    maps = {ids[name]: np.full((1, 1), value, np.uint8) for name, value in scores.items()}
-    return int(label_image(maps, np.full((1, 1), saliency, np.uint8), None, rule, (1, 1))[0, 0])
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from pipeline.errors import PipelineError
 from pipeline.stores.files import atomic
-from pipeline.stores.raster import Raster, RasterWriter
+from pipeline.stores.raster import Raster, RasterStore, RasterWriter
 
 Row = tuple[str, int, Raster]  # image id, class id, H x W values
 
@@ -71,6 +72,14 @@ def _block(
         rows = _ordered(ids, compute(block))
         _save(part, ids, rows)
     return rows
+
+
+def require(store: RasterStore, images: Sequence[Identified]) -> None:
+    """Raises PipelineError naming the training images that the store lacks."""
+    if missing := [image.id for image in images if image.id not in store]:
+        raise PipelineError(
+            f"{store.path}: lacks {len(missing)} training images: {listed(missing)}; run its stage again"
+        )
 
 
 def listed(ids: Sequence[str]) -> str:
