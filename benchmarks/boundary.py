@@ -15,39 +15,29 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional
+from torch import Tensor
 
+from benchmarks.steps import stepper
 from pipeline.methods.agen import Agen
 from pipeline.methods.agen_losses import Map
 from pipeline.schema import Backbone, OneStep, Training
 from pipeline.stores.blocks import parallel
-from pipeline.training.settings import autocast, build_optimizer, parameter_groups, prepare
+from pipeline.training.settings import prepare
 
 CLASSES = 20
 
 
-def stepper(options: argparse.Namespace, weight: float, mapper: Map, device: torch.device) -> Callable[[], None]:
+def one_step(options: argparse.Namespace, weight: float, mapper: Map, device: torch.device) -> Callable[[], None]:
     """One optimizer step, images and tags given."""
     torch.manual_seed(0)
     training = Training(options.batch_size, 1e-3, epochs=1, precision=options.precision)
     backbones = (Backbone(options.classification), Backbone(options.segmentation))
     network = Agen(OneStep(*backbones, training, tuple(options.shared), boundary_weight=weight), CLASSES)
-    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(parameter_groups(network, network.new_layers(), training), training)
-    images = torch.randn(options.batch_size, 3, options.side, options.side, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    tags = functional.one_hot(torch.arange(options.batch_size, device=device) % CLASSES, CLASSES).float()
 
-    def step() -> None:
-        with autocast(device, training.precision):
-            loss = torch.stack(network.losses(images, tags, 0, mapper)).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    def loss(images: Tensor, tags: Tensor) -> Tensor:
+        return torch.stack(network.losses(images, tags, 0, mapper)).sum()
 
-    return step
+    return stepper(network, training, options.side, CLASSES, loss, device)
 
 
 def main() -> None:
@@ -66,9 +56,9 @@ def main() -> None:
     device = prepare(options.device, options.threads)
     with parallel(options.workers, chunk=1) as mapper:
         steps = {
-            "without": stepper(options, 0.0, map, device),
-            f"{options.workers} workers": stepper(options, 1.0, mapper, device),
-            "in process": stepper(options, 1.0, map, device),
+            "without": one_step(options, 0.0, map, device),
+            f"{options.workers} workers": one_step(options, 1.0, mapper, device),
+            "in process": one_step(options, 1.0, map, device),
         }
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(options.steps + 1):

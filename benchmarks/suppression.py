@@ -16,38 +16,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.steps import stepper
 from pipeline.methods import build_method
 from pipeline.schema import Backbone, Classifier, Suppression, Training
 from pipeline.stores.raster import RasterWriter
-from pipeline.training.settings import autocast, build_optimizer, parameter_groups, prepare
+from pipeline.training.settings import prepare
 
 CLASSES, SIDE, IMAGES = 20, 320, 1000
 
 
-def stepper(options: argparse.Namespace, suppression: Suppression | None, device: torch.device) -> Callable[[], None]:
+def classifier(
+    options: argparse.Namespace, suppression: Suppression | None, device: torch.device
+) -> Callable[[], None]:
     """One optimizer step of a classifier, images and tags given."""
     torch.manual_seed(0)
     training = Training(options.batch_size, 1e-3, epochs=1, nesterov=True, precision=options.precision)
-    backbone = Backbone(options.backbone)
-    network = build_method(Classifier(backbone, training, suppression=suppression), CLASSES)
-    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(parameter_groups(network, network.new_layers(), training), training)
-    images = torch.randn(options.batch_size, 3, options.length, options.length, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    tags = functional.one_hot(torch.arange(options.batch_size, device=device) % CLASSES, CLASSES).float()
+    network = build_method(Classifier(Backbone(options.backbone), training, suppression=suppression), CLASSES)
 
-    def step() -> None:
-        with autocast(device, training.precision):
-            loss = network.loss(network(images), tags)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    def loss(images: Tensor, tags: Tensor) -> Tensor:
+        return network.loss(network(images), tags)
 
-    return step
+    return stepper(network, training, options.length, CLASSES, loss, device)
 
 
 def stored_bytes() -> int:
@@ -75,7 +67,7 @@ def main() -> None:
     options = parser.parse_args()
     device = prepare(options.device, 0)
     kinds = {"plain": None, "learnable": Suppression(), "delta 0.55": Suppression(0.55)}
-    steps = {name: stepper(options, suppression, device) for name, suppression in kinds.items()}
+    steps = {name: classifier(options, suppression, device) for name, suppression in kinds.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(options.steps + 1):
         for name, step in steps.items():

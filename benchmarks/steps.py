@@ -1,0 +1,43 @@
+"""One training step of a network on given images, for the benchmarks that time it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.schema import Training
+from pipeline.training.settings import autocast, build_optimizer, parameter_groups
+
+
+def stepper(
+    network: Any,
+    training: Training,
+    side: int,
+    classes: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+) -> Callable[[], None]:
+    """Forward, backward, optimizer step on ``training.batch_size`` random images of ``side`` x ``side``, a tag each.
+
+    Args:
+        network: on the processor; it is moved.
+        loss: of images and B x ``classes`` tags.
+    """
+    network.to(device=device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(parameter_groups(network, network.new_layers(), training), training)
+    images = torch.randn(training.batch_size, 3, side, side, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    tags = functional.one_hot(torch.arange(training.batch_size, device=device) % classes, classes).float()
+
+    def step() -> None:
+        with autocast(device, training.precision):
+            value = loss(images, tags)
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
