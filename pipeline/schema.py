@@ -132,6 +132,7 @@ class Amr:
 
     channel: bool = True  # channel attention modulation in the compensation branch (Table 3: AMM_c)
     spatial: bool = True  # spatial attention modulation (AMM_s)
+    layers: tuple[str, ...] | None = None  # taps of the backbone whose layers are modulated; null: all (the code)
     # Of the modulation (Table 4); density: a Gaussian of the density's height, 1 / (sqrt(2 pi) sigma) (the code)
     function: Literal["gaussian", "density", "threshold"] = "gaussian"
     statistics: Literal["sample", "batch"] = "sample"  # what the Gaussian's mean and deviation are taken over

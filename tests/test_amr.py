@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
 from pipeline.data.loading import normalise
+from pipeline.errors import PipelineError
 from pipeline.inference import models
 from pipeline.inference.features import feature_maps
 from pipeline.methods import Method, build_method
@@ -290,6 +291,15 @@ class TestSettings:
         assert changed == {name for name, norm in norms.items() if norm.training}
         assert not any(module.training for module in method.eval().modules())
 
+    @pytest.mark.parametrize("shared", ["nothing", "stem"])
+    def test_frozen_stages_are_both_branches(self, images: Tensor, shared: str) -> None:
+        """Under learnable suppression, too; what modulates and suppresses within them learns."""
+        settings = amr(shared=shared, suppression=Suppression())
+        method = made(replace(settings, backbone=replace(settings.backbone, frozen=("conv2", "conv4")))).train()
+        method.loss(method(images), torch.eye(K)[:4]).backward()  # type: ignore[no-untyped-call]
+        for name, parameter in method.named_parameters():
+            assert (parameter.grad is None) is (".conv2." in name or ".conv4." in name), name
+
     def test_a_plain_classifier_starts_both_branches(self, tmp_path: Path) -> None:
         """The public code's first stage: its model.pt as ``backbone.weights``."""
         cam = Cam(small_classifier(), K)
@@ -333,6 +343,17 @@ class TestBackbones:
         expected = set(cam.state_dict())
         assert {n for n in names if not n.startswith(("compensation.", "modulations."))} == expected
         assert {n.removeprefix("compensation.") for n in names if n.startswith("compensation.")} == expected
+
+    def test_chosen_layers_alone_are_modulated(self) -> None:
+        method = made(replace(amr(layers=("stage4", "stage5")), backbone=Backbone("mobilenet_v2")))
+        places = method.compensation.backbone.increments()
+        hooked = {name: sum(len(module._forward_hooks) for module in found) for name, found in places.items()}
+        assert len(method.modulations) == len(places["stage4"]) + len(places["stage5"])
+        assert hooked == {name: len(found) if name in ("stage4", "stage5") else 0 for name, found in places.items()}
+
+    def test_layers_that_are_not_there_are_refused(self) -> None:
+        with pytest.raises(PipelineError, match=r"^amr\.layers: no layer conv1; the layers are conv2, "):
+            made(amr(shared="stem", layers=("conv1", "conv2")))
 
     @pytest.mark.parametrize(
         ("name", "layer"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pipeline import schema
+from pipeline.errors import PipelineError
 from pipeline.methods.base import Method, Output, occlude
 from pipeline.methods.modulation import attention_modulation
 from pipeline.networks.backbones import build_backbone
@@ -35,8 +36,9 @@ class Amr(Method):
     """Two classifiers of one image; in the second, the compensation branch, AMMs modulate the features (AMR Fig. 2).
 
     An AMM stands where ``Backbone.increments`` says: in every residual block before the addition, as in the public
-    code, or after every layer of a plain network. Both branches learn together; the public code first trains a plain
-    classifier (name its model.pt as ``backbone.weights``) and then freezes it as the spotlight branch.
+    code, or after every layer of a plain network; with ``layers``, in those taps alone (the paper draws one AMM). Both
+    branches learn together; the public code first trains a plain classifier (name its model.pt as
+    ``backbone.weights``) and then freezes it as the spotlight branch.
 
     ``backbone`` and ``head`` are the spotlight branch's and are named as those of ``Cam``. With ``shared: stem``, its
     first stage feeds both branches, without AMMs.
@@ -59,11 +61,18 @@ class Amr(Method):
         return next(iter(self.backbone.taps))
 
     def _modulate(self) -> None:
-        """Hook an AMM onto each place, so that the names of the backbone's weights stay what they are."""
+        """Hook an AMM onto each place, so that the names of the backbone's weights stay what they are.
+
+        Raises:
+            PipelineError: a named layer is none of the compensation branch's.
+        """
         increments = self.compensation.backbone.increments()
         if self.amr.shared == "stem":
             del increments[self._stem]
-        modules = [module for found in increments.values() for module in found]
+        chosen = tuple(increments) if self.amr.layers is None else self.amr.layers
+        if unknown := [name for name in chosen if name not in increments]:
+            raise PipelineError(f"amr.layers: no layer {', '.join(unknown)}; the layers are {', '.join(increments)}")
+        modules = [module for name in chosen for module in increments[name]]
         for module, channels in zip(modules, output_channels(self.compensation.backbone, modules), strict=True):
             modulation = attention_modulation(channels, self.amr)
             self.modulations.append(modulation)
