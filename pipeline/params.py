@@ -12,7 +12,7 @@ import yaml
 
 from pipeline import references
 from pipeline.errors import PipelineError
-from pipeline.schema import Classifier, Edam, OneStep, Params, Segmentation
+from pipeline.schema import Classifier, Dataset, Edam, OneStep, Params, Segmentation
 
 DEFAULTS = (
     "classifiers",
@@ -257,6 +257,7 @@ def _check(params: Params, faults: list[str]) -> None:
     faults.extend(f"rows: {row} is none of {', '.join(rows)}" for row in params.rows or () if row not in rows)
     if params.method not in (chosen := rows if params.rows is None else params.rows):
         faults.append(f"method: {params.method} is none of the rows {', '.join(chosen)}")
+    faults.extend(f"dataset.{fault}" for fault in _dataset_faults(params.dataset))
     if params.saliency.kind in ("folder", "store") and params.saliency.path is None:
         faults.append(f"saliency.path: is missing; saliency.kind {params.saliency.kind} needs it")
     for name, classifier in params.classifiers.items():
@@ -272,12 +273,22 @@ def _check(params: Params, faults: list[str]) -> None:
                 value = getattr(training, key)
                 if value is not None and value < 1:
                     faults.append(f"{section}.{name}.training.{key}: {value} is below 1")
+            if not 0 <= training.warmup_start <= 1:
+                faults.append(f"{section}.{name}.training.warmup_start: {training.warmup_start} is not within 0 and 1")
             if block.augmentation.side != "none" and block.augmentation.length is None:
                 faults.append(
                     f"{section}.{name}.augmentation.length: is missing; side {block.augmentation.side} needs it"
                 )
     if circle := references.circle(params):
         faults.append(f"goes round in a circle: {' <- '.join(circle)}")
+
+
+def _dataset_faults(dataset: Dataset) -> typing.Iterator[str]:
+    makers = [key for key in ("demo", "download", "coco_stuff") if getattr(dataset, key)]
+    if len(makers) > 1:
+        yield f"{makers[0]}: so is {makers[1]}, but one of them makes the dataset; set the other to null"
+    if dataset.coco_stuff and Path(dataset.root).is_relative_to(dataset.coco_stuff):
+        yield f"root: lies in {dataset.coco_stuff}, of which it is made (coco_stuff); choose a folder outside of it"
 
 
 def _method_faults(classifier: Classifier) -> typing.Iterator[str]:

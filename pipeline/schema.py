@@ -19,7 +19,8 @@ class Demo:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder in VOC layout. All paths but ``root`` are relative to ``root``."""
+    """A folder in VOC layout. ``root``, ``extra`` and ``coco_stuff`` are relative to the working folder, all other paths
+    to ``root``."""
 
     root: str
     classes: str = "voc"  # 'voc', or a text file with one class name a line
@@ -28,8 +29,10 @@ class Dataset:
     masks: str | None = None  # only ever read to evaluate and for supervised rows
     train: str = "ImageSets/Segmentation/train.txt"
     evaluation: str = "ImageSets/Segmentation/val.txt"
+    extra: str | None = None  # more training images, a folder a class, whose name is the single tag (EDAM Sec. 4.4)
     demo: Demo | None = None  # generate the dataset at root
     download: Literal["voc2012_aug"] | None = None  # or download it there
+    coco_stuff: str | None = None  # or make it there of COCO-Stuff 10k v1.1, which lies unpacked here (EDAM Sec. 4.6)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Backbone:
     dilated: bool = True  # what loses its stride is dilated instead
     weights: str | None = None
     frozen_batch_norm: bool = False  # keep statistics and affine parameters as loaded
+    frozen: tuple[str, ...] = ()  # the first taps: their stages stay as loaded, batch norms and all
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Training:
     power: float = 0.9
     hold: int = 1  # optimizer steps between two changes of the rate (DeepLab-v2: 10)
     warmup: int = 0  # optimizer steps with linearly growing learning rate
+    warmup_start: float = 0.0  # share of the rate that it grows from
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
 
 
@@ -278,7 +283,8 @@ class PseudoLabels:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Pseudo labels of which a share of the training images carry their masks instead (OAA Table 7)."""
+    """Pseudo labels of which a share of the training images, drawn among those with masks, carry theirs instead (OAA
+    Table 7)."""
 
     labels: str
     share: float
@@ -288,7 +294,8 @@ class Mixture:
 class Segmentation:
     """A segmentation network trained on label maps."""
 
-    labels: str  # pseudo_labels/NAME, mixtures/NAME, or ground_truth (the supervised upper bound)
+    # pseudo_labels/NAME, mixtures/NAME, or ground_truth: the supervised upper bound, of the training images with masks
+    labels: str
     backbone: Backbone
     training: Training
     network: Literal["deeplab_largefov", "deeplab_v2", "deeplab_v3plus"] = "deeplab_largefov"

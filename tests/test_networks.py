@@ -216,6 +216,47 @@ class TestGeometry:
             build("alexnet")
 
 
+class TestFrozenStages:
+    @pytest.mark.parametrize(
+        ("name", "held"),
+        [
+            ("resnet38", {"b2": ["conv1a", "b2"]}),  # EDAM's public code
+            ("resnet50", {"layer1": ["conv1", "bn1", "layer1"], "layer2": ["layer2"]}),
+            ("vgg16", {"conv1_2": ["0", "2"], "conv2_2": ["5", "7"]}),  # torchvision's numbers
+        ],
+    )
+    def test_parameters_of_the_first_stages_do_not_learn(self, name: str, held: dict[str, list[str]]) -> None:
+        backbone = on_meta(partial(build, name, frozen=tuple(held)))
+        parts = tuple(f"stages.{tap}.{part}." for tap, found in held.items() for part in found)
+        for parameter, value in backbone.named_parameters():
+            assert value.requires_grad is not parameter.startswith(parts), parameter
+
+    def test_a_step_moves_the_rest_alone(self) -> None:
+        """Affine parameters and statistics of batch norms are frozen with their stage, whatever the mode was before."""
+        backbone = build("small", frozen=("conv2", "conv4")).eval().train()
+        before = {key: value.clone() for key, value in backbone.state_dict().items()}
+        features = backbone.features(torch.randn(2, 3, 32, 32) + 1, ["conv4", "conv6"])
+        assert not features["conv4"].requires_grad  # backward ends where learning does
+        features["conv6"].square().mean().backward()
+        learning = [value for value in backbone.parameters() if value.requires_grad]
+        torch.optim.SGD(learning, lr=0.1).step()
+        for key, value in backbone.state_dict().items():
+            assert torch.equal(value, before[key]) is not key.startswith("stages.conv6."), key
+
+    def test_what_enters_them_still_has_a_gradient(self) -> None:
+        backbone = build("small", frozen=("conv2", "conv4", "conv6"))
+        images = torch.randn(1, 3, 32, 32, requires_grad=True)
+        backbone(images).sum().backward()
+        assert images.grad is not None
+        assert images.grad.any()
+
+    @pytest.mark.parametrize("frozen", [("conv3",), ("conv4",), ("conv2", "conv6"), ("conv4", "conv2")])
+    def test_others_than_the_first_are_refused(self, frozen: tuple[str, ...]) -> None:
+        message = f"backbone.frozen: {', '.join(frozen)} must be the first of the taps conv2, conv4, conv6"
+        with pytest.raises(PipelineError, match=f"^{message}$"):
+            build("small", frozen=frozen)
+
+
 class TestFormulas:
     """Outputs against plain arithmetic in float64."""
 

@@ -140,6 +140,14 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
             "p.yaml: segmentations.row.training.batch_size: 0 is below 1",
         ),
         (
+            {"segmentations": {"row": {"training": {"warmup_start": 1.5}}}},
+            "p.yaml: segmentations.row.training.warmup_start: 1.5 is not within 0 and 1",
+        ),
+        (
+            {"segmentations": {"row": {"backbone": {"frozen": "conv2"}}}},
+            "p.yaml: segmentations.row.backbone.frozen: must be a list, not 'conv2'",
+        ),
+        (
             {"mixtures": {"half": {"labels": "pseudo_labels/rule", "share": 1.5}}},
             "p.yaml: mixtures.half.share: 1.5 is not within 0 and 1",
         ),

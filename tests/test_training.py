@@ -70,6 +70,13 @@ class TestLearningRates:
                 5,
                 {0: 0.0125, 2: 0.0125, 3: 0.05, 5: 0.05, 6: 0.0875, 8: 0.0875, 9: 0.1},
             ),
+            (
+                {"schedule": "constant", "epochs": 4, "warmup": 9, "warmup_start": 0.1},
+                5,
+                {0: 0.02, 1: 0.03, 7: 0.09, 8: 0.1, 9: 0.1},
+            ),
+            ({"schedule": "poly", "epochs": 4, "power": 1.0, "warmup": 8, "warmup_start": 0.6}, 5, {4: 0.08 * 0.85}),
+            ({"schedule": "constant", "epochs": 4, "warmup": 8, "warmup_start": 1.0}, 5, {0: 0.1, 7: 0.1}),
         ],
     )
     def test_schedules(self, settings: dict[str, Any], steps_per_epoch: int, expected: dict[int, float]) -> None:

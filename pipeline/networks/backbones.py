@@ -41,6 +41,7 @@ def build_backbone(settings: schema.Backbone) -> Backbone:
         raise PipelineError(f"backbone {settings.name}: unknown; choose from {', '.join(BACKBONES)}")
     build, published = BACKBONES[settings.name]
     backbone = build(settings)
+    backbone.freeze(settings.frozen)
     if settings.weights is not None:
         load_weights(backbone, settings.weights, published)
     return backbone

@@ -6,6 +6,8 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import PipelineError
+
 _T = TypeVar("_T")
 
 
@@ -39,6 +41,7 @@ class Backbone(nn.Module):
         self.frozen_batch_norm = frozen_batch_norm
         self.layer_types = layer_types
         self.residuals = dict(residuals or {})
+        self.frozen: tuple[str, ...] = ()
         if frozen_batch_norm:
             for norm in self._batch_norms():
                 norm.requires_grad_(False)
@@ -55,6 +58,21 @@ class Backbone(nn.Module):
     @property
     def _output(self) -> Tap:
         return list(self.taps.values())[-1]
+
+    def freeze(self, names: Sequence[str]) -> None:
+        """Keep the first stages as they are: their weights, and their norms' affine parameters and statistics.
+
+        Raises:
+            PipelineError: ``names`` are not the first taps; below a stage that learns, freezing another saves nothing.
+        """
+        if list(names) != list(self.taps)[: len(names)]:
+            raise PipelineError(
+                f"backbone.frozen: {', '.join(names)} must be the first of the taps {', '.join(self.taps)}"
+            )
+        self.frozen = tuple(names)
+        for name in names:
+            self.stages[name].requires_grad_(False)
+        self.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """The features of the last tap."""
@@ -102,6 +120,9 @@ class Backbone(nn.Module):
         if self.frozen_batch_norm:
             for norm in self._batch_norms():
                 norm.eval()
+        for name, stage in self.stages.items():
+            if name in self.frozen:
+                stage.eval()
         return self
 
     def _batch_norms(self) -> Iterable[nn.BatchNorm2d]:

@@ -114,6 +114,9 @@ def learning_rate(settings: Training, step: int, steps_per_epoch: int, steps: in
     Milestones count epochs, or steps where ``settings.iterations`` is given: 'step' multiplies by ``gamma`` from each
     milestone on; 'poly' is (1 - step / steps) ** power (DeepLab-v2). ``hold`` steps in a row share the rate of their
     first, also while the rate warms up, which it then does in stairs.
+
+    Step n < ``warmup`` has of it the share s + (1 - s) (n + 1) / ``warmup``, s being ``warmup_start``: the first is one
+    increment above s, and the last has all of it.
     """
     step -= step % settings.hold
     factor = 1.0
@@ -123,5 +126,6 @@ def learning_rate(settings: Training, step: int, steps_per_epoch: int, steps: in
         at = step if settings.iterations is not None else step // steps_per_epoch
         factor = settings.gamma ** sum(at >= milestone for milestone in settings.milestones)
     if step < settings.warmup:
-        factor *= (step + 1) / settings.warmup
+        start = settings.warmup_start
+        factor *= start + (1 - start) * (step + 1) / settings.warmup
     return settings.lr * factor
