@@ -128,7 +128,7 @@ def test_sweep_is_that_of_one_threshold_at_a_time() -> None:
         sweep.update(prepare(truth, maps))
     matrices, miou = sweep.matrices(), sweep.miou()
     assert len(miou) == THRESHOLDS
-    for step in (0, 1, 17, 33, 50, 59):
+    for step in (0, 1, 17, 33, 50, 59, 86, 99):
         matrix = ConfusionMatrix(3)
         for truth, maps in images:
             stack = [np.full(truth.shape, step + 1e-4, np.float32)]

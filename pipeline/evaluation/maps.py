@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from pipeline.evaluation.confusion import IGNORE, Counts, Labels, Ratios, iou, mean, ratio
 
-STEPS = 100  # background thresholds in a unit of score
-THRESHOLDS = 60  # of them tried: 0, 0.01, ... 0.59 (as SEAM does)
-TIE = 1e-4  # of a step: 0.3 in float32 is no more than the threshold 0.3
+THRESHOLDS = 100  # background scores tried: 0, 0.01, ... 0.99 (SEAM ends at 0.59, where walked maps are still rising)
+TIE = 1e-4  # of a hundredth: 0.3 in float32 is no more than the threshold 0.3
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class ThresholdSweep:
     """mIoU of the maps' argmax against a constant background score, for all thresholds from one pass of counts.
 
     A pixel takes the class of its highest value where that is above the threshold, and background elsewhere. How many
-    thresholds it passes is one number between 0 and 60, so that (target, class, number) is counted once and the
+    thresholds it passes is one number between 0 and 100, so that (target, class, number) is counted once and the
     confusion matrix of any threshold is a cumulative sum.
     """
 
@@ -89,12 +88,12 @@ class ThresholdSweep:
         for class_id, values in zip(image.classes, image.values, strict=True):
             winner[values > value] = class_id
             np.maximum(value, values, out=value)
-        passed = np.clip(np.ceil(value * STEPS - TIE), 0, THRESHOLDS).astype(np.intp)
+        passed = np.clip(np.ceil(value * THRESHOLDS - TIE), 0, THRESHOLDS).astype(np.intp)
         cell = (image.target * np.intp(self._shape[1]) + winner) * self._shape[2] + passed
         self._counts += np.bincount(cell, minlength=self._counts.size).reshape(self._shape)
 
     def matrices(self) -> Counts:
-        """(60, K+1, K+1) confusion matrices, one a threshold."""
+        """(100, K+1, K+1) confusion matrices, one a threshold."""
         total = self._counts.sum(axis=2)
         failed = self._counts.cumsum(axis=2)[..., :THRESHOLDS]  # passed number <= threshold: background
         matrices: Counts = np.moveaxis(total[..., None] - failed, 2, 0)
@@ -102,5 +101,5 @@ class ThresholdSweep:
         return matrices
 
     def miou(self) -> Ratios:
-        """(60,) mIoU at the thresholds 0, 0.01, ... 0.59."""
+        """(100,) mIoU at the thresholds 0, 0.01, ... 0.99."""
         return mean(iou(self.matrices()))

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.evaluation import confusion
 from pipeline.evaluation.confusion import ConfusionMatrix, Counts, Ratios
-from pipeline.evaluation.maps import STEPS, THRESHOLDS, HalfMaximum, ThresholdSweep
+from pipeline.evaluation.maps import THRESHOLDS, HalfMaximum, ThresholdSweep
 
 
 def label_scores(matrix: ConfusionMatrix, names: Sequence[str]) -> dict[str, Any]:
@@ -40,10 +40,10 @@ def map_scores(half: HalfMaximum, sweep: ThresholdSweep, names: Sequence[str]) -
         "noise": confusion.mean(noise),
         "noise_per_class": _named(noise, names[1:]),
         "coverage": half.coverage(),
-        "best_threshold": best / STEPS,
+        "best_threshold": best / THRESHOLDS,
         "best_threshold_miou": miou[best],
         "best_threshold_iou": _named(confusion.iou(sweep.matrices()[best]), names),
-        "sweep": {"threshold": np.arange(THRESHOLDS) / STEPS, "miou": miou},
+        "sweep": {"threshold": np.arange(THRESHOLDS) / THRESHOLDS, "miou": miou},
     }
 
 
