@@ -5,7 +5,7 @@ The Snakefile and dvc.yaml state the same graph in their own languages; tests/te
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,19 @@ _LEARN = (
     "pipeline/inference/models.py",
 )
 CODE: dict[str, tuple[str, ...]] = {
-    "demo": ("stages/demo.py", "pipeline/data/demo.py"),
-    "download": ("stages/download.py", "pipeline/data/download.py"),
+    "demo": ("stages/demo.py", "pipeline/data/demo.py", "pipeline/data/palette.py"),
+    "download": (
+        "stages/download.py",
+        "pipeline/data/download.py",
+        "pipeline/data/palette.py",
+        "pipeline/data/matlab.py",
+    ),
+    "coco_stuff": (
+        "stages/coco_stuff.py",
+        "pipeline/data/coco_stuff.py",
+        "pipeline/data/palette.py",
+        "pipeline/data/matlab.py",
+    ),
     "index": ("stages/index.py", *_DATA),
     "ground_truth": ("stages/ground_truth.py", *_DATA),
     "saliency": ("stages/saliency.py", *_DATA, "pipeline/labels"),
@@ -48,6 +59,11 @@ CODE: dict[str, tuple[str, ...]] = {
 }
 
 
+GIVEN = {  # inputs that a person brings, and the mend where one is missing
+    "weights": "put the file there",
+    "extra": "put the images there, or correct dataset.extra",
+    "coco_stuff": "unpack COCO-Stuff 10k v1.1 there, or correct dataset.coco_stuff",
+}
 STAGES = {  # of the sections whose blocks may feed each other
     "localizations": "localization",
     "refinements": "refinement",
@@ -120,7 +136,11 @@ class Graph:
             yield Job("demo", "", {}, {"root": root}, {"demo": asdict(dataset.demo)}, dataset.demo, made)
         elif dataset.download:
             yield Job("download", "", {}, {"root": root}, {"download": dataset.download}, dataset, made)
-        yield Job("index", "", {"root": root}, {"index": index}, self._index_params(), dataset)
+        elif dataset.coco_stuff:
+            archive = {"coco_stuff": Path(dataset.coco_stuff)}
+            yield Job("coco_stuff", "", archive, {"root": root}, {}, dataset, made)
+        folders = {"root": root} | ({"extra": Path(dataset.extra)} if dataset.extra else {})
+        yield Job("index", "", folders, {"index": index}, self._index_params(), dataset)
         yield Job("ground_truth", "", {"index": index}, {"labels": masks}, {}, None)
         sources = {"index": index}
         if params.saliency.kind == "store" and params.saliency.path:
@@ -224,7 +244,8 @@ class Graph:
         return chains
 
     def _index_params(self) -> dict[str, Any]:
-        kept = {key: value for key, value in asdict(self.params.dataset).items() if key not in ("demo", "download")}
+        makers = ("demo", "download", "coco_stuff")
+        kept = {key: value for key, value in asdict(self.params.dataset).items() if key not in makers}
         saliency = self.params.saliency
         return {"dataset": kept, "saliency": saliency.path if saliency.kind == "folder" else None}
 
@@ -248,6 +269,15 @@ def weight_files(block: Any) -> dict[str, Path]:
     backbones = {key: value for key, value in vars(block).items() if isinstance(value, Backbone)}
     given = {key: value.weights for key, value in backbones.items() if value.weights not in (None, "imagenet")}
     return {f"weights of {key}": Path(file) for key, file in given.items() if file is not None}
+
+
+def missing(job: Job, names: Collection[str] | None = None) -> list[str]:
+    """A line for each of the job's inputs that is not there, or of those that are called ``names``."""
+    return [
+        f"{path}: missing ({name} of {job.label}); {GIVEN.get(name.split()[0], 'run the stage that makes it')}"
+        for name, path in job.inputs.items()
+        if (names is None or name in names) and not path.exists()
+    ]
 
 
 def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:

@@ -286,7 +286,7 @@ def _check(params: Params, faults: list[str]) -> None:
 def _dataset_faults(dataset: Dataset) -> typing.Iterator[str]:
     makers = [key for key in ("demo", "download", "coco_stuff") if getattr(dataset, key)]
     if len(makers) > 1:
-        yield f"{makers[0]}: so is {makers[1]}, but one of them makes the dataset; set the other to null"
+        yield f"{makers[0]}: makes the dataset, and so does {makers[1]}; set one of the two to null"
     if dataset.coco_stuff and Path(dataset.root).is_relative_to(dataset.coco_stuff):
         yield f"root: lies in {dataset.coco_stuff}, of which it is made (coco_stuff); choose a folder outside of it"
 

@@ -19,8 +19,8 @@ class Demo:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder in VOC layout. ``root``, ``extra`` and ``coco_stuff`` are relative to the working folder, all other paths
-    to ``root``."""
+    """A folder in VOC layout. ``root``, ``extra`` and ``coco_stuff`` are relative to the working folder, all else to
+    ``root``."""
 
     root: str
     classes: str = "voc"  # 'voc', or a text file with one class name a line

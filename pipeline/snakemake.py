@@ -21,7 +21,7 @@ from typing import IO, Any, NoReturn
 from pipeline import params as parameters
 from pipeline import references
 from pipeline.errors import PipelineError
-from pipeline.graph import Graph, Job, stale, weight_files
+from pipeline.graph import Graph, Job, missing, stale, weight_files
 from pipeline.schema import Params
 from pipeline.stores import manifest
 
@@ -75,7 +75,8 @@ class Plan:
         if self.options or DVC_RUNS in os.environ or not Path(".dvc").is_dir() or not shutil.which("dvc"):
             return
         behind = stale(self.graph)
-        stages = [stage_of(job) for job in self.graph.jobs if job not in behind and job.stage != "download"]
+        fresh = [job for job in self.graph.jobs if job not in behind]
+        stages = [stage_of(job) for job in fresh if job.stage not in ("download", "coco_stuff")]
         if not stages:
             return
         # Without names DVC records all that dvc.yaml states, and reads it once, not once a name: 18 s, not 4 minutes.
@@ -104,13 +105,16 @@ def stage_of(job: Job) -> str:
 def plan(workflow: Any, config: Mapping[str, Any]) -> Plan:
     """Check the params; make the files' times follow the manifests.
 
-    Ends the process with status 1 and a line a fault where the params are wrong.
+    Ends the process with status 1 and a line a fault where the params are wrong, or a folder of images is missing.
     """
     files, overrides = _sources(workflow.config_settings)
     try:
         graph = Graph(parameters.validate(config, " + ".join(files)))
     except PipelineError as error:
         _refuse(error.lines)
+    # Every run needs these folders, and Snakemake would not tell the mend, with --quiet nothing at all.
+    if faults := [line for job in graph.jobs for line in missing(job, ("extra", "coco_stuff"))]:
+        _refuse(faults)
     cards = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if workflow.is_main_process:
         if not workflow.output_settings.dryrun:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline import params as parameters
 from pipeline.errors import PipelineError
-from pipeline.graph import Graph, Job, is_fresh
+from pipeline.graph import Graph, Job, is_fresh, missing
 from pipeline.runtime import Runtime
 from pipeline.stores import manifest
 from pipeline.stores.files import code_hash, fingerprint, partial, publish
@@ -111,16 +111,13 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
 
 
 def _check_inputs(job: Job) -> dict[str, str]:
-    faults, hashes = [], {}
+    faults, hashes = missing(job), {}
     for name, path in job.inputs.items():
         try:
             if path.is_dir():
                 hashes[name] = fingerprint(path)
             elif path.exists():
                 hashes[name] = manifest.verify(path)
-            else:
-                mend = "put the file there" if name.startswith("weights of") else "run the stage that makes it"
-                faults.append(f"{path}: missing ({name} of {job.label}); {mend}")
         except PipelineError as error:
             faults.extend(error.lines)
     if faults:
@@ -158,6 +155,24 @@ def _lock(job: Job) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+@contextmanager
+def in_place(work: Work) -> Iterator[Path]:
+    """Give a dataset's folder to be filled where it is: a person's own files, saliency maps say, may be there and stay.
+
+    Whole, it is moved to the temporary name from which the stage frame publishes it.
+
+    Raises:
+        PipelineError: what a killed run had moved is in the way.
+    """
+    root, folder = work.job.outputs["root"], work.outputs["root"]
+    if folder.exists():  # killed after the move
+        if root.exists():
+            raise PipelineError(f"{folder}: left by a killed run, but {root} is there too; merge or remove one of them")
+        folder.rename(root)
+    yield root
+    root.rename(folder)
 
 
 def progress(items: Any, label: str, total: int | None = None) -> Any:

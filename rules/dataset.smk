@@ -1,6 +1,6 @@
 """The dataset and what is read from it once: index, masks for the evaluation, saliency maps."""
 
-MADE = P.dataset.demo or P.dataset.download
+MADE = P.dataset.demo or P.dataset.download or P.dataset.coco_stuff
 
 if P.dataset.demo:
 
@@ -34,10 +34,27 @@ elif P.dataset.download:
         shell:
             "python -m stages.download {params.options} 2>&1 | tee {log}"
 
+elif P.dataset.coco_stuff:
+
+    rule coco_stuff:
+        input:
+            P.dataset.coco_stuff,
+        output:
+            manifest="<results>/dataset/manifest.json",
+        log:
+            "<logs>/coco_stuff.log",
+        conda:
+            "../environment.yml"
+        params:
+            options=PLAN.options,
+        shell:
+            "python -m stages.coco_stuff {params.options} 2>&1 | tee {log}"
+
 
 rule index:
     input:
         dataset="<results>/dataset/manifest.json" if MADE else P.dataset.root,
+        extra=P.dataset.extra or [],
     output:
         index="<results>/index/index.json",
         manifest="<results>/index/manifest.json",

@@ -1,4 +1,7 @@
-"""index, labels, ground_truth -> labels: pseudo labels of which a share of images carry their masks (OAA Table 7)."""
+"""index, labels, ground_truth -> labels: pseudo labels of which a share of images carry their masks (OAA Table 7).
+
+The share is of all training images, and drawn among those that have masks.
+"""
 
 import numpy as np
 
@@ -6,7 +9,6 @@ from pipeline.data.index import Index
 from pipeline.errors import PipelineError
 from pipeline.schema import Mixture
 from pipeline.stage import Work, progress, run
-from pipeline.stores.blocks import listed
 from pipeline.stores.raster import RasterStore, RasterWriter
 
 
@@ -14,23 +16,23 @@ def main(work: Work) -> None:
     mixture: Mixture = work.job.block
     ids = [image.id for image in Index(work.inputs["index"]).images("train")]
     labels, masks = RasterStore(work.inputs["labels"]), RasterStore(work.inputs["ground_truth"])
-    annotated = chosen(ids, mixture.share, work.job.params["seed"])
-    bare = [
-        image_id for image_id in ids if image_id in annotated and not (image_id in masks and masks.classes(image_id))
-    ]
-    if bare:
+    masked = [image_id for image_id in ids if image_id in masks and masks.classes(image_id)]
+    count = round(mixture.share * len(ids))
+    if count > len(masked):
         raise PipelineError(
-            f"{masks.path}: no mask of {len(bare)} of the images drawn: {listed(bare)}; add masks to the dataset"
+            f"{masks.path}: masks of {len(masked)} training images, but a share of {mixture.share:g} of all "
+            f"{len(ids)} is {count}; add masks to the dataset, or lower the share"
         )
+    annotated = chosen(masked, count, work.job.params["seed"])
     with RasterWriter(work.outputs["labels"], "labels") as writer:
         for image_id in progress(ids, work.job.label):
             writer.append(image_id, (masks if image_id in annotated else labels).get(image_id))
 
 
-def chosen(ids: list[str], share: float, seed: int) -> set[str]:
-    """A seeded random share of the images; with one seed, a smaller share lies within a larger."""
+def chosen(ids: list[str], count: int, seed: int) -> set[str]:
+    """``count`` of the images, drawn by the seed; with one seed, fewer lie within more."""
     order = np.random.default_rng(seed).permutation(len(ids))
-    return {ids[number] for number in order[: round(share * len(ids))]}
+    return {ids[number] for number in order[:count]}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Train a segmentation network on label maps: pseudo labels, or masks for the supervised upper bound."""
+"""Train a segmentation network on label maps: pseudo labels, or masks for the supervised upper bound.
+
+Masks, which a dataset may lack of some training images, are learned of those that have one.
+"""
 
 from collections.abc import Iterable
 
@@ -33,7 +36,8 @@ class SegmentationTask(Stateless):
 
 def main(work: Work) -> None:
     settings: Segmentation = work.job.block
-    fit(work, lambda network, _dataset: SegmentationTask(network, settings), RasterStore(work.inputs["labels"]))
+    labels, masks = RasterStore(work.inputs["labels"]), settings.labels == "ground_truth"
+    fit(work, lambda network, _dataset: SegmentationTask(network, settings), labels, skip_unlabelled=masks)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ RUNS = {
     "params.yaml": [PARAMS],
     "voc2012": [PARAMS, Path("profiles/voc2012.yaml")],
     "voc2012_small": [PARAMS, Path("profiles/voc2012.yaml"), Path("profiles/voc2012_small.yaml")],
+    "coco_stuff": [PARAMS, Path("profiles/voc2012.yaml"), Path("profiles/coco_stuff.yaml")],
     "voc12_mini": [PARAMS, Path("profiles/voc12_mini.yaml")],
 }
 
@@ -72,12 +73,23 @@ def test_snakemake_states_the_graph(run: str, tmp_path: Path) -> None:
     folder = project.copy(tmp_path / "project", git=False)
     graph = graph_of(RUNS[run])
     dataset = graph.params.dataset
-    if not (dataset.demo or dataset.download):
-        (folder / dataset.root).mkdir(parents=True)
+    if source := dataset.coco_stuff or (None if dataset.demo or dataset.download else dataset.root):
+        (folder / source).mkdir(parents=True)
     for path in {path for job in graph.jobs for key, path in job.inputs.items() if key.startswith("weights of")}:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).touch()
     assert snakemake_rules(folder, RUNS[run]) == planned(graph)
+
+
+def test_snakemake_watches_extra_images(tmp_path: Path) -> None:
+    folder = project.copy(tmp_path / "project", git=False)
+    (folder / "extra.yaml").write_text("dataset: {extra: data/extra}\n")
+    files = [PARAMS, folder / "extra.yaml"]
+    command = ["snakemake", "--quiet", "all", "--configfile", *map(str, files)]
+    refused = "error: data/extra: missing (extra of index); put the images there, or correct dataset.extra"
+    assert refused in project.run(folder, *command, check=False)
+    (folder / "data/extra").mkdir(parents=True)
+    assert snakemake_rules(folder, files) == planned(graph_of(files))
 
 
 class Stage(NamedTuple):

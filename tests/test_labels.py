@@ -309,14 +309,17 @@ def test_mixture_draws_a_share_by_seed(tmp_path: Path, two_kinds: dict[str, Path
     assert len(annotated(tmp_path, two_kinds, 1, 1)) == 10
 
 
-def test_mixture_names_the_images_without_masks(tmp_path: Path, two_kinds: dict[str, Path]) -> None:
-    drawn = sorted(annotated(tmp_path, two_kinds, 0.4, 1))
+def test_mixture_draws_among_the_images_with_masks(tmp_path: Path, two_kinds: dict[str, Path]) -> None:
+    """i0 is named without a raster, i1 not at all: 8 of the 10 have a mask."""
     mask = {0: np.full((2, 2), 2, np.uint8)}
-    two_kinds["ground_truth"] = write_store(
-        tmp_path / "some.h5", "labels", {f"i{n}": mask for n in range(10) if f"i{n}" not in drawn[:2]} | {drawn[0]: {}}
-    )
-    with pytest.raises(PipelineError, match=f"no mask of 2 of the images drawn: {drawn[0]}, {drawn[1]};"):
-        annotated(tmp_path, two_kinds, 0.4, 1)
+    masks = {"i0": {}, **{f"i{number}": mask for number in range(2, 10)}}
+    two_kinds["ground_truth"] = write_store(tmp_path / "some.h5", "labels", masks)
+    assert len(annotated(tmp_path, two_kinds, 0.4, 1)) == 4
+    assert annotated(tmp_path, two_kinds, 0.8, 1) == {f"i{number}" for number in range(2, 10)}
+    with pytest.raises(
+        PipelineError, match=r"some\.h5: masks of 8 training images, but .* 0\.9 of all 10 is 9; add masks"
+    ):
+        annotated(tmp_path, two_kinds, 0.9, 1)
 
 
 # --- export ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PROFILES = {
     "voc2012": ["voc2012.yaml"],
     "voc2012_small": ["voc2012.yaml", "voc2012_small.yaml"],
+    "coco_stuff": ["voc2012.yaml", "coco_stuff.yaml"],
     "voc12_mini": ["voc12_mini.yaml"],
     "demo_drs": ["demo_drs.yaml"],
     "demo_amr": ["demo_amr.yaml"],
@@ -152,6 +153,18 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
             "p.yaml: mixtures.half.share: 1.5 is not within 0 and 1",
         ),
         ({"method": "other"}, "p.yaml: method: other is none of the rows row"),
+        (
+            {"dataset": {"coco_stuff": "data/coco"}},
+            "p.yaml: dataset.demo: makes the dataset, and so does coco_stuff; set one of the two to null",
+        ),
+        (
+            {"dataset": {"download": "voc2012_aug"}},
+            "p.yaml: dataset.demo: makes the dataset, and so does download; set one of the two to null",
+        ),
+        (
+            {"dataset": {"demo": None, "coco_stuff": "data", "root": "data/small"}},
+            "p.yaml: dataset.root: lies in data, of which it is made (coco_stuff); choose a folder outside of it",
+        ),
         ({"defaults": {"mixtures": {}}}, "p.yaml: defaults.mixtures: unknown section"),
         ({"defaults": ["a"]}, "p.yaml: defaults: must be a mapping of sections to blocks, not ['a']"),
         ({"defaults": {"classifiers": 1}}, "p.yaml: defaults.classifiers: must be a mapping, not 1"),

@@ -1,10 +1,11 @@
 """From a dataset's folder to its index: everything is read and checked once, and every fault reported at once."""
 
+import difflib
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,20 @@ Fault = tuple[str, str]  # kind, line
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one listed image; all paths as the process sees them."""
+    """The files of one image; all paths as the process sees them."""
 
     id: str
     image: Path
     mask: Path | None
     saliency: Path | None
+
+
+@dataclass(frozen=True)
+class Extra:
+    """The images of ``dataset.extra`` by image id: their files, of which there must be one, and their tag."""
+
+    files: dict[str, list[Path]] = field(default_factory=dict)
+    tags: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def build_index(
@@ -41,7 +50,8 @@ def build_index(
     """Check a dataset in VOC layout, every file in full, and describe it as ``pipeline.data.index`` reads it.
 
     A training image needs tags, an evaluation image a mask (where ``dataset.masks`` is given). Evaluation images may
-    have no tags or saliency maps, as in the field's own files, but then none of them may.
+    have no tags or saliency maps, as in the field's own files, but then none of them may. Images of ``dataset.extra``
+    follow the training list's by class and id, each with its folder's tag and without a mask.
 
     Args:
         saliency: folder of grey PNG with the images' stems and sizes.
@@ -62,7 +72,9 @@ def build_index(
             faults.add("image in both lists", line)
     ids = list(dict.fromkeys(splits["train"] + splits["evaluation"]))
     tags = _tags(root / dataset.tags, classes, splits, faults)
-    found = _find(dataset, ids, splits, saliency, faults)
+    extra = _read_extra(Path(dataset.extra), classes, faults) if dataset.extra and classes else Extra()
+    splits["train"] += extra.files
+    found = _find(dataset, ids, extra, splits, saliency, faults)
     results = _inspect_all(found, len(classes), threads, progress)
     for _, image_faults in results:
         for kind, line in image_faults:
@@ -71,13 +83,14 @@ def build_index(
     images = {}
     for files, (entry, _) in zip(found, results, strict=True):
         images[files.id] = {
-            "file": files.image.relative_to(root).as_posix(),
+            "file": Path(os.path.relpath(files.image, root)).as_posix(),
             "mask": files.mask and files.mask.relative_to(root).as_posix(),
             "saliency": files.saliency and files.saliency.as_posix(),
-            "tags": list(tags.of.get(files.id, ())),
+            "tags": list(extra.tags.get(files.id) or tags.of.get(files.id, ())),
             **entry,
         }
-    source = {"root": root.as_posix(), "classes": classes, "splits": splits, "tag_source": tags.source}
+    told = f"{tags.source}; {len(extra.files)} images with single tags: {dataset.extra}" if extra.files else tags.source
+    source = {"root": root.as_posix(), "classes": classes, "splits": splits, "tag_source": told}
     return {**source, "images": images}
 
 
@@ -117,6 +130,32 @@ def _tags(path: Path, classes: Sequence[str], splits: dict[str, list[str]], faul
     return tags
 
 
+def _read_extra(folder: Path, classes: Sequence[str], faults: Faults) -> Extra:
+    """The images right in the folders that are named like the classes, by class id and image id."""
+    known = len(faults)
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        faults.add("folder", f"{folder}: cannot be listed ({error.strerror}); create it or correct dataset.extra")
+        return Extra()
+    for name in names:
+        if name not in classes:
+            close = difflib.get_close_matches(name, classes, 1)
+            hint = f"did you mean {close[0]}?" if close else "rename or remove it"
+            faults.add("extra folder", f"{folder / name}: is named like none of dataset.classes; {hint}")
+    extra = Extra()
+    for class_id, name in enumerate(classes, 1):
+        stems = _stems(folder / name, IMAGE_SUFFIXES, "dataset.extra", faults) if name in names else {}
+        for stem, files in sorted((stems or {}).items()):
+            if not stem.startswith("."):
+                extra.files.setdefault(stem, []).extend(files)
+                extra.tags.setdefault(stem, (class_id,))
+    if not extra.files and len(faults) == known:
+        line = f"{folder}: holds no image in a folder of a class, such as {folder / classes[0]}; add some"
+        faults.add("extra folder", f"{line}, or set dataset.extra to null")
+    return extra
+
+
 def _lacking(splits: dict[str, list[str]], there: Collection[str]) -> list[str]:
     """Listed images that lack something which every training image needs, and either all evaluation images or none."""
     needed = list(splits["train"])
@@ -126,9 +165,14 @@ def _lacking(splits: dict[str, list[str]], there: Collection[str]) -> list[str]:
 
 
 def _find(
-    dataset: Dataset, ids: Sequence[str], splits: dict[str, list[str]], saliency: Path | None, faults: Faults
+    dataset: Dataset,
+    ids: Sequence[str],
+    extra: Extra,
+    splits: dict[str, list[str]],
+    saliency: Path | None,
+    faults: Faults,
 ) -> list[Files]:
-    """Which files the listed images have; images that are missing or ambiguous are faults and left out."""
+    """Which files the images have, listed and extra ones; what is missing or ambiguous is at fault and left out."""
     root = Path(dataset.root)
     images = _stems(root / dataset.images, IMAGE_SUFFIXES, "dataset.images", faults)
     masks = _stems(root / dataset.masks, (".png",), "dataset.masks", faults) if dataset.masks else None
@@ -145,17 +189,19 @@ def _find(
             line = f"{saliency / name}.png: missing; add it, or choose another saliency.kind"
             faults.add("missing saliency map", line)
     found = []
-    for name in ids:
-        files = images.get(name, [])
-        if len(files) == 1:
-            mask, saliency_map = ((stems or {}).get(name, [None])[0] for stems in (masks, maps))
-            found.append(Files(name, files[0], mask, saliency_map))
-        elif files:
-            line = f"{files[0]}: {files[1].name} has the same stem; remove or rename one of the two"
-            faults.add("two images of one stem", line)
-        else:
+    listed = set(ids)
+    for name in dict.fromkeys([*ids, *extra.files]):
+        own = images.get(name, []) if name in listed else []
+        files = own + extra.files.get(name, [])
+        if name in listed and not own:
             line = f"{root / dataset.images / name}.jpg (or .png): missing, though listed; add it or unlist it"
             faults.add("missing image", line)
+        elif len(files) > 1:
+            line = f"{files[0]}: {files[1]} has the same stem; remove or rename one of the two"
+            faults.add("two images of one stem", line)
+        else:
+            mask, saliency_map = ((stems or {}).get(name, [None])[0] for stems in (masks, maps))
+            found.append(Files(name, files[0], mask if name in listed else None, saliency_map))
     return found
 
 

@@ -6,7 +6,6 @@ Where both have a mask, VOC's is taken, as in the field's SegmentationClassAug.
 
 import hashlib
 import http.client
-import importlib
 import re
 import shutil
 import tarfile
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
 
-from pipeline.data.palette import voc_palette
+from pipeline.data import matlab
+from pipeline.data.palette import write_mask
 from pipeline.errors import PipelineError
 from pipeline.stores.files import atomic
 
@@ -195,9 +194,7 @@ def _unpack_sbd(path: Path, root: Path, load_mask: Callable[[bytes], Any], progr
         if split:
             names.update(_lines(data.decode()))
         elif name not in official:
-            picture = Image.fromarray(np.ascontiguousarray(load_mask(data), np.uint8))
-            picture.putpalette(voc_palette().reshape(-1).tolist())
-            picture.save(root / MASKS / f"{name}.png")
+            write_mask(root / MASKS / f"{name}.png", np.asarray(load_mask(data), np.uint8))
     names -= set(_lines((root / LISTS / "val.txt").read_text()))
     with atomic(root / LISTS / "train_aug.txt") as file:
         file.write_text("".join(f"{name}\n" for name in sorted(names)))
@@ -205,13 +202,10 @@ def _unpack_sbd(path: Path, root: Path, load_mask: Callable[[bytes], Any], progr
 
 def _mask_reader() -> Callable[[bytes], Any]:
     """A function from the bytes of a .mat file of SBD to its H x W class ids (no pixel is ignored there)."""
-    try:
-        scipy_io: Any = importlib.import_module("scipy.io")
-    except ImportError:
-        raise PipelineError("scipy: not installed, but SBD's masks are MATLAB files; run 'pip install scipy'") from None
+    load = matlab.loader("SBD's masks")
 
     def read(data: bytes) -> Any:
-        content = scipy_io.loadmat(BytesIO(data), variable_names=["GTcls"], squeeze_me=True, struct_as_record=False)
+        content = load(BytesIO(data), variable_names=["GTcls"], squeeze_me=True, struct_as_record=False)
         return content["GTcls"].Segmentation
 
     return read

@@ -1,6 +1,7 @@
 """The index: all that later stages know of a dataset, checked once."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Index:
         self._images = {
             name: Image(
                 name,
-                root / entry["file"],
+                Path(os.path.normpath(root / entry["file"])),  # of an image outside, '..' whatever root is a link to
                 entry["height"],
                 entry["width"],
                 tuple(entry["tags"]),

@@ -1,7 +1,10 @@
-"""The VOC colour map."""
+"""The VOC colour map, and masks that carry it."""
+
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 
 def voc_palette() -> NDArray[np.uint8]:
@@ -12,3 +15,10 @@ def voc_palette() -> NDArray[np.uint8]:
         for channel in range(3):
             out[:, channel] |= ((ids >> (3 * level + channel)) & 1 if 3 * level + channel < 8 else 0) << (7 - level)
     return out
+
+
+def write_mask(path: Path, mask: NDArray[np.uint8]) -> None:
+    """Write H x W class ids as VOC's masks are kept: a PNG of indices with VOC's palette."""
+    picture = Image.fromarray(np.ascontiguousarray(mask), mode="P")
+    picture.putpalette(voc_palette().reshape(-1).tolist())
+    picture.save(path)

@@ -18,7 +18,11 @@ _Task = TypeVar("_Task", bound=Task)
 
 
 def fit(
-    work: Work, make: Callable[[Any, TrainingSet], _Task], labels: RasterStore | None = None, group: int = 1
+    work: Work,
+    make: Callable[[Any, TrainingSet], _Task],
+    labels: RasterStore | None = None,
+    group: int = 1,
+    skip_unlabelled: bool = False,
 ) -> _Task:
     """Train the network of the job's block on the training images; write ``model`` and ``log``.
 
@@ -26,6 +30,7 @@ def fit(
         make: the task of the network and the images, which it is told once.
         labels: label maps that go with the images.
         group: images that are to share a class (``TrainingSet``).
+        skip_unlabelled: train on the images that have a label map; where none has, they are refused all the same.
 
     Returns:
         The task, done.
@@ -36,7 +41,10 @@ def fit(
     settings, seed, runtime = work.job.block, work.job.params["seed"], work.runtime
     device = prepare(runtime.device, runtime.threads)
     index = Index(work.inputs["index"])
-    dataset = TrainingSet(index.images("train"), index.num_classes, settings.augmentation, seed, labels, group)
+    images = index.images("train")
+    if labels is not None and skip_unlabelled:
+        images = [image for image in images if image.id in labels] or images
+    dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed, labels, group)
     torch.manual_seed(seed)
     network = models.build(settings, index.num_classes)
     task = make(network, dataset)

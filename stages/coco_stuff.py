@@ -1,0 +1,14 @@
+"""Make a dataset in VOC layout at dataset.root of COCO-Stuff 10k."""
+
+from pipeline.data.coco_stuff import convert
+from pipeline.stage import Work, in_place, progress, run
+
+
+def main(work: Work) -> None:
+    with in_place(work) as root:
+        left_out = convert(work.inputs["coco_stuff"], root, progress)
+    print(f"{work.job.label}: {left_out} training images without any of VOC's classes are left out", flush=True)
+
+
+if __name__ == "__main__":
+    run("coco_stuff", main)
