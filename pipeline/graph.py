@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline import params as parameters
 from pipeline import references
+from pipeline.contradictions import TRAINED
 from pipeline.errors import PipelineError
 from pipeline.schema import Backbone, Params
 from pipeline.stores import manifest
@@ -222,7 +223,7 @@ class Graph:
             "metrics": Path("metrics.json"),
         }
         wanted = {"method": params.method, "gallery": params.gallery, "rows": self._chains()}
-        for section in parameters.TRAINED:
+        for section in TRAINED:
             for name in getattr(params, section):
                 stores[f"log of {section}/{name}"] = self._file(f"{section}/{name}", "log.json")
         for reference in (f"features/{name}" for name in params.classifiers):

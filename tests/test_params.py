@@ -87,7 +87,7 @@ def test_a_profile_on_real_images_leaves_no_number_of_the_demo(name: str) -> Non
     profile = ROOT / "profiles" / f"{name}.yaml"
     params = load([ROOT / "params.yaml", profile])
     raw = merge(borrowed(yaml.safe_load((ROOT / "params.yaml").read_text())), yaml.safe_load(profile.read_text()))
-    for section in parameters.DEFAULTS:
+    for section in parameters.SECTIONS:
         for block in getattr(params, section):
             settings = merge(raw["defaults"].get(section, {}), raw[section][block])
             if settings.get("head", {}).get("convs") == 0:

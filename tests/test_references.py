@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import references
+from pipeline import contradictions, references
 from pipeline.errors import PipelineError
-from pipeline.params import DEFAULTS, merge, validate
+from pipeline.params import merge, validate
 from pipeline.schema import Params
 
 TRAINING = {"epochs": 1, "batch_size": 2, "lr": 0.1}
@@ -46,7 +46,7 @@ CHAINS: dict[str, Any] = {  # a row of each kind, on two classifiers and a one-s
     },
     "one_step": {"joint": JOINT, "alone": JOINT},
 }
-SECTIONS = (*DEFAULTS, "mixtures")
+SECTIONS = (*contradictions.SECTIONS, "mixtures")
 FINER = {"classifiers/base", "localizations/base", "refinements/finer", "localizations/finer", "pseudo_labels/finer"}
 WALKED = {
     "classifiers/base",

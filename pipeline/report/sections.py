@@ -6,9 +6,9 @@ from html import escape
 from typing import Any
 
 from pipeline import references
+from pipeline.contradictions import TRAINED
 from pipeline.data.index import Image, Index
 from pipeline.data.sample import choose
-from pipeline.params import TRAINED
 from pipeline.report import page, protocol, tables, words
 from pipeline.report.charts import dot_chart, line_chart, thin
 from pipeline.report.gallery import Layers, Step, gallery, holds, layer_gallery, legend
