@@ -1,8 +1,8 @@
 """Collaborative multi-attention (EDAM Sec. 3.3): for each class, self-attention over the places of several images.
 
 The K classes have a block each, none of whose weights are shared. Here all K are computed at once: linear layers as one
-batched product, attention as one call of the fused kernel, which never holds the T x T scores (2.9 GB for a pair of
-images of 46 x 46 places, 20 classes and 2 heads).
+batched product, attention without ever holding the T x T scores (2.9 GB for a pair of images of 46 x 46 places, 20
+classes and 2 heads).
 """
 
 import math
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.methods.attention import attend
 from pipeline.schema import Edam
 
 
@@ -107,7 +108,7 @@ class CollaborativeAttention(nn.Module):
         classes, tokens, width = x.shape
         heads = (classes * groups, tokens // groups, self.heads, width // self.heads)
         sides = (side(x).view(heads).transpose(1, 2) for side in (self.queries, self.keys, self.values))
-        return functional.scaled_dot_product_attention(*sides).transpose(1, 2).reshape(x.shape)
+        return attend(*sides).transpose(1, 2).reshape(x.shape)
 
 
 def sinusoid(places: int, width: int, device: torch.device) -> Tensor:
