@@ -1,12 +1,14 @@
 """What no single key of params.yaml can tell: references that lead nowhere, and values that contradict each other."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pipeline import references
 from pipeline.schema import (
     Affinity,
+    Backbone,
     Classifier,
     Dataset,
     Edam,
@@ -96,6 +98,10 @@ def _training_faults(block: Any) -> Iterator[str]:
         yield f"training.warmup_start: {training.warmup_start} is not within 0 and 1"
     if block.augmentation.side != "none" and block.augmentation.length is None:
         yield f"augmentation.length: is missing; side {block.augmentation.side} needs it"
+    for member in fields(block):
+        backbone = getattr(block, member.name)
+        if isinstance(backbone, Backbone) and backbone.frozen and backbone.weights is None:
+            yield f"{member.name}.frozen: would stay random; name {member.name}.weights, or freeze nothing"
 
 
 def _localization_faults(localization: Localization) -> Iterator[str]:

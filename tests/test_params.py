@@ -149,6 +149,10 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
             "p.yaml: segmentations.row.backbone.frozen: must be a list, not 'conv2'",
         ),
         (
+            {"segmentations": {"row": {"backbone": {"frozen": ["conv1"]}}}},
+            "p.yaml: segmentations.row.backbone.frozen: would stay random; name backbone.weights, or freeze nothing",
+        ),
+        (
             {"mixtures": {"half": {"labels": "pseudo_labels/rule", "share": 1.5}}},
             "p.yaml: mixtures.half.share: 1.5 is not within 0 and 1",
         ),
