@@ -1,6 +1,5 @@
 """From a dataset's folder to its index: everything is read and checked once, and every fault reported at once."""
 
-import difflib
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.checks import IGNORE, Unfit, image_size, mask_values, saliency_values
-from pipeline.data.faults import Faults
+from pipeline.data.faults import Faults, hint
 from pipeline.data.tags import IMAGE_SUFFIXES, Tags, read_list, read_tags
 from pipeline.data.voc import CLASSES
 from pipeline.schema import Dataset
@@ -140,9 +139,8 @@ def _read_extra(folder: Path, classes: Sequence[str], faults: Faults) -> Extra:
         return Extra()
     for name in names:
         if name not in classes:
-            close = difflib.get_close_matches(name, classes, 1)
-            hint = f"did you mean {close[0]}?" if close else "rename or remove it"
-            faults.add("extra folder", f"{folder / name}: is named like none of dataset.classes; {hint}")
+            mend = hint(name, classes, "rename or remove it")
+            faults.add("extra folder", f"{folder / name}: is named like none of dataset.classes; {mend}")
     extra = Extra()
     for class_id, name in enumerate(classes, 1):
         stems = _stems(folder / name, IMAGE_SUFFIXES, "dataset.extra", faults) if name in names else {}

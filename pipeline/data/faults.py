@@ -1,8 +1,17 @@
 """Collecting faults, so that a person sees all of them at once and none of them a thousand times."""
 
+import difflib
+from collections.abc import Iterable
+
 from pipeline.errors import PipelineError
 
 LIMIT = 20
+
+
+def hint(word: str, choices: Iterable[str], otherwise: str) -> str:
+    """The mend of a wrong name: the choice that it is most like, or ``otherwise`` where it is like none."""
+    close = difflib.get_close_matches(word, list(choices), 1)
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 class Faults:

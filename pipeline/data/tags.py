@@ -1,7 +1,6 @@
 """Image lists and image-level tags, in the forms in which people and the field's public code keep them."""
 
 import csv
-import difflib
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from pipeline.data import cls_labels
-from pipeline.data.faults import Faults
+from pipeline.data.faults import Faults, hint
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -112,9 +111,8 @@ class _Resolver:
             ids = f"{first}..{first + self.count - 1}"
             self.fault("class id out of range", f"{name} has class id {word}, but ids are {ids} here; correct it")
             return 0
-        close = difflib.get_close_matches(str(word), self.names, 1)
-        hint = f"did you mean {close[0]}?" if close else "correct it, or add it to dataset.classes"
-        self.fault("unknown tag", f"{name} has the unknown tag {word!r}; {hint}")
+        mend = hint(str(word), self.names, "correct it, or add it to dataset.classes")
+        self.fault("unknown tag", f"{name} has the unknown tag {word!r}; {mend}")
         return 0
 
 
