@@ -1,14 +1,12 @@
 """What no single key of params.yaml can tell: references that lead nowhere, and values that contradict each other."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pipeline import references
 from pipeline.schema import (
     Affinity,
-    Backbone,
     Classifier,
     Dataset,
     Edam,
@@ -19,6 +17,7 @@ from pipeline.schema import (
     PseudoLabels,
     Segmentation,
     Walk,
+    backbones,
 )
 
 SECTIONS = (  # of blocks that ``defaults`` can complete
@@ -98,10 +97,9 @@ def _training_faults(block: Any) -> Iterator[str]:
         yield f"training.warmup_start: {training.warmup_start} is not within 0 and 1"
     if block.augmentation.side != "none" and block.augmentation.length is None:
         yield f"augmentation.length: is missing; side {block.augmentation.side} needs it"
-    for member in fields(block):
-        backbone = getattr(block, member.name)
-        if isinstance(backbone, Backbone) and backbone.frozen and backbone.weights is None:
-            yield f"{member.name}.frozen: would stay random; name {member.name}.weights, or freeze nothing"
+    for key, backbone in backbones(block).items():
+        if backbone.frozen and backbone.weights is None:
+            yield f"{key}.frozen: would stay random; name {key}.weights, or freeze nothing"
 
 
 def _localization_faults(localization: Localization) -> Iterator[str]:

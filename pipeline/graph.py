@@ -14,7 +14,7 @@ from pipeline import params as parameters
 from pipeline import references
 from pipeline.contradictions import TRAINED
 from pipeline.errors import PipelineError
-from pipeline.schema import Backbone, Params
+from pipeline.schema import Params, backbones
 from pipeline.stores import manifest
 from pipeline.stores.files import code_hash, fingerprint
 
@@ -267,8 +267,7 @@ class Graph:
 
 def weight_files(block: Any) -> dict[str, Path]:
     """The files that a trained block's backbones start from."""
-    backbones = {key: value for key, value in vars(block).items() if isinstance(value, Backbone)}
-    given = {key: value.weights for key, value in backbones.items() if value.weights not in (None, "imagenet")}
+    given = {key: value.weights for key, value in backbones(block).items() if value.weights not in (None, "imagenet")}
     return {f"weights of {key}": Path(file) for key, file in given.items() if file is not None}
 
 

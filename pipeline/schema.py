@@ -57,6 +57,11 @@ class Backbone:
     frozen: tuple[str, ...] = ()  # the first taps: their stages stay as loaded, batch norms and all
 
 
+def backbones(block: object) -> dict[str, Backbone]:
+    """The backbones among a block's values, by key."""
+    return {key: value for key, value in vars(block).items() if isinstance(value, Backbone)}
+
+
 @dataclass(frozen=True)
 class Head:
     """``convs`` 3x3 convolutions of ``channels`` with ReLU, then the 1x1 class-aware convolution."""

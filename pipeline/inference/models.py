@@ -1,6 +1,6 @@
 """Trained networks from their files."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +14,7 @@ from pipeline.methods.agen import Agen
 from pipeline.networks.deeplab import build_segmentation
 from pipeline.refinement import REFINEMENTS
 from pipeline.refinement.affinity import AffinityNetwork
-from pipeline.schema import Affinity, Backbone, Classifier, OneStep, Refinement, Segmentation
+from pipeline.schema import Affinity, Classifier, OneStep, Refinement, Segmentation, backbones
 from pipeline.training.checkpoint import load_model, save_model
 
 Block = Classifier | Refinement | Affinity | Segmentation | OneStep
@@ -49,8 +49,7 @@ def load(path: Path, num_classes: int, device: torch.device) -> nn.Module:
     if model["num_classes"] != num_classes:
         raise PipelineError(f"{path}: was trained on {model['num_classes']} classes, the dataset has {num_classes}")
     block: Block = params.block(_BLOCKS[model["block"]], model["settings"], str(path))
-    values = {member.name: getattr(block, member.name) for member in fields(block)}
-    bare: Any = {key: replace(value, weights=None) for key, value in values.items() if isinstance(value, Backbone)}
+    bare: Any = {key: replace(value, weights=None) for key, value in backbones(block).items()}
     network = build(replace(block, **bare), num_classes)
     network.load_state_dict(model["state"])
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pipeline import schema
-from pipeline.errors import PipelineError
 from pipeline.methods.base import Method, Output, occlude
 from pipeline.methods.modulation import attention_modulation
 from pipeline.networks.backbones import build_backbone
-from pipeline.networks.base import output_channels
+from pipeline.networks.base import attach
 from pipeline.networks.heads import ClassAwareHead
 from pipeline.schema import Classifier
 
@@ -61,22 +60,24 @@ class Amr(Method):
         return next(iter(self.backbone.taps))
 
     def _modulate(self) -> None:
-        """Hook an AMM onto each place, so that the names of the backbone's weights stay what they are.
+        """An AMM at each place.
 
         Raises:
             PipelineError: a named layer is none of the compensation branch's.
         """
-        increments = self.compensation.backbone.increments()
+        backbone = self.compensation.backbone
+        increments = backbone.increments()
         if self.amr.shared == "stem":
             del increments[self._stem]
-        chosen = tuple(increments) if self.amr.layers is None else self.amr.layers
-        if unknown := [name for name in chosen if name not in increments]:
-            raise PipelineError(f"amr.layers: no layer {', '.join(unknown)}; the layers are {', '.join(increments)}")
-        modules = [module for name in chosen for module in increments[name]]
-        for module, channels in zip(modules, output_channels(self.compensation.backbone, modules), strict=True):
-            modulation = attention_modulation(channels, self.amr)
-            self.modulations.append(modulation)
-            module.register_forward_hook(lambda _module, _inputs, output, modulation=modulation: modulation(output))
+        self.modulations.extend(
+            attach(
+                backbone,
+                increments,
+                self.amr.layers,
+                "amr.layers",
+                lambda channels: attention_modulation(channels, self.amr),
+            )
+        )
 
     def new_layers(self) -> Iterable[nn.Module]:
         """The compensation branch's backbone, although pretrained, and its AMMs.

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.errors import PipelineError
 from pipeline.methods.base import Method
-from pipeline.networks.base import output_channels
+from pipeline.networks.base import attach
 from pipeline.schema import Suppression
 
 
@@ -80,18 +79,16 @@ class _Suppress(torch.autograd.Function):
 def plug(method: Method, settings: Suppression) -> None:
     """Suppress the outputs of the layers that ``settings`` name; none lies after the class-aware convolution.
 
-    The suppressors are ``method.suppressors``, new layers of the method. They hook onto the layers, whose names in a
-    state dict stay what they were.
+    The suppressors are ``method.suppressors``, new layers of the method.
 
     Raises:
         PipelineError: a named layer is none of the method's.
     """
-    layers = method.layers()
-    chosen = tuple(layers) if settings.layers is None else settings.layers
-    if unknown := [name for name in chosen if name not in layers]:
-        raise PipelineError(f"suppression.layers: no layer {', '.join(unknown)}; the layers are {', '.join(layers)}")
-    modules = [module for name in chosen for module in layers[name]]
-    for module, channels in zip(modules, output_channels(method, modules), strict=True):
-        suppressor = Suppressor(channels, settings.delta)
-        method.suppressors.append(suppressor)
-        module.register_forward_hook(lambda _module, _inputs, output, suppressor=suppressor: suppressor(output))
+    suppressors = attach(
+        method,
+        method.layers(),
+        settings.layers,
+        "suppression.layers",
+        lambda channels: Suppressor(channels, settings.delta),
+    )
+    method.suppressors.extend(suppressors)

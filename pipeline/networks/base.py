@@ -163,6 +163,34 @@ def output_channels(network: nn.Module, modules: Sequence[nn.Module]) -> list[in
     return channels
 
 
+def attach(
+    network: nn.Module,
+    layers: Mapping[str, Sequence[nn.Module]],
+    names: Sequence[str] | None,
+    key: str,
+    make: Callable[[int], nn.Module],
+) -> list[nn.Module]:
+    """Let what ``make`` makes of its channels change the output of each module of the layers.
+
+    The new modules hook onto the old ones, whose names in a state dict stay what they were.
+
+    Args:
+        names: of the layers; None: all of them.
+        key: what ``names`` is called in params.yaml.
+
+    Raises:
+        PipelineError: a name is none of ``layers``.
+    """
+    chosen = tuple(layers) if names is None else names
+    if unknown := [name for name in chosen if name not in layers]:
+        raise PipelineError(f"{key}: no layer {', '.join(unknown)}; the layers are {', '.join(layers)}")
+    modules = [module for name in chosen for module in layers[name]]
+    made = [make(channels) for channels in output_channels(network, modules)]
+    for module, change in zip(modules, made, strict=True):
+        module.register_forward_hook(lambda _module, _inputs, output, change=change: change(output))
+    return made
+
+
 def limit_stride(blocks: Iterable[nn.Module], stride: int, output_stride: int, dilated: bool) -> list[int]:
     """Take the stride from the blocks that would exceed ``output_stride``, and dilate what follows in its place.
 
