@@ -144,9 +144,9 @@ def _mixture_faults(mixture: Mixture) -> Iterator[str]:
 
 
 def _dataset_faults(dataset: Dataset) -> Iterator[str]:
-    makers = [key for key in ("demo", "download", "coco_stuff") if getattr(dataset, key)]
-    if len(makers) > 1:
-        yield f"{makers[0]}: makes the dataset, and so does {makers[1]}; set one of the two to null"
+    if len(dataset.makers) > 1:
+        one, other = dataset.makers[:2]
+        yield f"{one}: makes the dataset, and so does {other}; set one of the two to null"
     if dataset.coco_stuff and Path(dataset.root).is_relative_to(dataset.coco_stuff):
         yield f"root: lies in {dataset.coco_stuff}, of which it is made (coco_stuff); choose a folder outside of it"
 

@@ -5,7 +5,7 @@ The Snakefile and dvc.yaml state the same graph in their own languages; tests/te
 
 import shlex
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from pipeline import params as parameters
 from pipeline import references
 from pipeline.contradictions import TRAINED
 from pipeline.errors import PipelineError
-from pipeline.schema import Params, backbones
+from pipeline.schema import MAKERS, Params, backbones
 from pipeline.stores import manifest
 from pipeline.stores.files import code_hash, fingerprint
 
@@ -61,6 +61,8 @@ CODE: dict[str, tuple[str, ...]] = {
 
 
 GIVEN = {  # inputs that a person brings, and the mend where one is missing
+    "root": "put the dataset there, or correct dataset.root",
+    "store": "put the file there, or correct saliency.path",
     "weights": "put the file there",
     "extra": "put the images there, or correct dataset.extra",
     "coco_stuff": "unpack COCO-Stuff 10k v1.1 there, or correct dataset.coco_stuff",
@@ -112,6 +114,15 @@ class Graph:
         self.params = params
         self.results = Path("results") / params.experiment
         self.jobs = list(self._jobs())
+
+    def missing(self) -> list[str]:
+        """A line for each file that no job makes and that is not there, by the first job that reads it."""
+        outputs = {path for job in self.jobs for path in job.outputs.values()}
+        lines: dict[Path, str] = {}
+        for job in self.jobs:
+            for path, line in missing(job).items():
+                lines.setdefault(path, line)
+        return [line for path, line in lines.items() if path not in outputs]
 
     def find(self, stage: str, name: str = "") -> Job:
         """Raises PipelineError naming the blocks that there are."""
@@ -245,8 +256,7 @@ class Graph:
         return chains
 
     def _index_params(self) -> dict[str, Any]:
-        makers = ("demo", "download", "coco_stuff")
-        kept = {key: value for key, value in asdict(self.params.dataset).items() if key not in makers}
+        kept = {key: value for key, value in asdict(self.params.dataset).items() if key not in MAKERS}
         saliency = self.params.saliency
         return {"dataset": kept, "saliency": saliency.path if saliency.kind == "folder" else None}
 
@@ -271,13 +281,13 @@ def weight_files(block: Any) -> dict[str, Path]:
     return {f"weights of {key}": Path(file) for key, file in given.items() if file is not None}
 
 
-def missing(job: Job, names: Collection[str] | None = None) -> list[str]:
-    """A line for each of the job's inputs that is not there, or of those that are called ``names``."""
-    return [
-        f"{path}: missing ({name} of {job.label}); {GIVEN.get(name.split()[0], 'run the stage that makes it')}"
+def missing(job: Job) -> dict[Path, str]:
+    """The job's inputs that are not there, and a line on each."""
+    return {
+        path: f"{path}: missing ({name} of {job.label}); {GIVEN.get(name.split()[0], 'run the stage that makes it')}"
         for name, path in job.inputs.items()
-        if (names is None or name in names) and not path.exists()
-    ]
+        if not path.exists()
+    }
 
 
 def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:

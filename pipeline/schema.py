@@ -17,6 +17,9 @@ class Demo:
     seed: int = 0  # of the images, not of the training
 
 
+MAKERS = ("demo", "download", "coco_stuff")
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A folder in VOC layout. ``root``, ``extra`` and ``coco_stuff`` are relative to the working folder, all else to
@@ -33,6 +36,11 @@ class Dataset:
     demo: Demo | None = None  # generate the dataset at root
     download: Literal["voc2012_aug"] | None = None  # or download it there
     coco_stuff: str | None = None  # or make it there of COCO-Stuff 10k v1.1, which lies unpacked here (EDAM Sec. 4.6)
+
+    @property
+    def makers(self) -> list[str]:
+        """The stages that are to make the dataset at ``root``: none, or one."""
+        return [key for key in MAKERS if getattr(self, key)]
 
 
 @dataclass(frozen=True)

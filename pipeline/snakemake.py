@@ -21,7 +21,7 @@ from typing import IO, Any, NoReturn
 from pipeline import params as parameters
 from pipeline import references
 from pipeline.errors import PipelineError
-from pipeline.graph import Graph, Job, missing, stale, weight_files
+from pipeline.graph import Graph, Job, stale, weight_files
 from pipeline.schema import Params
 from pipeline.stores import manifest
 
@@ -112,8 +112,8 @@ def plan(workflow: Any, config: Mapping[str, Any]) -> Plan:
         graph = Graph(parameters.validate(config, " + ".join(files)))
     except PipelineError as error:
         _refuse(error.lines)
-    # Every run needs these folders, and Snakemake would not tell the mend, with --quiet nothing at all.
-    if faults := [line for job in graph.jobs for line in missing(job, ("extra", "coco_stuff"))]:
+    # Snakemake would not tell the mend, with --quiet nothing at all.
+    if faults := graph.missing():
         _refuse(faults)
     cards = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if workflow.is_main_process:

@@ -111,7 +111,7 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
 
 
 def _check_inputs(job: Job) -> dict[str, str]:
-    faults, hashes = missing(job), {}
+    faults, hashes = list(missing(job).values()), {}
     for name, path in job.inputs.items():
         try:
             if path.is_dir():

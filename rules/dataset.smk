@@ -1,59 +1,28 @@
 """The dataset and what is read from it once: index, masks for the evaluation, saliency maps."""
 
-MADE = P.dataset.demo or P.dataset.download or P.dataset.coco_stuff
+if P.dataset.makers:
 
-if P.dataset.demo:
-
-    rule demo:
+    rule:
+        name:
+            P.dataset.makers[0]
         input:
-            "stages/demo.py",
+            P.dataset.coco_stuff or f"stages/{P.dataset.makers[0]}.py",
         output:
             manifest="<results>/dataset/manifest.json",
         log:
-            "<logs>/demo.log",
+            "<logs>/dataset.log",
         conda:
             "../environment.yml"
         params:
+            stage=P.dataset.makers[0],
             options=PLAN.options,
         shell:
-            "python -m stages.demo {params.options} 2>&1 | tee {log}"
-
-elif P.dataset.download:
-
-    rule download:
-        input:
-            "stages/download.py",
-        output:
-            manifest="<results>/dataset/manifest.json",
-        log:
-            "<logs>/download.log",
-        conda:
-            "../environment.yml"
-        params:
-            options=PLAN.options,
-        shell:
-            "python -m stages.download {params.options} 2>&1 | tee {log}"
-
-elif P.dataset.coco_stuff:
-
-    rule coco_stuff:
-        input:
-            P.dataset.coco_stuff,
-        output:
-            manifest="<results>/dataset/manifest.json",
-        log:
-            "<logs>/coco_stuff.log",
-        conda:
-            "../environment.yml"
-        params:
-            options=PLAN.options,
-        shell:
-            "python -m stages.coco_stuff {params.options} 2>&1 | tee {log}"
+            "python -m stages.{params.stage} {params.options} 2>&1 | tee {log}"
 
 
 rule index:
     input:
-        dataset="<results>/dataset/manifest.json" if MADE else P.dataset.root,
+        dataset="<results>/dataset/manifest.json" if P.dataset.makers else P.dataset.root,
         extra=P.dataset.extra or [],
     output:
         index="<results>/index/index.json",

@@ -92,6 +92,21 @@ def test_snakemake_watches_extra_images(tmp_path: Path) -> None:
     assert snakemake_rules(folder, files) == planned(graph_of(files))
 
 
+def test_snakemake_names_each_file_that_a_person_must_bring(tmp_path: Path) -> None:
+    folder = project.copy(tmp_path / "project", git=False)
+    (folder / "lacking.yaml").write_text(
+        "dataset: {root: data/none, demo: null}\n"
+        "saliency: {kind: store, path: data/none.h5}\n"
+        "defaults: {classifiers: {backbone: {weights: data/none.pth}}}\n"
+    )
+    command = ["snakemake", "--quiet", "all", "--config", "--configfile", "lacking.yaml"]
+    assert project.run(folder, *command, check=False).splitlines()[-3:] == [
+        "error: data/none: missing (root of index); put the dataset there, or correct dataset.root",
+        "error: data/none.h5: missing (store of saliency); put the file there, or correct saliency.path",
+        "error: data/none.pth: missing (weights of backbone of classifier base); put the file there",
+    ]
+
+
 class Stage(NamedTuple):
     """A stage of dvc.yaml."""
 
