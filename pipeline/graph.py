@@ -249,9 +249,7 @@ class Graph:
             chains[name] = {"predictions": f"predictions/{name}"}
             if name in self.params.segmentations:
                 origin = chains[name]["labels"] = self.params.segmentations[name].labels
-                if origin.startswith("mixtures/"):
-                    origin = self.params.mixtures[origin.split("/")[1]].labels
-                if origin.startswith("pseudo_labels/"):
+                if (origin := references.unmixed(self.params, origin)).startswith("pseudo_labels/"):
                     chains[name]["maps"] = self.params.pseudo_labels[origin.split("/")[1]].source
         return chains
 

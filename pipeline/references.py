@@ -33,12 +33,19 @@ def in_order(params: Params) -> list[str]:
 def rows(params: Params) -> dict[str, str]:
     """The network of each row of the report, SECTION/NAME by the row's name: predictions/NAME are its masks.
 
-    Upper bounds come last.
+    In the order of ``params.rows`` where that is given; else one-step networks after the others, upper bounds last.
     """
     bounds = {name for name, block in params.segmentations.items() if block.labels == "ground_truth"}
     found = {name: f"segmentations/{name}" for name in params.segmentations if name not in bounds}
     found |= {name: f"one_step/{name}" for name in params.one_step}
-    return found | {name: f"segmentations/{name}" for name in params.segmentations if name in bounds}
+    found |= {name: f"segmentations/{name}" for name in params.segmentations if name in bounds}
+    return {name: found[name] for name in (*(params.rows or ()), *found) if name in found}
+
+
+def unmixed(params: Params, labels: str) -> str:
+    """The labels that a mixture starts from; any others as they are."""
+    section, _, name = labels.partition("/")
+    return params.mixtures[name].labels if section == "mixtures" else labels
 
 
 def only(params: Params, kept: Sequence[str]) -> Params:

@@ -68,14 +68,13 @@ def test_maps_that_walked_are_scored_and_shown(place: Path) -> None:
     section = html.partition("<h2>From tags to pseudo labels</h2>")[2].partition("</section>")[0]
     columns = re.findall(r'<th scope="col">([\w ]+)<small>([\w/]+)', section)
     assert columns == [
-        ("Saliency", "folder"),
         ("CAM", "localizations/cam"),
         ("Cumulative attention", "classifiers/base"),
         ("Labels of the affinities", "pseudo_labels/confident"),
         ("Walked map", "walks/once"),
         ("Pseudo label", "pseudo_labels/walked"),
     ]
-    assert len(re.findall("<img", section)) == 4 * 8
+    assert len(re.findall("<img", section)) == 4 * 7
     for walk in WALKED["walks"]:
         assert f'<th scope="row">walks/{walk}</th>' in html  # recall by class
         assert f"</svg>walks/{walk}</li>" in html  # the legend of the threshold sweep

@@ -102,6 +102,13 @@ def test_kept_blocks_stay_as_they_are() -> None:
         assert getattr(some, section)[name] == getattr(whole, section)[name]
 
 
+def test_rows_come_in_the_order_in_which_they_are_named() -> None:
+    names = list(references.rows(chains()))
+    assert names[-1] == "supervised"
+    turned = names[::-1]
+    assert list(references.rows(chains(rows=turned, method=turned[0]))) == turned
+
+
 def test_an_unknown_row_is_one_line() -> None:
     rows = ", ".join(references.rows(chains()))
     with pytest.raises(PipelineError) as caught:

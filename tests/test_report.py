@@ -1,6 +1,7 @@
 """The report of a small experiment whose rasters are drawn, not learned."""
 
 import base64
+import copy
 import json
 import re
 from pathlib import Path
@@ -229,7 +230,7 @@ def test_missing_pieces_leave_their_columns_out(place: Path, capsys: pytest.Capt
     html = (place / "results/drawn/report.html").read_text()
     assert len(re.findall(r"<img", html)) == 4 * 3 + 4 * 2  # photo, cumulative attention, label; photo, prediction
     assert "no masks" in html
-    assert "Saliency</th>" not in html
+    assert "Saliency<small>" not in html
     assert json.loads((place / "results/drawn/metrics.json").read_text()) == {"oaa": {}}
     assert json.loads((place / "metrics.json").read_text()) == {"method": "oaa", "iou": {}}
     assert "no masks: nothing was scored" in capsys.readouterr().out
@@ -307,6 +308,15 @@ def test_map_columns_follow_the_selected_method() -> None:
     assert "dense CRF on (4 iterations)" in protocol.provenance(params, "oaa")["Pseudo labels"]
     assert "masks of 10 %" in protocol.provenance(params, "mixed")["Pseudo labels"]
     assert protocol.provenance(params, "supervised")["Pseudo labels"] == "ground truth"
+
+
+@pytest.mark.parametrize(("method", "shown"), [("oaa", True), ("mixed", True), ("blind", False)])
+def test_saliency_is_shown_where_the_labels_read_it(method: str, shown: bool, place: Path) -> None:
+    raw = copy.deepcopy(RAW)
+    raw["pseudo_labels"]["blind"] = {"source": "localizations/cam", "saliency": False}
+    raw["segmentations"]["blind"] = {"labels": "pseudo_labels/blind", **SMALL}
+    experiment({**raw, "rows": [method], "method": method})
+    assert ("Saliency<small>" in (place / "results/drawn/report.html").read_text()) is shown
 
 
 def test_photo_and_mask_are_in_the_headings_of_a_gallery(place: Path) -> None:

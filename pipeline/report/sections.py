@@ -197,10 +197,10 @@ def train_gallery(results: Results) -> str:
     params, stores = results.params, results.stores
     method = _way(results)
     steps: list[Step] = []
-    if params.saliency.kind != "none":
-        steps.append(Step("Saliency", params.saliency.kind, "saliency", stores["saliency"]))
     if method is not None:
         chain = results.rows[method]
+        if params.pseudo_labels[references.unmixed(params, chain["labels"]).split("/")[1]].saliency:
+            steps.append(Step("Saliency", params.saliency.kind, "saliency", stores["saliency"]))
         for heading, name in protocol.map_columns(params, chain["maps"]).items():
             if name.startswith("walks/"):
                 walk = params.walks[name.split("/")[1]]
