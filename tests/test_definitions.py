@@ -99,7 +99,7 @@ def test_snakemake_names_each_file_that_a_person_must_bring(tmp_path: Path) -> N
         "saliency: {kind: store, path: data/none.h5}\n"
         "defaults: {classifiers: {backbone: {weights: data/none.pth}}}\n"
     )
-    command = ["snakemake", "--quiet", "all", "--config", "--configfile", "lacking.yaml"]
+    command = ["snakemake", "--quiet", "all", "--configfile", "lacking.yaml"]
     assert project.run(folder, *command, check=False).splitlines()[-3:] == [
         "error: data/none: missing (root of index); put the dataset there, or correct dataset.root",
         "error: data/none.h5: missing (store of saliency); put the file there, or correct saliency.path",
