@@ -45,9 +45,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     drop = {"attention_drop": {"beta": 0.5, "delta": 0.5}, "accumulate": {"cells": 6, "snapshots": True}}
     head = {"head": {"convs": 1, "channels": 8}}
+    slow = {"training": {**small["classifier"]["training"], "lr": 0.005}}
+    edam = {"method": "edam", "edam": {"channels": 8, "hidden": 8, "heads": 1}, **slow}
     params["classifiers"] = {
         "base": {**small["classifier"], **drop, **head},
         "drs": {**small["classifier"], **drop, **head, "suppression": {}},
+        "edam": {**small["classifier"], **edam, "accumulate": drop["accumulate"]},
     }
     params["localizations"]["drs"] = {"model": "classifiers/drs"}
     params["refinements"] = {"drs": {**small["refinement"], **head, "kind": "regression", "source": "classifiers/drs"}}
@@ -80,6 +83,7 @@ def make_inputs(stage: str) -> None:
     [
         ("classifier", "base", {"model.pt", "log.json", "maps.h5", "snapshots.h5"}),
         ("classifier", "drs", {"model.pt", "log.json", "maps.h5", "snapshots.h5"}),
+        ("classifier", "edam", {"model.pt", "log.json", "maps.h5", "snapshots.h5"}),
         ("refinement", "drs", {"model.pt", "log.json"}),
         ("segmentation", "cam", {"model.pt", "log.json"}),
         ("segmentation", "v2", {"model.pt", "log.json"}),
