@@ -117,12 +117,12 @@ class Graph:
 
     def missing(self) -> list[str]:
         """A line for each file that no job makes and that is not there, by the first job that reads it."""
-        outputs = {path for job in self.jobs for path in job.outputs.values()}
+        made: set[Path] = set()
         lines: dict[Path, str] = {}
         for job in self.jobs:
-            for path, line in missing(job).items():
-                lines.setdefault(path, line)
-        return [line for path, line in lines.items() if path not in outputs]
+            lines |= {path: line for path, line in missing(job).items() if path not in made and path not in lines}
+            made.update(job.outputs.values())
+        return list(lines.values())
 
     def find(self, stage: str, name: str = "") -> Job:
         """Raises PipelineError naming the blocks that there are."""
@@ -248,9 +248,9 @@ class Graph:
         for name in references.rows(self.params):
             chains[name] = {"predictions": f"predictions/{name}"}
             if name in self.params.segmentations:
-                origin = chains[name]["labels"] = self.params.segmentations[name].labels
-                if (origin := references.unmixed(self.params, origin)).startswith("pseudo_labels/"):
-                    chains[name]["maps"] = self.params.pseudo_labels[origin.split("/")[1]].source
+                labels = chains[name]["labels"] = self.params.segmentations[name].labels
+                if rule := references.label_rule(self.params, labels):
+                    chains[name]["maps"] = rule.source
         return chains
 
     def _index_params(self) -> dict[str, Any]:

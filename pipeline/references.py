@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from pipeline.schema import Params
+from pipeline.schema import Params, PseudoLabels
 
 Needs = Mapping[str, tuple[str, ...]]  # SECTION/NAME -> what it is made of
 
@@ -42,10 +42,12 @@ def rows(params: Params) -> dict[str, str]:
     return {name: found[name] for name in (*(params.rows or ()), *found) if name in found}
 
 
-def unmixed(params: Params, labels: str) -> str:
-    """The labels that a mixture starts from; any others as they are."""
+def label_rule(params: Params, labels: str) -> PseudoLabels | None:
+    """The rule behind a segmentation's labels, or behind those that its mixture starts from; None: ground truth."""
     section, _, name = labels.partition("/")
-    return params.mixtures[name].labels if section == "mixtures" else labels
+    if section == "mixtures":
+        return label_rule(params, params.mixtures[name].labels)
+    return params.pseudo_labels[name] if section == "pseudo_labels" else None
 
 
 def only(params: Params, kept: Sequence[str]) -> Params:

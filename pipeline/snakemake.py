@@ -105,7 +105,8 @@ def stage_of(job: Job) -> str:
 def plan(workflow: Any, config: Mapping[str, Any]) -> Plan:
     """Check the params; make the files' times follow the manifests.
 
-    Ends the process with status 1 and a line a fault where the params are wrong, or a folder of images is missing.
+    Ends the process with status 1 and a line a fault where the params are wrong, or a file that a person brings is
+    missing, whichever part of the graph is asked for.
     """
     files, overrides = _sources(workflow.config_settings)
     try:

@@ -73,12 +73,9 @@ def provenance(params: Params, row: str) -> dict[str, str]:
         learner = params.one_step[row]
         return told | {"Pseudo labels": words.on_the_fly(learner), "Segmentation network": words.one_step(learner)}
     network = params.segmentations[row]
-    labels, mixed = network.labels, ""
-    if labels.startswith("mixtures/"):
-        mixture = params.mixtures[labels.split("/")[1]]
-        labels, mixed = mixture.labels, f"; masks of {100 * mixture.share:g} % of the images"
-    if labels.startswith("pseudo_labels/"):
-        rule = params.pseudo_labels[labels.split("/")[1]]
+    section, _, name = network.labels.partition("/")
+    mixed = f"; masks of {100 * params.mixtures[name].share:g} % of the images" if section == "mixtures" else ""
+    if rule := references.label_rule(params, network.labels):
         chain = references.lineage(params, rule.source)
         first = f"{chain[0]} (cumulative attention)" if _accumulated(chain) else chain[0]
         told["Maps"] = " → ".join([first, *chain[1:]])

@@ -199,7 +199,8 @@ def train_gallery(results: Results) -> str:
     steps: list[Step] = []
     if method is not None:
         chain = results.rows[method]
-        if params.pseudo_labels[references.unmixed(params, chain["labels"]).split("/")[1]].saliency:
+        rule = references.label_rule(params, chain["labels"])
+        if rule and rule.saliency:
             steps.append(Step("Saliency", params.saliency.kind, "saliency", stores["saliency"]))
         for heading, name in protocol.map_columns(params, chain["maps"]).items():
             if name.startswith("walks/"):
