@@ -133,7 +133,7 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
         ),
         (
             {"classifiers": {"base": {"augmentation": {"length": [1]}}}},
-            "p.yaml: classifiers.base.augmentation.length: must be a list of 2 numbers, not [1]",
+            "p.yaml: classifiers.base.augmentation.length: must be a list of 2 values, not [1]",
         ),
         ({"classifiers": ["base"]}, "p.yaml: classifiers: must be a mapping of names to blocks, not ['base']"),
         ({"saliency": {"kind": "store"}}, "p.yaml: saliency.path: is missing; saliency.kind store needs it"),

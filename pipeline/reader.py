@@ -1,0 +1,172 @@
+"""Reading plain values (YAML, JSON) into annotated dataclasses strictly: every fault is collected, none stops the rest.
+
+A dataclass states types and ranges beside its fields (``Annotated[float, Range(above=0)]``). It may define
+``faults()``, which yields a line for each contradiction among its values; a line begins with the key at fault.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Protocol, TypeVar
+
+_T = TypeVar("_T")
+Faults = list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field accepts. ``least`` and ``most`` are inclusive bounds, ``above`` and ``below`` exclusive
+    ones."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def fault(self, value: float) -> str | None:
+        """Why ``value`` is refused, or None. Infinities and NaN always are."""
+        if not math.isfinite(value):
+            return f"{value} is not finite"
+        inside = self.least <= value <= self.most and self.above < value < self.below
+        return None if inside else f"{value} must be {self}"
+
+    def __str__(self) -> str:
+        bounds = [
+            f"{relation} {bound:g}"
+            for relation, bound in (
+                ("at least", self.least),
+                ("above", self.above),
+                ("at most", self.most),
+                ("below", self.below),
+            )
+            if math.isfinite(bound)
+        ]
+        return " and ".join(bounds)
+
+
+Share = Annotated[float, Range(least=0, most=1)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(least=0)]
+Count = Annotated[int, Range(least=1)]
+NonNegativeInt = Annotated[int, Range(least=0)]
+
+
+@typing.runtime_checkable
+class Readable(Protocol):
+    """Metadata of an ``Annotated`` field that reads the field's value itself."""
+
+    def read(self, value: Any, where: str, faults: Faults) -> Any:
+        """The value to store; what does not fit is added to ``faults``."""
+
+
+def build(kind: Any, value: Any, where: str, faults: Faults) -> Any:
+    """``value`` as an instance of the annotation ``kind``; what does not fit is added to ``faults``.
+
+    Args:
+        where: the key in front of each fault, such as 'classifiers.cam.training'.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _annotated(arguments[0], arguments[1:], value, where, faults)
+    if dataclasses.is_dataclass(kind):
+        return build_block(typing.cast(type, kind), value, where, faults)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return build(next(a for a in arguments if a is not types.NoneType), value, where, faults)
+    if origin is typing.Literal:
+        if value not in arguments or isinstance(value, bool):
+            choices = ", ".join(map(str, arguments))
+            faults.append(f"{where}: {value!r} is none of {choices}{did_you_mean(str(value), map(str, arguments))}")
+        return value
+    if origin is dict:
+        return _mapping(arguments[1], value, where, faults)
+    if origin is tuple:
+        size = None if arguments[-1] is Ellipsis else len(arguments)
+        if not isinstance(value, Sequence) or isinstance(value, str) or (size and len(value) != size):
+            faults.append(f"{where}: must be a list{f' of {size} values' if size else ''}, not {shown(value)}")
+            return ()
+        return tuple(build(arguments[0], item, f"{where}[{i}]", faults) for i, item in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        faults.append(f"{where}: must be {_type_name(kind)}, not {shown(value)}")
+    elif kind is float and not math.isfinite(value):
+        faults.append(f"{where}: {value} is not finite")
+    return value
+
+
+def _annotated(kind: Any, metadata: tuple[Any, ...], value: Any, where: str, faults: Faults) -> Any:
+    for item in metadata:
+        if isinstance(item, Readable):
+            return item.read(value, where, faults)
+    before = len(faults)
+    built = build(kind, value, where, faults)
+    if len(faults) == before and built is not None:
+        for item in metadata:
+            if isinstance(item, Range) and (fault := item.fault(built)):
+                faults.append(f"{where}: {fault}")
+    return built
+
+
+def _mapping(kind: Any, value: Any, where: str, faults: Faults) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        faults.append(f"{where}: must be a mapping of names to blocks, not {shown(value)}")
+        return {}
+    for name in value:
+        if not (isinstance(name, str) and name.isascii() and name.replace("_", "").isalnum()):
+            faults.append(f"{where}.{name}: a block's name consists of ASCII letters, digits and '_'")
+    return {name: build(kind, block, f"{where}.{name}", faults) for name, block in value.items()}
+
+
+def build_block(kind: type[_T], value: Any, where: str, faults: Faults) -> _T | None:
+    """A dataclass from a mapping; its own ``faults()`` are asked for once its fields are right."""
+    if not isinstance(value, Mapping):
+        faults.append(f"{where}: must be a mapping, not {shown(value)}")
+        return None
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind)) if field.init}
+    dot = f"{where}." if where else ""
+    before = len(faults)
+    for key in value:
+        if key not in fields:
+            faults.append(f"{dot}{key}: unknown key{did_you_mean(str(key), fields)}")
+    arguments = {key: build(hints[key], value[key], f"{dot}{key}", faults) for key in fields if key in value}
+    for name, field in fields.items():
+        if name not in arguments and _is_required(field):
+            faults.append(f"{dot}{name}: is missing")
+            return None
+    built = kind(**arguments)
+    if len(faults) == before and (own := getattr(built, "faults", None)) is not None:
+        faults.extend(prefixed(where, own()))
+    return built
+
+
+def prefixed(where: str, lines: Iterable[str]) -> Iterator[str]:
+    """Faults of a block under its full key; a fault of the block as a whole begins with ': '."""
+    for line in lines:
+        yield f"{where}{line}" if line.startswith(":") or not where else f"{where}.{line}"
+
+
+def _is_required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """'; did you mean X?' where a choice is close to ``word``, else ''."""
+    close = difflib.get_close_matches(word, list(choices), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _type_name(kind: type) -> str:
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    return names.get(kind, kind.__name__)
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: null as YAML spells it, and nothing longer than a line."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,173 @@
+"""Implementations found by name: methods, refinement, segmentation and one-step networks, label rules, backbones.
+
+An implementation registers itself in its own file: ``@METHODS.register("amr")``. A registry finds its names by reading
+the files of its package and imports a file when its entry is first asked for. So nothing else lists the names, a stage
+loads only what its block names, and reading params.yaml does not import torch.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pipeline import reader
+from pipeline.errors import PipelineError
+
+T = TypeVar("T")
+_ROOT = Path(__file__).parent.parent
+
+
+class Registry(Generic[T]):
+    """The implementations of one kind.
+
+    Args:
+        variable: the name of this registry in this module, by which files register.
+        folder: whose files are searched for entries, relative to the project, such as 'pipeline/methods'.
+        kind: what messages call an entry, such as 'method'.
+    """
+
+    def __init__(self, variable: str, folder: str, kind: str) -> None:
+        self.variable, self.folder, self.kind = variable, folder, kind
+        self._loaded: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """A decorator that enters a class or function under ``name``."""
+
+        def enter(entry: T) -> T:
+            self._loaded[name] = entry
+            return entry
+
+        return enter
+
+    def __getitem__(self, name: str) -> T:
+        """The entry, its module imported if need be.
+
+        Raises:
+            PipelineError: no file registers the name.
+        """
+        if name not in self._loaded:
+            if (file := self.file(name)) is None:
+                raise PipelineError(self.unknown(name))
+            importlib.import_module(".".join(file.relative_to(_ROOT).with_suffix("").parts))
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._loaded or name in self._files
+
+    def names(self) -> list[str]:
+        """All names, those of entries that no file of the package registers (a test's, say) included."""
+        return sorted({*self._files, *self._loaded})
+
+    def file(self, name: str) -> Path | None:
+        """The file that registers ``name``; None where no file of the package does."""
+        return self._files.get(name)
+
+    def unknown(self, name: str) -> str:
+        """The message for a name that is not registered."""
+        names = self.names()
+        return f"{name!r} is none of {', '.join(names)}{reader.did_you_mean(name, names)}"
+
+    @functools.cached_property
+    def _files(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for file in sorted((_ROOT / self.folder).rglob("*.py")):
+            text = file.read_text(encoding="utf-8")
+            if f"@{self.variable}.register(" in text:
+                found |= dict.fromkeys(self._names(ast.parse(text)), file)
+        return found
+
+    def _names(self, tree: ast.Module) -> list[str]:
+        return [
+            call.args[0].value
+            for node in tree.body
+            if isinstance(node, ast.ClassDef | ast.FunctionDef)
+            for call in node.decorator_list
+            if isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Attribute)
+            and isinstance(call.func.value, ast.Name)
+            and (call.func.value.id, call.func.attr) == (self.variable, "register")
+            and isinstance(call.args[0], ast.Constant)
+            and isinstance(call.args[0].value, str)
+        ]
+
+    def read(self, value: Any, where: str, faults: reader.Faults) -> "Choice | None":
+        """A choice from ``NAME`` or ``{NAME: {KEY: VALUE}}``; its settings are read when they are first asked for."""
+        name: Any = value
+        raw: Any = None
+        if isinstance(value, Mapping) and len(value) == 1:
+            name, raw = next(iter(value.items()))
+        if not isinstance(name, str) or not isinstance(raw, Mapping | None):
+            faults.append(f"{where}: must be NAME or {{NAME: {{...}}}}, not {reader.shown(value)}")
+        elif name not in self:
+            faults.append(f"{where}: {self.unknown(name)}")
+        else:
+            return Choice(self, name, raw or {}, where)
+        return None
+
+
+class Choice:
+    """A registered implementation and its settings, as a block of params.yaml names them.
+
+    ``settings`` is an instance of the entry's ``Settings`` (of the entry itself where it is a dataclass). It is read on
+    first access, which imports the entry's module.
+    """
+
+    def __init__(
+        self, registry: Registry[Any], name: str, raw: Mapping[str, Any] | None = None, where: str = ""
+    ) -> None:
+        self.registry, self.name, self.raw, self.where = registry, name, dict(raw or {}), where
+
+    @property
+    def entry(self) -> Any:
+        """The registered class or function."""
+        return self.registry[self.name]
+
+    @functools.cached_property
+    def settings(self) -> Any:
+        """The settings, checked.
+
+        Raises:
+            PipelineError: with every fault found, a line each.
+        """
+        faults: reader.Faults = []
+        kind = getattr(self.entry, "Settings", self.entry)
+        built = reader.build_block(kind, self.raw, f"{self.where}.{self.name}", faults)
+        if faults:
+            raise PipelineError(*faults)
+        return built
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Choice):
+            return NotImplemented
+        same = self.registry is other.registry and self.name == other.name
+        return same and (self.raw == other.raw or self.settings == other.settings)
+
+    def __hash__(self) -> int:
+        return hash((self.registry.variable, self.name))
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.raw})"
+
+
+METHODS: Registry[Any] = Registry("METHODS", "pipeline/methods", "method")
+ONE_STEP: Registry[Any] = Registry("ONE_STEP", "pipeline/methods", "one-step network")
+REFINEMENTS: Registry[Any] = Registry("REFINEMENTS", "pipeline/refinement", "refinement network")
+RULES: Registry[Any] = Registry("RULES", "pipeline/labels", "label rule")
+SEGMENTATIONS: Registry[Any] = Registry("SEGMENTATIONS", "pipeline/networks", "segmentation network")
+BACKBONES: Registry[Any] = Registry("BACKBONES", "pipeline/networks", "backbone")
+
+CHOICES = ("method", "network", "rule")  # the keys of blocks that hold a ``Choice``
+
+
+def plain(value: Any) -> Any:
+    """A block as JSON holds it: dataclasses as mappings, tuples as lists, a choice as ``{NAME: settings}``."""
+    if isinstance(value, Choice):
+        return {value.name: plain(value.settings)}
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
