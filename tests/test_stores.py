@@ -234,7 +234,11 @@ class TestFiles:
         (tmp_path / "package" / "sub" / "a.py").write_text("a = 2\n")
         second = files.code_hash(roots)
         (tmp_path / "stage.py").write_text("b = 2\n")
-        assert len({first, second, files.code_hash(roots)}) == 3
+        third = files.code_hash(roots)
+        (tmp_path / "package" / "sub" / "page.html.j2").write_text("{{ title }}\n")
+        fourth = files.code_hash(roots)
+        (tmp_path / "package" / "sub" / "style.css").write_text("p { margin: 0; }\n")
+        assert len({first, second, third, fourth, files.code_hash(roots)}) == 5
 
     def test_atomic_appears_whole_or_not_at_all(self, tmp_path: Path) -> None:
         path = tmp_path / "new" / "a.txt"

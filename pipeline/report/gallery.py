@@ -1,19 +1,17 @@
-"""Galleries: the same images at every step of the way from tags to masks."""
+"""The data of the galleries, which show the same images at every step from tags to masks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Literal
 
 from pipeline.data.index import Image
 from pipeline.report.pictures import PALETTE, Pixels, colours, data_uri, grey, heat, overlay, read_photo
-from pipeline.report.tables import table
 from pipeline.stores.raster import RasterStore
 
 
 @dataclass(frozen=True)
 class Step:
-    """A column: what a store holds of each image. ``kind``: how to draw it."""
+    """A column of a gallery: a store and how to draw the raster that it holds for each image."""
 
     heading: str
     name: str
@@ -22,8 +20,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Layers:
-    """A row of each image: what a store holds of a network's layers, the first of ``layers`` under 1, and so on."""
+class Network:
+    """A row of each image in a gallery of layers. ``store`` keeps the first of ``layers`` under 1, and so on."""
 
     name: str
     remark: str
@@ -31,26 +29,95 @@ class Layers:
     store: RasterStore
 
 
+@dataclass(frozen=True)
+class Chip:
+    """A class name and its colour as CSS."""
+
+    name: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An <img>. ``flat``: a label map, which the browser must not smooth."""
+
+    uri: str
+    alt: str
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An image that a gallery shows."""
+
+    id: str
+    tags: Sequence[Chip]
+    photo: Picture
+
+
+@dataclass(frozen=True)
+class GalleryRow:
+    """An image with its mask and a picture for each step; None where a store does not hold the image."""
+
+    subject: Subject
+    mask: Picture | None
+    pictures: Sequence[Picture | None]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A row for each image, a column for each step. ``masked``: the mask stands beside the photo."""
+
+    legend: Sequence[Chip]
+    masked: bool
+    steps: Sequence[Step]
+    rows: Sequence[GalleryRow]
+
+
+@dataclass(frozen=True)
+class LayerBlock:
+    """An image with, for each network, a picture for each layer; None where the network lacks the layer."""
+
+    subject: Subject
+    rows: Sequence[tuple[Network, Sequence[Picture | None]]]
+
+
+@dataclass(frozen=True)
+class LayerGallery:
+    """For each image a row for each network, a column for each layer."""
+
+    layers: Sequence[str]
+    blocks: Sequence[LayerBlock]
+
+
 def gallery(
     images: Sequence[Image], steps: Sequence[Step], names: Sequence[str], masks: RasterStore | None = None
-) -> str:
-    """A table of pictures: a row an image, a column a step. ``names``: background first.
+) -> Gallery:
+    """Draw every step of the images. ``names``: class names by id, background first."""
+    legend = [*(_chip(class_id, name) for class_id, name in enumerate(names)), _chip(255, "ignored")]
+    rows = []
+    for image in images:
+        photo = read_photo(image)
+        mask = Step("Mask", "ground truth", "labels", masks) if masks is not None else None
+        rows.append(
+            GalleryRow(
+                _subject(image, photo, names),
+                _picture(mask, image, photo) if mask else None,
+                [_picture(step, image, photo) for step in steps],
+            )
+        )
+    return Gallery(legend, masks is not None, steps, rows)
 
-    Photo and mask stand in the rows' headings, which stay in view however many columns there are.
-    """
-    head = f'<th scope="col">{"Photo" if masks is None else "Photo and mask"}</th>' + "".join(
-        f'<th scope="col">{escape(step.heading)}<small>{escape(step.name)}</small></th>' for step in steps
-    )
-    return table(f"<tr>{head}</tr>", (_row(image, steps, names, masks) for image in images), "gallery")
 
-
-def layer_gallery(images: Sequence[Image], networks: Sequence[Layers], names: Sequence[str]) -> str:
-    """A table of pictures: for each image a row a network, a column a layer. ``names``: background first."""
+def layer_gallery(images: Sequence[Image], networks: Sequence[Network], names: Sequence[str]) -> LayerGallery:
+    """Draw every layer of every network for the images. ``names``: class names by id, background first."""
     layers = list(dict.fromkeys(layer for network in networks for layer in network.layers))
-    titles = ("Photo", "Classifier", *layers)
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
-    body = (row for image in images for row in _block(image, networks, layers, names))
-    return table(f"<tr>{head}</tr>", body, "gallery layers")
+    blocks = []
+    for image in images:
+        photo = read_photo(image)
+        rows = [(network, [_layer(network, layer, image, photo) for layer in layers]) for network in networks]
+        blocks.append(LayerBlock(_subject(image, photo, names), rows))
+    return LayerGallery(layers, blocks)
 
 
 def holds(store: RasterStore, image: Image) -> bool:
@@ -58,58 +125,31 @@ def holds(store: RasterStore, image: Image) -> bool:
     return image.id in store and bool(store.classes(image.id))
 
 
-def legend(names: Sequence[str]) -> str:
-    """The colours of label maps. ``names``: background first."""
-    chips = "".join(_chip(class_id, name) for class_id, name in enumerate(names))
-    return f'<ul class="tags">{chips}{_chip(255, "ignored")}</ul>'
+def _subject(image: Image, photo: Pixels, names: Sequence[str]) -> Subject:
+    picture = Picture(data_uri(photo, lossless=False), f"photo of {image.id}")
+    return Subject(image.id, [_chip(tag, names[tag]) for tag in image.tags], picture)
 
 
-def _row(image: Image, steps: Sequence[Step], names: Sequence[str], masks: RasterStore | None) -> str:
-    photo = read_photo(image)
-    tags = "".join(_chip(tag, names[tag]) for tag in image.tags)
-    shown = f'<img src="{data_uri(photo, lossless=False)}" alt="photo of {escape(image.id)}">'
-    if masks is not None:
-        shown += _picture(Step("Mask", "ground truth", "labels", masks), image, photo)
-    cells = "".join(f"<td>{_picture(step, image, photo)}</td>" for step in steps)
-    heading = f'<div class="pair">{shown}</div>{escape(image.id)}<ul class="tags">{tags}</ul>'
-    return f'<tr><th scope="row">{heading}</th>{cells}</tr>'
-
-
-def _picture(step: Step, image: Image, photo: Pixels) -> str:
+def _picture(step: Step, image: Image, photo: Pixels) -> Picture | None:
     if not holds(step.store, image):
-        return "none"
-    kind = ' class="flat"' if step.kind == "labels" else ""
-    return f'<img{kind} src="{_draw(step, image, photo)}" alt="{escape(f"{step.heading} of {image.id}")}">'
-
-
-def _draw(step: Step, image: Image, photo: Pixels) -> str:
+        return None
+    alt = f"{step.heading} of {image.id}"
     if step.kind == "maps":
-        return data_uri(overlay(photo, step.store.maps(image.id)), lossless=False)
+        return Picture(data_uri(overlay(photo, step.store.maps(image.id)), lossless=False), alt)
     raster = step.store.get(image.id)
-    return data_uri(colours(raster), lossless=True) if step.kind == "labels" else data_uri(grey(raster), lossless=False)
+    if step.kind == "labels":
+        return Picture(data_uri(colours(raster), lossless=True), alt, flat=True)
+    return Picture(data_uri(grey(raster), lossless=False), alt)
 
 
-def _block(image: Image, networks: Sequence[Layers], layers: Sequence[str], names: Sequence[str]) -> Iterator[str]:
-    photo = read_photo(image)
-    tags = "".join(_chip(tag, names[tag]) for tag in image.tags)
-    picture = f'<img src="{data_uri(photo, lossless=False)}" alt="photo of {escape(image.id)}">'
-    size = max(1, photo.shape[0] // 2), max(1, photo.shape[1] // 2)  # enough for maps that are coarser than photos
-    first = f'<td rowspan="{len(networks)}">{picture}{escape(image.id)}<ul class="tags">{tags}</ul></td>'
-    for network in networks:
-        cells = ""
-        for layer in layers:
-            drawn = "none"
-            if layer in network.layers:
-                raster = network.store.get(image.id, network.layers.index(layer) + 1)
-                words = escape(f"{layer} of {network.name}, {image.id}")
-                uri = data_uri(heat(raster, size), lossless=False)
-                drawn = f'<img src="{uri}" alt="{words}">'
-            cells += f"<td>{drawn}</td>"
-        heading = f'<th scope="row">{escape(network.name)}<small>{escape(network.remark)}</small></th>'
-        yield f"<tr>{first}{heading}{cells}</tr>"
-        first = ""
+def _layer(network: Network, layer: str, image: Image, photo: Pixels) -> Picture | None:
+    if layer not in network.layers:
+        return None
+    raster = network.store.get(image.id, network.layers.index(layer) + 1)
+    size = max(1, photo.shape[0] // 2), max(1, photo.shape[1] // 2)  # feature maps are coarser than photos
+    return Picture(data_uri(heat(raster, size), lossless=False), f"{layer} of {network.name}, {image.id}")
 
 
-def _chip(class_id: int, name: str) -> str:
+def _chip(class_id: int, name: str) -> Chip:
     red, green, blue = PALETTE[class_id].tolist()
-    return f'<li><i style="background:rgb({red},{green},{blue})"></i>{escape(name)}</li>'
+    return Chip(name, f"rgb({red},{green},{blue})")

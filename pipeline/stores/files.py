@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+SOURCES = (".py", ".j2", ".css")  # file name endings of code: Python, templates and the style sheet of the report
+
 
 def sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
@@ -39,11 +41,12 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
 
 
 def code_hash(paths: tuple[str, ...]) -> str:
-    """sha256 over the Python sources below these files and folders, in a stable order."""
+    """sha256 over the sources (``SOURCES``) below these files and folders, in a stable order."""
     digest = hashlib.sha256()
     for root in paths:
         path = Path(root)
-        for source in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        found = sorted(file for file in path.rglob("*") if file.suffix in SOURCES) if path.is_dir() else [path]
+        for source in found:
             digest.update(f"{source.as_posix()}\0".encode())
             digest.update(source.read_bytes())
     return digest.hexdigest()
