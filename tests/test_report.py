@@ -15,7 +15,7 @@ from pipeline import params as parameters
 from pipeline import references
 from pipeline.data.sample import choose
 from pipeline.graph import Graph
-from pipeline.report import charts, metrics, pictures, protocol
+from pipeline.report import metrics, pictures, protocol
 from pipeline.runtime import Runtime
 from pipeline.stage import Work
 from pipeline.stores.raster import RasterWriter
@@ -350,19 +350,3 @@ def test_gallery_prefers_images_of_several_classes() -> None:
     assert [image.id for image in choose(images, 2)] == ["0", "6"]
     assert [image.id for image in choose(images, 6)] == ["0", "1", "3", "6", "7", "9"]
     assert len(choose(images, 40)) == 12
-
-
-def test_chart_axes_are_round_and_long_curves_are_thinned() -> None:
-    assert charts.ticks(0, 0.59) == [0, 0.2, 0.4, 0.6]
-    assert charts.ticks(1, 12) == [0, 5, 10, 15]
-    assert charts.ticks(3, 3) == [3, 4]
-    points = charts.thin([(step, float(step)) for step in range(1000)] + [(1000, float("nan"))], 100)
-    assert len(points) == 100
-    assert points[0] == (4.5, 4.5)
-    assert charts.line_chart("none", "x", "y", {"a": []}) == ""
-
-
-def test_lines_of_many_series_differ() -> None:
-    chart = charts.line_chart("many", "x", "y", {str(number): [(0, 0), (1, number)] for number in range(22)})
-    lines = re.findall(r'<polyline class="(s\d)" points="[^"]*"(.*?)/>', chart.partition("<ul")[0])
-    assert len(lines) == len(set(lines)) == 22

@@ -23,7 +23,7 @@ class Frame:
 
 
 OVERLAY = Frame(width=520, height=230, left=46, right=14, top=8, bottom=24, ticks=6)
-PANEL = Frame(width=240, height=130, left=34, right=10, top=8, bottom=20, ticks=3)
+PANEL = Frame(width=200, height=112, left=34, right=10, top=8, bottom=20, ticks=4)
 
 
 @dataclass(frozen=True)
