@@ -1,4 +1,4 @@
-"""Gather every row's numbers: metrics.json, and report.html for a person."""
+"""Collect every row's scores in metrics.json and present them in report.html."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.stores.raster import RasterStore
 
 
 def main(work: Work) -> None:
-    """Write the page, the table of all rows, and the selected method's numbers; print the table."""
+    """Write the page, the table of all rows and the selected method's scores; print the table."""
     rows, method = work.job.params["rows"], work.job.params["method"]
     scores = _read(work, "scores of ")
     table = metrics.collect(rows, scores)
@@ -34,7 +34,11 @@ def main(work: Work) -> None:
 
 
 def _read(work: Work, prefix: str) -> dict[str, Any]:
-    """The JSON inputs whose names begin with ``prefix``, by the rest of their names."""
+    """The JSON inputs whose names begin with ``prefix``, keyed by the rest of the name.
+
+    Raises:
+        PipelineError: with every input that is not JSON.
+    """
     found, faults = {}, []
     for name, path in work.inputs.items():
         if name.startswith(prefix):

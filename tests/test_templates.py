@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from jinja2 import UndefinedError
 
+from pipeline.report import charts, tables
 from pipeline.report.page import ENVIRONMENT, TEMPLATES
 from pipeline.report.sections import Results, document
 from stages import report
@@ -42,10 +43,11 @@ class Outline(HTMLParser):
 
 
 def marked() -> dict[str, Any]:
-    """test_report's experiment with MARK at the end of its name and of those of its rows and classifiers."""
+    """test_report's experiment; its name and those of its dataset, rows and classifiers end with MARK."""
     raw = copy.deepcopy(drawn.RAW)
     raw["classifiers"]["drs"] = {**drawn.SMALL, "suppression": {}}
     raw |= {"experiment": raw["experiment"] + MARK, "method": raw["method"] + MARK}
+    raw["dataset"]["root"] += MARK
     for section in ("segmentations", "classifiers"):
         raw[section] = {name + MARK: block for name, block in raw[section].items()}
     for section, key in (("refinements", "source"), ("localizations", "model"), ("pseudo_labels", "source")):
@@ -76,6 +78,8 @@ def test_names_are_escaped_everywhere(tmp_path: Path, monkeypatch: pytest.Monkey
     caught: list[Results] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(drawn, "NAMES", [name + MARK for name in NAMES])
+    monkeypatch.setattr(tables, "LEVEL", len(NAMES))  # with background they stand upright, without it level
+    monkeypatch.setattr(charts, "COLOURS", 2)  # the two classifiers share a chart, the five rows have panels
     monkeypatch.setattr(report, "document", lambda results: caught.append(results) or "")
     raw = marked()
     drawn.experiment(raw)
@@ -86,10 +90,13 @@ def test_names_are_escaped_everywhere(tmp_path: Path, monkeypatch: pytest.Monkey
     shown, expected = Outline(page), Outline(document(results))
     assert HOSTILE not in page
     assert shown.tags == expected.tags
+    assert shown.values["class"].count("class") == len(NAMES) + 1 + len(NAMES) + 1  # upright: IoU, confusion
     for row in drawn.RAW["segmentations"]:
         assert shown.texts["th"].count(row + HOSTILE) >= 3  # methods, protocol, IoU by class
         assert row + HOSTILE in shown.texts["text"]  # SVG
         assert row + HOSTILE in shown.texts["title"]  # tooltip of the training's loss
+        assert row + HOSTILE in shown.texts["span"]  # heading of its panel
+        assert f"Training loss of segmentations: {row}{HOSTILE}" in shown.values["aria-label"]
         assert any(alt.startswith(f"{row}{HOSTILE} of ") for alt in shown.values["alt"])
     for name in NAMES:
         assert name + HOSTILE in shown.texts["th"]

@@ -1,4 +1,4 @@
-"""The rows of an experiment in numbers: what metrics.json holds and the terminal shows."""
+"""The scores of an experiment's rows, as metrics.json stores them and the terminal prints them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Metrics = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Column:
-    """A number of the table: ``score`` of the row's ``step``. ``better``: 1 higher, -1 lower, 0 neither."""
+    """A column of the table: ``score`` of the row's ``step``. ``better``: 1 if higher is better, -1 if lower is, else 0."""
 
     key: str
     step: str
@@ -35,7 +35,7 @@ CELL = 10  # characters of a number in the plain text
 
 
 def supervision(chain: Mapping[str, str]) -> str:
-    """What a row learned from: 'weak' (tags alone), 'mixed' (some masks) or 'full' (all masks: the upper bound)."""
+    """What supervises a row: 'weak' (tags alone), 'mixed' (some masks) or 'full' (all masks: the upper bound)."""
     labels = chain.get("labels", "")  # a one-step network has none
     if labels == "ground_truth":
         return "full"
@@ -43,7 +43,7 @@ def supervision(chain: Mapping[str, str]) -> str:
 
 
 def collect(rows: Chains, scores: Scores) -> Metrics:
-    """The numbers of every row, shares in [0, 1]; what was not or cannot be scored is left out."""
+    """The scores of every row as shares in [0, 1]; scores that do not exist are left out."""
     metrics: Metrics = {}
     for row, chain in rows.items():
         found = {column.key: scores.get(chain.get(column.step, ""), {}).get(column.score) for column in COLUMNS}
@@ -52,13 +52,13 @@ def collect(rows: Chains, scores: Scores) -> Metrics:
 
 
 def headline(method: str, rows: Chains, scores: Scores) -> dict[str, Any]:
-    """The numbers of one row with its IoU per class: the metrics.json at the top."""
+    """The scores of one row and its IoU per class, for the metrics.json at the top of the project."""
     iou = scores.get(rows[method]["predictions"], {}).get("iou", {})
     return {"method": method, **collect(rows, scores)[method], "iou": {k: v for k, v in iou.items() if v is not None}}
 
 
 def best(metrics: Metrics, rows: Chains) -> set[tuple[str, str]]:
-    """(row, key) of the best weakly supervised rows, where there are several to compare; ties all count."""
+    """(row, key) of the best weakly supervised rows, ties included; empty for a score that only one row has."""
     weak = [row for row in rows if supervision(rows[row]) == "weak"]
     out: set[tuple[str, str]] = set()
     for column in COLUMNS:
@@ -69,7 +69,7 @@ def best(metrics: Metrics, rows: Chains) -> set[tuple[str, str]]:
 
 
 def text_table(metrics: Metrics, rows: Chains, method: str) -> str:
-    """Aligned plain text, in percent; '>' marks the selected method, '*' beside a number the best weak row."""
+    """Aligned plain text in percent: '>' marks the selected method, '*' the best weakly supervised row."""
     used = [column for column in COLUMNS if any(column.key in values for values in metrics.values())]
     if not used:
         return "no masks: nothing was scored"

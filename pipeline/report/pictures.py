@@ -1,4 +1,4 @@
-"""Photos, maps and label maps as small pictures that a page can carry within itself."""
+"""Photos, maps and label maps as small pictures that are embedded in the page."""
 
 import base64
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from pipeline.data.index import Image
 from pipeline.errors import PipelineError
 
 Pixels = NDArray[np.uint8]
-LONG_SIDE = 264  # pixels of a picture; the page shows it at half of that, sharp on dense screens
+LONG_SIDE = 264  # pixels; the page shows pictures at half of that, so that they are sharp on dense screens
 
 
 def palette() -> Pixels:
-    """(256, 3) RGB: PASCAL VOC's colours, the bits of a class id dealt to the channels from the top; 255 is cream."""
+    """(256, 3) RGB: PASCAL VOC's colour map, which spreads the bits of a class id over the channels; 255 is cream."""
     ids = np.arange(256)
     colours = np.zeros((256, 3), np.uint8)
     for bit in range(8):
@@ -29,10 +29,10 @@ PALETTE = palette()
 
 
 def read_photo(image: Image) -> Pixels:
-    """RGB, its long side brought to ``LONG_SIDE``.
+    """The image as (height, width, 3) RGB, resized so that its long side has ``LONG_SIDE`` pixels.
 
     Raises:
-        PipelineError: the file does not decode.
+        PipelineError: the file cannot be decoded.
     """
     found = cv2.imread(str(image.file), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if found is None:
@@ -44,7 +44,8 @@ def read_photo(image: Image) -> Pixels:
 
 
 def overlay(photo: Pixels, maps: Mapping[int, Pixels]) -> Pixels:
-    """The strongest map as heat over the photo, and a line in its class's colour around half of each map's maximum."""
+    """The photo under the pixelwise maximum of the maps as heat; a line in each class's colour encloses the region that
+    reaches half of its map's maximum."""
     height, width = photo.shape[:2]
     values = {
         class_id: cv2.resize(raster.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
@@ -63,7 +64,7 @@ def overlay(photo: Pixels, maps: Mapping[int, Pixels]) -> Pixels:
 
 
 def heat(raster: Pixels, size: tuple[int, int]) -> Pixels:
-    """A map alone as an RGB picture of ``size`` (height, width): dark where it is 0, bright where it is 255."""
+    """A map without its photo, as RGB of ``size`` (height, width): dark where it is 0, bright where it is 255."""
     interpolation = cv2.INTER_AREA if size[0] < raster.shape[0] else cv2.INTER_LINEAR
     return _inferno(np.asarray(cv2.resize(raster, size[::-1], interpolation=interpolation), np.uint8))
 
@@ -73,12 +74,12 @@ def _inferno(levels: Pixels) -> Pixels:
 
 
 def grey(raster: Pixels) -> Pixels:
-    """A saliency map as an RGB picture."""
+    """A saliency map (height, width) as RGB, shrunk to at most ``LONG_SIDE``."""
     return np.repeat(_shrunk(raster, cv2.INTER_AREA)[..., None], 3, axis=2)
 
 
 def colours(labels: Pixels) -> Pixels:
-    """A label map in the palette's colours."""
+    """A label map (height, width) as RGB in the palette's colours, shrunk to at most ``LONG_SIDE``."""
     return PALETTE[_shrunk(labels, cv2.INTER_NEAREST)]
 
 
@@ -91,7 +92,7 @@ def _shrunk(raster: Pixels, interpolation: int) -> Pixels:
 
 
 def data_uri(rgb: Pixels, lossless: bool) -> str:
-    """The picture as PNG or JPEG within a data URI."""
+    """The picture as a data URI: PNG if ``lossless``, else JPEG."""
     kind, options = ("png", []) if lossless else ("jpeg", [cv2.IMWRITE_JPEG_QUALITY, 85])
     done, encoded = cv2.imencode(f".{kind}", np.ascontiguousarray(rgb[..., ::-1]), options)
     if not done:

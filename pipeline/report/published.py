@@ -1,4 +1,4 @@
-"""What the papers report on PASCAL VOC 2012, as they print it: figures to read, none of which was measured here."""
+"""What the papers report on PASCAL VOC 2012, as they print it; none of it was measured here."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ AGEN = "Zhang et al., Attention Guided Enhancement Network"
 
 @dataclass(frozen=True)
 class Published:
-    """mIoU in percent of one row of a paper's table; None where the text of the paper holds none."""
+    """mIoU in percent of one row of a paper's table; None if the text of the paper does not state it."""
 
     method: str
     paper: str
-    network: str  # that segments
+    network: str  # the segmentation network
     supervision: str
     val: float
     test: float | None
