@@ -11,7 +11,7 @@ Metrics = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: ``score`` of the row's ``step``. ``better``: 1 if higher is better, -1 if lower is, else 0."""
+    """A column of the table: ``score`` of the row's ``step``; ``better`` is 1 where higher is better, -1 lower, 0 neither."""
 
     key: str
     step: str
