@@ -11,7 +11,10 @@ Metrics = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: ``score`` of the row's ``step``; ``better`` is 1 where higher is better, -1 lower, 0 neither."""
+    """A column of the table: ``score`` of the row's ``step``.
+
+    ``better``: 1 if higher is better, -1 if lower is, 0 if neither.
+    """
 
     key: str
     step: str
