@@ -14,7 +14,7 @@ min_version("9.27")
 configfile: "params.yaml"
 
 
-PLAN = plan(workflow, config)
+PLAN = plan(workflow)
 P = PLAN.params
 
 

@@ -16,7 +16,7 @@ import torch
 
 from pipeline.data.geometry import Window
 from pipeline.data.loading import Batch
-from pipeline.networks.deeplab import build_segmentation
+from pipeline.networks.segmentation import build_segmentation
 from pipeline.schema import Backbone, Segmentation, Training
 from pipeline.training.settings import autocast, build_optimizer, parameter_groups, prepare
 from stages.segmentation import SegmentationTask

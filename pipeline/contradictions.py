@@ -5,19 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import references
+from pipeline.errors import PipelineError
+from pipeline.registry import Choice
 from pipeline.schema import (
     Affinity,
     Classifier,
     Dataset,
     Edam,
     Localization,
-    Mixture,
     OneStep,
     Params,
-    PseudoLabels,
-    Segmentation,
     Walk,
-    backbones,
 )
 
 SECTIONS = (  # of blocks that ``defaults`` can complete
@@ -31,7 +29,6 @@ SECTIONS = (  # of blocks that ``defaults`` can complete
     "one_step",
 )
 TRAINED = ("classifiers", "refinements", "affinities", "segmentations", "one_step")
-RATES = {"deeplab_largefov": 1, "deeplab_v3plus": 3}  # dilations that a network takes; deeplab_v2: any number
 
 
 def contradictions(params: Params) -> Iterator[str]:
@@ -46,9 +43,8 @@ def contradictions(params: Params) -> Iterator[str]:
     for section in TRAINED:
         for name, block in getattr(params, section).items():
             yield from (f"{section}.{name}.{fault}" for fault in _training_faults(block))
-    for name, rule in params.pseudo_labels.items():
-        if rule.saliency and params.saliency.kind == "none":
-            yield f"pseudo_labels.{name}.saliency: is true, but saliency.kind is none; set it to false"
+    for name, labels in params.pseudo_labels.items():
+        yield from _rule_faults(f"pseudo_labels.{name}.rule", labels.rule, params.saliency.kind != "none")
     for name in params.one_step:
         if name in params.segmentations:
             yield f"one_step.{name}: segmentations has the same name, and both would be predictions/{name}"
@@ -97,9 +93,6 @@ def _training_faults(block: Any) -> Iterator[str]:
         yield f"training.warmup_start: {training.warmup_start} is not within 0 and 1"
     if block.augmentation.side != "none" and block.augmentation.length is None:
         yield f"augmentation.length: is missing; side {block.augmentation.side} needs it"
-    for key, backbone in backbones(block).items():
-        if backbone.frozen and backbone.weights is None:
-            yield f"{key}.frozen: would stay random; name {key}.weights, or freeze nothing"
 
 
 def _localization_faults(localization: Localization) -> Iterator[str]:
@@ -125,22 +118,18 @@ def _walk_faults(walk: Walk) -> Iterator[str]:
     yield from (f"{key}: {getattr(walk, key)} is not above 0" for key in ("beta", "power") if getattr(walk, key) <= 0)
 
 
-def _rule_faults(rule: PseudoLabels) -> Iterator[str]:
-    if rule.rule in ("drs", "edam") and not rule.saliency:
-        yield f"saliency: is false, but rule {rule.rule} needs saliency"
-    if rule.rule == "confident" and (rule.crf is None or rule.saliency):
-        yield ": rule confident needs crf, and saliency: false"
-    if rule.rule == "confident" and rule.background_power is not None:
-        yield "background_power: rule confident has two constants; set it to null"
-    if rule.rule == "confident" and not 0 < rule.certainty < 1:
-        yield f"certainty: {rule.certainty} is not between 0 and 1"
-    if rule.confidence > 0 and rule.crf is None:
-        yield "confidence: is of the CRF's marginals; set crf, or confidence to 0"
-
-
-def _mixture_faults(mixture: Mixture) -> Iterator[str]:
-    if not 0 <= mixture.share <= 1:
-        yield f"share: {mixture.share} is not within 0 and 1"
+def _rule_faults(where: str, rule: Choice, saliency: bool) -> Iterator[str]:
+    """Of a label rule, whose settings are read here: that imports no torch."""
+    try:
+        settings = rule.settings
+    except PipelineError as error:
+        yield from error.lines
+        return
+    if settings.needs_saliency and not saliency:
+        yield (
+            f"{where}: {rule.name} reads saliency maps, but saliency.kind is none; choose saliency maps, or a rule or "
+            "settings without them"
+        )
 
 
 def _dataset_faults(dataset: Dataset) -> Iterator[str]:
@@ -172,16 +161,6 @@ def _classifier_faults(classifier: Classifier) -> Iterator[str]:
             yield f"edam.channels: {edam.channels} is no multiple of edam.heads, {edam.heads}"
 
 
-def _segmentation_faults(settings: Segmentation) -> Iterator[str]:
-    held, count = len(settings.rates), RATES.get(settings.network)
-    if count is not None and held != count:
-        yield f"rates: holds {held} dilations, {settings.network} takes {count}"
-    elif not held:
-        yield f"rates: is empty; {settings.network} takes one dilation for each parallel convolution"
-    yield from (f"rates: {rate} is below 1" for rate in settings.rates if rate < 1)
-    yield from (f"extra_scales: {scale} is not above 0" for scale in settings.extra_scales if scale <= 0)
-
-
 def _one_step_faults(settings: OneStep) -> Iterator[str]:
     for key, choices in (("agm", (3, 4, 5)), ("coam", settings.agm)):
         for stage in getattr(settings, key):
@@ -199,8 +178,5 @@ _FAULTS: Mapping[str, Callable[[Any], Iterator[str]]] = {
     "localizations": _localization_faults,
     "affinities": _affinity_faults,
     "walks": _walk_faults,
-    "pseudo_labels": _rule_faults,
-    "mixtures": _mixture_faults,
-    "segmentations": _segmentation_faults,
     "one_step": _one_step_faults,
 }

@@ -14,6 +14,7 @@ from pipeline import params as parameters
 from pipeline import references
 from pipeline.contradictions import TRAINED
 from pipeline.errors import PipelineError
+from pipeline.registry import plain
 from pipeline.schema import MAKERS, Params, backbones
 from pipeline.stores import manifest
 from pipeline.stores.files import code_hash, fingerprint
@@ -78,7 +79,7 @@ STAGES = {  # of the sections whose blocks may feed each other
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a stage. ``params`` is all of the parameters that the stage may look at."""
+    """One run of a stage. ``params`` is all of the parameters that the stage may look at, blocks as dataclasses."""
 
     stage: str
     name: str  # of the block; '' where the stage runs once
@@ -270,7 +271,7 @@ class Graph:
     ) -> Job:
         suffix = {"model": "pt", "log": "json", "maps": "h5", "labels": "h5", "snapshots": "h5"}
         files = {key: self._file(f"{section}/{name}", f"{key}.{suffix[key]}") for key in outputs}
-        return Job(stage, name, inputs | weight_files(block), files, {**(extra or {}), "block": asdict(block)}, block)
+        return Job(stage, name, inputs | weight_files(block), files, {**(extra or {}), "block": block}, block)
 
 
 def weight_files(block: Any) -> dict[str, Path]:
@@ -296,7 +297,7 @@ def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:
     found = manifest.read(job.folder)
     if found is None or found.get("stage") != job.label or not all(path.exists() for path in job.outputs.values()):
         return False
-    if found["params"] != _plain(job.params) or found["code"] != code_hash(job.code):
+    if found["params"] != plain(job.params) or found["code"] != code_hash(job.code):
         return False
     shared = [path for path in job.outputs.values() if path.parent != job.folder and path.is_file()]
     if any(found["outputs"].get(job.key(path)) != fingerprint(path) for path in shared):
@@ -311,13 +312,6 @@ def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:
         if found["inputs"].get(key) != hashes[path]:
             return False
     return True
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def stale(graph: Graph) -> list[Job]:
@@ -336,7 +330,9 @@ def main() -> None:
     """Print the command of every job, in order: ``python -m pipeline.graph [FILE ...] | sh -e`` runs all of them."""
     files = sys.argv[1:] or ["params.yaml"]
     try:
-        graph = Graph(parameters.load([Path(name) for name in files]))
+        params = parameters.load([Path(name) for name in files])
+        parameters.check_settings(params)
+        graph = Graph(params)
     except PipelineError as error:
         sys.exit("\n".join(f"error: {line}" for line in error.lines))
     for job in graph.jobs:

@@ -10,7 +10,7 @@ from pipeline import references
 from pipeline.contradictions import SECTIONS, contradictions
 from pipeline.errors import PipelineError
 from pipeline.reader import Faults, build_block, did_you_mean, shown
-from pipeline.registry import CHOICES
+from pipeline.registry import CHOICES, Choice
 from pipeline.schema import Params
 
 _T = TypeVar("_T")
@@ -122,6 +122,25 @@ def validate(raw: Mapping[str, Any], origin: str = "params.yaml") -> Params:
     if faults or params is None:
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
     return params if params.rows is None else references.only(params, params.rows)
+
+
+def check_settings(params: Params) -> None:
+    """Read the settings of everything that a block names in a registry, networks included, which imports torch.
+
+    Raises:
+        PipelineError: with every fault found, a line each.
+    """
+    faults: Faults = []
+    for section in SECTIONS:
+        for block in getattr(params, section).values():
+            for choice in vars(block).values():
+                if isinstance(choice, Choice):
+                    try:
+                        _ = choice.settings
+                    except PipelineError as error:
+                        faults.extend(error.lines)
+    if faults:
+        raise PipelineError(*faults)
 
 
 def block(kind: type[_T], raw: Mapping[str, Any], origin: str) -> _T:

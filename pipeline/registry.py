@@ -152,6 +152,21 @@ class Choice:
         return f"{self.name}({self.raw})"
 
 
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """Metadata of an annotated field that holds the name of a registered entry alone, without settings."""
+
+    registry: Registry[Any]
+
+    def read(self, value: Any, where: str, faults: reader.Faults) -> Any:
+        """The name; one that is not registered is added to ``faults``."""
+        if not isinstance(value, str):
+            faults.append(f"{where}: must be text, not {reader.shown(value)}")
+        elif value not in self.registry:
+            faults.append(f"{where}: {self.registry.unknown(value)}")
+        return value
+
+
 METHODS: Registry[Any] = Registry("METHODS", "pipeline/methods", "method")
 ONE_STEP: Registry[Any] = Registry("ONE_STEP", "pipeline/methods", "one-step network")
 REFINEMENTS: Registry[Any] = Registry("REFINEMENTS", "pipeline/refinement", "refinement network")

@@ -3,8 +3,12 @@
 ``pipeline.params`` reads a file into these and refuses anything else. A new method's block is added here.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pipeline.reader import Share
+from pipeline.registry import BACKBONES, RULES, SEGMENTATIONS, Choice, Name
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,16 @@ class Backbone:
     """A feature extractor. ``weights``: 'imagenet' (torchvision's, downloaded), null, or a file: a state dict in
     torchvision's layout (a segmentation network's, trained on COCO, too), or the model.pt of another run."""
 
-    name: Literal["vgg16", "resnet50", "resnet101", "resnet38", "mobilenet_v2", "small"]
+    name: Annotated[str, Name(BACKBONES)]
     output_stride: Literal[4, 8, 16, 32] = 8
-    dilated: bool = True  # what loses its stride is dilated instead
+    dilated: bool = True  # layers after a removed stride are dilated instead
     weights: str | None = None
     frozen_batch_norm: bool = False  # keep statistics and affine parameters as loaded
-    frozen: tuple[str, ...] = ()  # the first taps: their stages stay as loaded, batch norms and all
+    frozen: tuple[str, ...] = ()  # the first taps: their stages stay as loaded, batch norms included
+
+    def faults(self) -> Iterator[str]:
+        if self.frozen and self.weights is None:
+            yield "frozen: would keep random weights; name weights, or freeze nothing"
 
 
 def backbones(block: object) -> dict[str, Backbone]:
@@ -275,32 +283,20 @@ class Crf:
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """From maps to label maps. Thresholds are in [0, 1]; see ``pipeline.labels.rules``."""
+    """From maps to label maps: see ``pipeline.labels``."""
 
     source: str  # classifiers/NAME (cumulative attention), localizations/NAME or walks/NAME
-    rule: Literal["oaa", "drs", "edam", "confident", "threshold"] = "oaa"
-    normalise: Literal["minmax", "max", "none"] = "minmax"
-    saliency: bool = True  # background score: 1 - saliency, or the constant ``background``
-    background: float = 0.3
-    background_power: float | None = None  # background score: (1 - strongest class)^power instead
-    attention_threshold: float = 0.3  # scores below it count as nothing; DRS's alpha
-    conflict_threshold: float = 0.9  # several scores above it: ignore
-    object_threshold: float = 0.8  # a class above it on predicted background: ignore
-    saliency_threshold: float = 0.125  # saliency from which predicted background is ignored (32/255); DRS's beta
-    minimum_foreground: float = 0.01  # share of the image below which all of it is ignored
-    crf: Crf | None = None  # over background and the image's tags, before the argmax
-    confidence: float = 0.0  # after the CRF, pixels whose probability is below it are ignored
-    low_background: float = 0.05  # of rule confident: the background score of its second pass (IRN)
-    certainty: float = 0.7  # of rule confident: probability of a pixel's label before the CRF (IRN)
+    rule: Annotated[Choice, RULES]
+    normalise: Literal["minmax", "max", "none"] = "minmax"  # stretch each map from its own range or maximum to 1
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Pseudo labels of which a share of the training images, drawn among those with masks, carry theirs instead (OAA
-    Table 7)."""
+    """Pseudo labels in which a share of the training images, drawn among those with masks, have their masks instead
+    (OAA Table 7)."""
 
     labels: str
-    share: float
+    share: Share
 
 
 @dataclass(frozen=True)
@@ -309,16 +305,12 @@ class Segmentation:
 
     # pseudo_labels/NAME, mixtures/NAME, or ground_truth: the supervised upper bound, of the training images with masks
     labels: str
+    network: Annotated[Choice, SEGMENTATIONS]
     backbone: Backbone
     training: Training
-    network: Literal["deeplab_largefov", "deeplab_v2", "deeplab_v3plus"] = "deeplab_largefov"
-    channels: int = 1024  # of LargeFOV's fc6 and fc7; of v3+'s pyramid and decoder (256 as published); v2 has none
-    rates: tuple[int, ...] = (12,)  # dilations: of fc6; of the pyramid (v2: 6, 12, 18, 24; v3+ at stride 8: 12, 24, 36)
-    dropout: float = 0.5  # v2 has none
     augmentation: Augmentation = field(default_factory=Augmentation)
-    extra_scales: tuple[float, ...] = ()  # further scales of each input; the answer is the maximum of all logits (v2)
     loss_size: Literal["input", "output"] = "input"  # logits upsampled to the labels; or labels (nearest) to the logits
-    self_training: bool = False  # also learn the own answer among the image's tags (DRS's public code)
+    self_training: bool = False  # also learn the network's own labels among the image's tags (DRS's public code)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +102,7 @@ def stage_of(job: Job) -> str:
     return f"{job.stage}@{job.name}" if job.name else job.stage
 
 
-def plan(workflow: Any, config: Mapping[str, Any]) -> Plan:
+def plan(workflow: Any) -> Plan:
     """Check the params; make the files' times follow the manifests.
 
     Ends the process with status 1 and a line a fault where the params are wrong, or a file that a person brings is
@@ -110,7 +110,10 @@ def plan(workflow: Any, config: Mapping[str, Any]) -> Plan:
     """
     files, overrides = _sources(workflow.config_settings)
     try:
-        graph = Graph(parameters.validate(config, " + ".join(files)))
+        # Not Snakemake's own merger of the files: it mixes the settings of two implementations that a key can name.
+        params = parameters.load([Path(name) for name in files], overrides)
+        parameters.check_settings(params)
+        graph = Graph(params)
     except PipelineError as error:
         _refuse(error.lines)
     # Snakemake would not tell the mend, with --quiet nothing at all.

@@ -16,6 +16,7 @@ from typing import Any
 from pipeline import params as parameters
 from pipeline.errors import PipelineError
 from pipeline.graph import Graph, Job, is_fresh, missing
+from pipeline.registry import plain
 from pipeline.runtime import Runtime
 from pipeline.stores import manifest
 from pipeline.stores.files import code_hash, fingerprint, partial, publish
@@ -97,7 +98,7 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
         manifest.write(
             job.folder,
             stage=job.label,
-            params=job.params,
+            params=plain(job.params),
             inputs=inputs,
             outputs={job.key(path): fingerprint(path) for path in job.outputs.values()},
             code=code,
@@ -128,7 +129,7 @@ def _check_inputs(job: Job) -> dict[str, str]:
 def _key(job: Job, inputs: dict[str, str], code: str) -> str:
     import hashlib
 
-    text = json.dumps([job.label, job.params, inputs, code], sort_keys=True)
+    text = json.dumps([job.label, plain(job.params), inputs, code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
-from pipeline.labels.rules import IGNORE, label_image
+from pipeline.labels.base import IGNORE, Rule
+from pipeline.labels.labelling import Normalise, label_image
 from pipeline.schema import PseudoLabels
 from pipeline.stage import Work, progress, run
 from pipeline.stores.blocks import Row, parallel, require, write_blocks
@@ -16,9 +17,10 @@ from pipeline.stores.raster import Raster, RasterStore, RasterWriter
 
 @dataclass(frozen=True)
 class Labeller:
-    """Labels one image; opens the stores in the process that it was sent to. ``key`` stands for their contents."""
+    """Labels one image; opens the stores in the process that it was sent to. ``key`` identifies their contents."""
 
-    rule: PseudoLabels
+    rule: Rule
+    normalise: Normalise
     maps: Path
     saliency: Path
     key: str
@@ -26,9 +28,9 @@ class Labeller:
     def __call__(self, image: Image) -> Raster:
         stored = _open(self.maps, self.key).maps(image.id)
         maps = {class_id: stored[class_id] for class_id in image.tags if class_id in stored}
-        saliency = _open(self.saliency, self.key).get(image.id) if self.rule.saliency else None
-        rgb = read_rgb(image) if self.rule.crf else None
-        return label_image(maps, saliency, rgb, self.rule, (image.height, image.width))
+        saliency = _open(self.saliency, self.key).get(image.id) if self.rule.needs_saliency else None
+        rgb = read_rgb(image) if self.rule.needs_image else None
+        return label_image(maps, saliency, rgb, self.rule, self.normalise, (image.height, image.width))
 
 
 @lru_cache(maxsize=2)
@@ -37,16 +39,17 @@ def _open(path: Path, key: str) -> RasterStore:
 
 
 def main(work: Work) -> None:
-    rule: PseudoLabels = work.job.block
+    block: PseudoLabels = work.job.block
+    rule: Rule = block.rule.settings
     images = Index(work.inputs["index"]).images("train")
     require(RasterStore(work.inputs["maps"]), images)
-    if rule.saliency:
+    if rule.needs_saliency:
         require(RasterStore(work.inputs["saliency"]), images)
-    labeller = Labeller(rule, work.inputs["maps"], work.inputs["saliency"], work.key)
+    labeller = Labeller(rule, block.normalise, work.inputs["maps"], work.inputs["saliency"], work.key)
     with parallel(work.runtime.workers) as each, RasterWriter(work.outputs["labels"], "labels") as writer:
 
-        def compute(block: Sequence[Image]) -> Iterator[Row]:
-            return ((image.id, 0, label) for image, label in zip(block, each(labeller, block), strict=True))
+        def compute(part: Sequence[Image]) -> Iterator[Row]:
+            return ((image.id, 0, label) for image, label in zip(part, each(labeller, part), strict=True))
 
         write_blocks(images, compute, writer, work.checkpoint, progress=partial(progress, label=work.job.label))
     labels = RasterStore(work.outputs["labels"])

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from pipeline.data.loading import Batch
-from pipeline.networks.deeplab import SegmentationNetwork
+from pipeline.networks.segmentation import SegmentationNetwork
 from pipeline.schema import Segmentation
 from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore

@@ -16,7 +16,7 @@ from pipeline.inference import models
 from pipeline.networks.aspp import Aspp
 from pipeline.networks.backbones import BACKBONES
 from pipeline.networks.decoder import Decoder, PooledBatchNorm
-from pipeline.networks.deeplab import HEADS, SegmentationNetwork, build_segmentation
+from pipeline.networks.segmentation import HEADS, SegmentationNetwork, build_segmentation
 from pipeline.networks.large_fov import LargeFov
 from tests.method_contract import Arithmetic, Array
 from tests.networks import convs, on_meta, randomise_batch_norms, resize, size

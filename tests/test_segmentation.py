@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.data.geometry import Window
 from pipeline.data.loading import Batch
 from pipeline.errors import PipelineError
-from pipeline.networks.deeplab import SegmentationNetwork, build_segmentation
+from pipeline.networks.segmentation import SegmentationNetwork, build_segmentation
 from pipeline.params import validate
 from pipeline.schema import Backbone, Segmentation, Training
 from pipeline.training.loop import extent

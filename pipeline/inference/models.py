@@ -1,6 +1,6 @@
 """Trained networks from their files."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,9 +11,10 @@ from pipeline import params
 from pipeline.errors import PipelineError
 from pipeline.methods import build_method
 from pipeline.methods.agen import Agen
-from pipeline.networks.deeplab import build_segmentation
+from pipeline.networks.segmentation import build_segmentation
 from pipeline.refinement import REFINEMENTS
 from pipeline.refinement.affinity import AffinityNetwork
+from pipeline.registry import plain
 from pipeline.schema import Affinity, Classifier, OneStep, Refinement, Segmentation, backbones
 from pipeline.training.checkpoint import load_model, save_model
 
@@ -36,7 +37,7 @@ def build(block: Block, num_classes: int) -> nn.Module:
 
 def save(path: Path, network: nn.Module, block: Block, num_classes: int) -> None:
     """Write a trained network with the block that it was built from."""
-    save_model(path, network, block=type(block).__name__, settings=asdict(block), num_classes=num_classes)
+    save_model(path, network, block=type(block).__name__, settings=plain(block), num_classes=num_classes)
 
 
 def load(path: Path, num_classes: int, device: torch.device) -> nn.Module:

@@ -1,45 +1,58 @@
-"""Labels that are worth learning affinities from: objects and background where a CRF is sure, nothing in between."""
+"""IRN's confident labels, from which affinities are learned: only pixels of which two CRFs are sure have a label."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.labels.crf import dense_crf
-from pipeline.schema import Crf, PseudoLabels
+from pipeline.labels.base import Cues, Rule, as_labels
+from pipeline.labels.crf import dense_crf, describe_crf
+from pipeline.reader import Range, Share
+from pipeline.registry import RULES
+from pipeline.schema import Crf
+from pipeline.stores.raster import Raster
+
+IRN_CRF = Crf(10, 3.0, 3.0, 50.0, 5.0, 10.0)
 
 
-def confident_winners(
-    scores: NDArray[np.float32], image: NDArray[np.uint8], rule: PseudoLabels
-) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """Each pixel's channel, and where none is sure (IRN; the two passes and their numbers are those of its code).
+@RULES.register("confident")
+@dataclass(frozen=True, kw_only=True)
+class Confident(Rule):
+    """Two passes with constant background scores, ``high`` and ``low`` (IRN; passes and numbers are its code's).
 
-    Two passes, with the background at ``rule.background`` (0.30; AMR 0.60) and ``rule.low_background`` (0.05; AMR
-    0.33): the highest score's label has the probability ``rule.certainty``, the others share the rest, and the CRF
-    refines that. A pixel is an object's where the first pass says so, background where both say background, and
-    unsure where the second alone sees an object.
-
-    Args:
-        scores: C x H x W, the background's first; what that holds is not looked at.
-        image: H x W x 3, RGB.
-        rule: with a CRF.
-
-    Returns:
-        H x W channels and H x W true where unsure.
+    In each pass the label of the highest score gets the probability ``certainty``, the others share the rest, and the
+    CRF refines that. A pixel belongs to an object where the pass with ``high`` says so, to the background where both
+    passes do, and is ignored where only the pass with ``low`` finds an object.
     """
-    assert rule.crf is not None
-    sure, possible = (
-        _refined(scores, background, image, rule.certainty, rule.crf)
-        for background in (rule.background, rule.low_background)
-    )
-    return sure, (sure == 0) & (possible > 0)
 
+    high: Share = 0.3  # AMR: 0.6
+    low: Share = 0.05  # AMR: 0.33
+    certainty: Annotated[float, Range(above=0, below=1)] = 0.7
+    crf: Crf = IRN_CRF
 
-def _refined(
-    scores: NDArray[np.float32], background: float, image: NDArray[np.uint8], certainty: float, crf: Crf
-) -> NDArray[np.intp]:
-    """The CRF's labels from those of the highest scores."""
-    count = len(scores)
-    winners = np.concatenate([np.full_like(scores[:1], background), scores[1:]]).argmax(axis=0)
-    chances = np.full_like(scores, (1 - certainty) / max(1, count - 1))
-    np.put_along_axis(chances, winners[None], np.float32(certainty), axis=0)
-    refined: NDArray[np.intp] = dense_crf(image, chances, crf).argmax(axis=0)
-    return refined
+    def faults(self) -> Iterator[str]:
+        if self.low > self.high:
+            yield f"low: {self.low:g} is above high, {self.high:g}; exchange the two"
+
+    @property
+    def needs_image(self) -> bool:
+        return True
+
+    def label(self, cues: Cues) -> Raster:
+        sure, possible = (self._pass(background, cues) for background in (self.high, self.low))
+        return as_labels(sure, (sure == 0) & (possible > 0), cues.classes)
+
+    def describe(self) -> str:
+        return f"constant backgrounds {self.high:g} and {self.low:g}, dense CRF {describe_crf(self.crf)}"
+
+    def _pass(self, background: float, cues: Cues) -> NDArray[np.intp]:
+        """Each pixel's channel after the CRF; 0 is the background."""
+        image = cues.rgb()
+        scores = np.concatenate([np.full((1, *image.shape[:2]), background, np.float32), cues.scores])
+        rest = (1 - self.certainty) / max(1, len(scores) - 1)
+        chances = np.full_like(scores, rest)
+        np.put_along_axis(chances, scores.argmax(axis=0)[None], np.float32(self.certainty), axis=0)
+        refined: NDArray[np.intp] = dense_crf(image, chances, self.crf).argmax(axis=0)
+        return refined

@@ -6,7 +6,12 @@ from numpy.typing import NDArray
 from pipeline.errors import PipelineError
 from pipeline.schema import Crf
 
-FLOOR = 1e-5  # of a probability: log 0 is no energy
+FLOOR = 1e-5  # of a probability, whose logarithm is an energy
+
+
+def describe_crf(settings: Crf | None) -> str:
+    """As 'on (10 iterations)' or 'off'."""
+    return "off" if settings is None else f"on ({settings.iterations} iterations)"
 
 
 def dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.float32], settings: Crf) -> NDArray[np.float32]:

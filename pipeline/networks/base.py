@@ -18,13 +18,25 @@ class Tap(NamedTuple):
     stride: int
 
 
+class Published(NamedTuple):
+    """Where torchvision keeps a network's ImageNet weights, and the prefix of its names for the backbone's parts."""
+
+    enum: str
+    prefix: str
+
+
 class Backbone(nn.Module):
     """A feature extractor: B x 3 x H x W to B x C x ceil(H / stride) x ceil(W / stride).
 
-    ``taps`` names its stages from shallow to deep; the last one is the output. ``stages`` holds one module a tap, and
-    ``layer_types`` tells of which kinds the modules are whose output is that of a layer: activations of a plain
-    network, blocks of a residual one. ``residuals`` names, for each kind of residual block, the module within whose
-    output is added to the shortcut.
+    Args:
+        stages: one module a tap, shallow to deep.
+        taps: by the name of the stage; the last one is the output.
+        frozen_batch_norm: keep the statistics and affine parameters of all batch norms.
+        layer_types: of the modules whose output is that of a layer: activations of a plain network, blocks of a
+            residual one.
+        residuals: for each type of residual block, the name of the module in it whose output is added to the shortcut.
+        published: its ImageNet weights; None where torchvision has none.
+        ends_before_pool: whether a pooling follows the last stage in the published network (VGG-16's pool5).
     """
 
     def __init__(
@@ -34,6 +46,8 @@ class Backbone(nn.Module):
         frozen_batch_norm: bool,
         layer_types: tuple[type[nn.Module], ...],
         residuals: Mapping[type[nn.Module], str] | None = None,
+        published: Published | None = None,
+        ends_before_pool: bool = False,
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleDict(stages)
@@ -41,6 +55,8 @@ class Backbone(nn.Module):
         self.frozen_batch_norm = frozen_batch_norm
         self.layer_types = layer_types
         self.residuals = dict(residuals or {})
+        self.published = published
+        self.ends_before_pool = ends_before_pool
         self.frozen: tuple[str, ...] = ()
         if frozen_batch_norm:
             for norm in self._batch_norms():

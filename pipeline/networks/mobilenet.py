@@ -3,14 +3,16 @@
 from torch import nn
 
 from pipeline import schema
-from pipeline.networks.base import Backbone, Tap, limit_stride
+from pipeline.networks.base import Backbone, Published, Tap, limit_stride
 from pipeline.networks.vision import import_torchvision
+from pipeline.registry import BACKBONES
 
 # The blocks of torchvision's mobilenet_v2().features up to which a tap reaches: the last ones before the stride grows.
 ENDS = {"stage1": 2, "stage2": 4, "stage3": 7, "stage4": 14, "stage5": 19}
 CHANNELS = {"stage1": 16, "stage2": 24, "stage3": 32, "stage4": 96, "stage5": 1280}
 
 
+@BACKBONES.register("mobilenet_v2")
 def mobilenet_v2(settings: schema.Backbone) -> Backbone:
     """Taps stage1 to stage5, which end where torchvision's stride is 2, 4, 8, 16 and 32."""
     features: nn.Sequential = import_torchvision().models.mobilenet_v2(weights=None).features
@@ -19,4 +21,5 @@ def mobilenet_v2(settings: schema.Backbone) -> Backbone:
     stages = {name: features[start:end] for (name, end), start in zip(ENDS.items(), starts, strict=False)}
     taps = {name: Tap(CHANNELS[name], strides[end - 1]) for name, end in ENDS.items()}
     block = type(features[1])
-    return Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU6, block), {block: "conv"})
+    published = Published("MobileNet_V2_Weights", "features.")
+    return Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU6, block), {block: "conv"}, published)

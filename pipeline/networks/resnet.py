@@ -1,27 +1,30 @@
 """ResNet-50 and ResNet-101 (He et al. 2016), torchvision's, without pooling and classifier."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from torch import nn
 
 from pipeline import schema
-from pipeline.networks.base import Backbone, Tap, limit_stride
+from pipeline.networks.base import Backbone, Published, Tap, limit_stride
 from pipeline.networks.vision import import_torchvision
+from pipeline.registry import BACKBONES
 
 
+@BACKBONES.register("resnet50")
 def resnet50(settings: schema.Backbone) -> Backbone:
     """Taps layer1 to layer4 of 256, 512, 1024 and 2048 channels."""
-    return _resnet(settings)
+    return _resnet(settings, import_torchvision().models.resnet50, "ResNet50_Weights")
 
 
+@BACKBONES.register("resnet101")
 def resnet101(settings: schema.Backbone) -> Backbone:
     """Taps layer1 to layer4 of 256, 512, 1024 and 2048 channels."""
-    return _resnet(settings)
+    return _resnet(settings, import_torchvision().models.resnet101, "ResNet101_Weights")
 
 
-def _resnet(settings: schema.Backbone) -> Backbone:
-    published = getattr(import_torchvision().models, settings.name)(weights=None)
-    modules: dict[str, nn.Module] = dict(published.named_children())
+def _resnet(settings: schema.Backbone, build: Callable[..., nn.Module], weights: str) -> Backbone:
+    modules: dict[str, nn.Module] = dict(build(weights=None).named_children())
     layers = ["layer1", "layer2", "layer3", "layer4"]
     blocks = [block for name in layers for block in modules[name].children()]
     strides = dict(zip(blocks, limit_stride(blocks, 4, settings.output_stride, settings.dilated), strict=True))
@@ -33,4 +36,4 @@ def _resnet(settings: schema.Backbone) -> Backbone:
         stages[name] = nn.Sequential(OrderedDict((part, modules[part]) for part in held))
         taps[name] = Tap(width, strides[list(modules[name].children())[-1]])
     block = type(blocks[0])
-    return Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU, block), {block: "bn3"})
+    return Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU, block), {block: "bn3"}, Published(weights, ""))

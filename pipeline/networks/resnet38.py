@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pipeline import schema
 from pipeline.errors import PipelineError
 from pipeline.networks.base import Backbone, Tap, he_normal
+from pipeline.registry import BACKBONES
 
 
 class WideBlock(nn.Module):
@@ -55,6 +56,7 @@ class BottleneckBlock(nn.Module):
         return x + cast(Tensor, self.conv3(y))
 
 
+@BACKBONES.register("resnet38")
 def resnet38(settings: schema.Backbone) -> Backbone:
     """Taps b2 to b7 of 128, 256, 512, 1024, 2048 and 4096 channels.
 

@@ -5,11 +5,13 @@ from torch import nn
 from pipeline import schema
 from pipeline.errors import PipelineError
 from pipeline.networks.base import Backbone, Tap, he_normal, limit_stride
+from pipeline.registry import BACKBONES
 
 WIDTHS = (32, 32, 64, 64, 128, 128)
 STRIDES = (1, 2, 1, 2, 2, 1)
 
 
+@BACKBONES.register("small")
 def small(settings: schema.Backbone) -> Backbone:
     """Six 3x3 convolutions, each with batch norm and ReLU. Taps conv2, conv4 and conv6 of 32, 64 and 128 channels.
 

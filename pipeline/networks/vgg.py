@@ -4,11 +4,13 @@ from torch import nn
 
 from pipeline import schema
 from pipeline.errors import PipelineError
-from pipeline.networks.base import Backbone, Tap, he_normal
+from pipeline.networks.base import Backbone, Published, Tap, he_normal
+from pipeline.registry import BACKBONES
 
 STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions, channels
 
 
+@BACKBONES.register("vgg16")
 def vgg16(settings: schema.Backbone) -> Backbone:
     """Taps conv1_2, conv2_2, conv3_3, conv4_3 and conv5_3, each after its ReLU.
 
@@ -42,6 +44,13 @@ def vgg16(settings: schema.Backbone) -> Backbone:
             stages[name].add_module(str(index), layer)
             index += 1
         taps[name] = Tap(width, stride)
-    backbone = Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU,))
+    backbone = Backbone(
+        stages,
+        taps,
+        settings.frozen_batch_norm,
+        (nn.ReLU,),
+        published=Published("VGG16_Weights", "features."),
+        ends_before_pool=True,
+    )
     he_normal(backbone)
     return backbone

@@ -1,13 +1,12 @@
 """Initial weights of a backbone: torchvision's, or a file's."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.networks.base import Backbone
+from pipeline.networks.base import Backbone, Published
 from pipeline.networks.vision import import_torchvision
 
 # Parts of a published network that no backbone has.
@@ -16,14 +15,7 @@ INSIDE = "backbone."  # what the names of a backbone begin with in a segmentatio
 CAFFE = ".conv3x3."  # in every block of the ResNets that deeplab-pytorch converted from Caffe
 
 
-class Published(NamedTuple):
-    """Where torchvision keeps a network's ImageNet weights, and what its names of the backbone's parts begin with."""
-
-    enum: str
-    prefix: str
-
-
-def load_weights(backbone: Backbone, weights: str, published: Published | None) -> None:
+def load_weights(backbone: Backbone, weights: str) -> None:
     """Fill the backbone from ``weights``: 'imagenet' or a file with a state dict.
 
     The state dict is this backbone's own, torchvision's of the whole network, torchvision's of a segmentation network
@@ -33,6 +25,7 @@ def load_weights(backbone: Backbone, weights: str, published: Published | None) 
     Raises:
         PipelineError: the file is missing or damaged, the download failed, or the weights do not fit.
     """
+    published = backbone.published
     if weights == "imagenet":
         source, state = _download(published)
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline import references
 from pipeline.data.index import Index
+from pipeline.labels.crf import describe_crf
 from pipeline.report import words
 from pipeline.schema import Params
 
@@ -25,7 +26,7 @@ def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple
         ("Splits", splits),
         ("Image-level labels", index.tag_source),
         ("Saliency", saliency.kind + (f" {saliency.path}" if saliency.path else "")),
-        ("Test", f"scales {scales}; flip {'on' if test.flip else 'off'}; dense CRF {words.crf(test.crf)}"),
+        ("Test", f"scales {scales}; flip {'on' if test.flip else 'off'}; dense CRF {describe_crf(test.crf)}"),
         ("Seed", str(params.seed)),
     ]
 
@@ -81,7 +82,7 @@ def provenance(params: Params, row: str) -> dict[str, str]:
         told["Maps"] = " → ".join([first, *chain[1:]])
         told["Map networks"] = "; ".join(dict.fromkeys(filter(None, (_step(params, name) for name in chain))))
         told["Pseudo labels"] = words.labels(rule) + mixed
-    told["Segmentation network"] = f"{network.network}, {words.backbone(network.backbone)}"
+    told["Segmentation network"] = f"{network.network.settings.describe()}, {words.backbone(network.backbone)}"
     return told
 
 

@@ -164,8 +164,8 @@ def train_gallery(results: Results) -> Content:
     steps: list[Step] = []
     if row is not None:
         chain = results.rows[row]
-        rule = references.label_rule(params, chain["labels"])
-        if rule and rule.saliency:
+        labels = references.label_rule(params, chain["labels"])
+        if labels and labels.rule.settings.needs_saliency:
             steps.append(Step("Saliency", params.saliency.kind, "saliency", stores["saliency"]))
         for heading, name in protocol.map_columns(params, chain["maps"]).items():
             if name.startswith("walks/"):

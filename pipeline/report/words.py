@@ -1,6 +1,5 @@
 """Blocks of params.yaml in words: what a number was made with."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.schema import (
@@ -8,7 +7,6 @@ from pipeline.schema import (
     Backbone,
     Classifier,
     Climbing,
-    Crf,
     Edam,
     OneStep,
     Params,
@@ -88,28 +86,9 @@ def walk(params: Params, settings: Walk) -> str:
     )
 
 
-def labels(rule: PseudoLabels) -> str:
+def labels(settings: PseudoLabels) -> str:
     """As 'rule oaa, background 1 - saliency, dense CRF off'."""
-    return ", ".join([f"rule {rule.rule}", *_background(rule), f"dense CRF {crf(rule.crf)}"])
-
-
-def _background(rule: PseudoLabels) -> Iterator[str]:
-    """Where the rule takes its background from, and what else saliency decides."""
-    if rule.rule == "confident":
-        yield f"constant backgrounds {rule.background:g} and {rule.low_background:g}"
-    elif rule.rule == "drs":
-        yield f"background where saliency is below {rule.saliency_threshold:g}"
-    elif rule.background_power is not None:
-        yield f"background (1 - strongest)^{rule.background_power:g}"
-    elif rule.saliency and rule.rule != "edam":
-        yield "background 1 - saliency"
-    else:
-        yield f"constant background {rule.background:g}"
-    if rule.rule == "edam":
-        thresholds = (rule.saliency_threshold, rule.attention_threshold, rule.object_threshold)
-        yield "refined by saliency (theta {:g}, alpha {:g}, beta {:g})".format(*thresholds)
-    elif rule.rule == "oaa" and rule.saliency:
-        yield "salient background ignored"
+    return f"rule {settings.rule.name}, {settings.rule.settings.describe()}"
 
 
 def _listed(numbers: tuple[int, ...]) -> str:
@@ -121,8 +100,3 @@ def backbone(settings: Backbone) -> str:
     weights = settings.weights
     start = "random" if weights is None else "ImageNet" if weights == "imagenet" else Path(weights).name
     return f"{settings.name} from {start} weights"
-
-
-def crf(settings: Crf | None) -> str:
-    """As 'on (10 iterations)'."""
-    return "off" if settings is None else f"on ({settings.iterations} iterations)"

@@ -1,27 +1,39 @@
-"""The head of DeepLab-LargeFOV (Chen et al. 2015): one dilated convolution with a large field of view."""
+"""DeepLab-LargeFOV (Chen et al. 2015): one dilated convolution with a large field of view."""
+
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pipeline import schema
 from pipeline.networks.base import Backbone, he_normal
 from pipeline.networks.heads import normal
-from pipeline.networks.segmentation_head import SegmentationHead, dilations
+from pipeline.networks.segmentation import SegmentationHead
+from pipeline.reader import Count, Share
+from pipeline.registry import SEGMENTATIONS
 
 
+@SEGMENTATIONS.register("deeplab_largefov")
 class LargeFov(SegmentationHead):
     """fc6 (3x3, dilated), fc7 and fc8 (1x1), with ReLU and dropout between them.
 
     After VGG-16 come its pool5, here of stride 1, and an average pool, as published; after a ResNet they do not (OAA).
-
-    Raises:
-        PipelineError: ``rates`` is not one number.
     """
 
-    def __init__(self, backbone: Backbone, settings: schema.Segmentation, outputs: int) -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        """As published with VGG-16."""
+
+        channels: Count = 1024  # of fc6 and fc7
+        rate: Count = 12  # dilation of fc6
+        dropout: Share = 0.5  # after fc6 and after fc7
+
+        def describe(self) -> str:
+            return f"DeepLab-LargeFOV (rate {self.rate}, {self.channels} channels)"
+
+    def __init__(self, backbone: Backbone, settings: Settings, outputs: int) -> None:
         super().__init__(list(backbone.taps)[-1])
-        (rate,) = dilations(settings, 1)
+        rate = settings.rate
         pools = [nn.MaxPool2d(3, 1, padding=1), nn.AvgPool2d(3, 1, padding=1)]
-        self.pool5 = nn.Sequential(*pools if settings.backbone.name == "vgg16" else [])
+        self.pool5 = nn.Sequential(*pools if backbone.ends_before_pool else [])
         self.fc6 = nn.Conv2d(backbone.out_channels, settings.channels, 3, padding=rate, dilation=rate)
         self.fc7 = nn.Conv2d(settings.channels, settings.channels, 1)
         self.relu = nn.ReLU(inplace=True)

@@ -1,41 +1,50 @@
-"""The DeepLab networks: a backbone, the head of a published version, and one scale of the image or several."""
+"""What every segmentation network is: a backbone and a head that scores the classes, at one scale or several.
+
+A head registers itself in its own file (``@SEGMENTATIONS.register("deeplab_v2")``) with its ``Settings``.
+"""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline import schema
-from pipeline.errors import PipelineError
-from pipeline.networks.aspp import Aspp
 from pipeline.networks.backbones import Backbone, build_backbone
-from pipeline.networks.decoder import Decoder
-from pipeline.networks.large_fov import LargeFov
-from pipeline.networks.segmentation_head import SegmentationHead
 
-# By name, what makes the head from the backbone, the settings and the number of outputs, K + 1.
-HEADS: dict[str, Callable[[Backbone, schema.Segmentation, int], SegmentationHead]] = {
-    "deeplab_largefov": LargeFov,
-    "deeplab_v2": Aspp,
-    "deeplab_v3plus": Decoder,
-}
+
+class SegmentationHead(nn.Module):
+    """Scores background and every class.
+
+    ``forward`` takes the features of the backbone's ``taps``, in that order, and returns B x (K + 1) x h x w logits,
+    background first. A subclass has a frozen dataclass ``Settings`` with a method ``describe() -> str`` for the report,
+    and is called with the backbone, its settings and the number of outputs, K + 1.
+
+    Attributes:
+        extra_scales: factors of further sizes at which the network sees each image.
+    """
+
+    Settings: Any
+    extra_scales: tuple[float, ...] = ()
+
+    def __init__(self, *taps: str) -> None:
+        super().__init__()
+        self.taps = taps
 
 
 class SegmentationNetwork(nn.Module):
-    """A backbone and a head that scores background and every class, on the image and on ``extra_scales`` of it.
+    """A backbone and a head that scores background and every class, on the image and on the head's ``extra_scales``.
 
-    DeepLab-v2's multi-scale input (MSC, Chen et al. 2017) fits any head. A scaled image has the sides
+    The input at several scales is DeepLab-v2's (MSC, Chen et al. 2017). A scaled image has the sides
     round(side * scale) and is resized to exactly these, bilinear with ``align_corners=False`` and without antialiasing.
     """
 
-    def __init__(self, backbone: Backbone, head: SegmentationHead, extra_scales: Sequence[float] = ()) -> None:
+    def __init__(self, backbone: Backbone, head: SegmentationHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.extra_scales = tuple(extra_scales)
 
     def forward(self, x: Tensor) -> Tensor:
         """B x 3 x H x W images to B x (K + 1) x h x w logits at the head's stride, background first.
@@ -51,9 +60,9 @@ class SegmentationNetwork(nn.Module):
         maximum of all, resized to the size of the first.
         """
         found = [self._logits(x)]
-        if not self.extra_scales:
+        if not self.head.extra_scales:
             return found
-        for scale in self.extra_scales:
+        for scale in self.head.extra_scales:
             found.append(self._logits(_resized(x, [max(1, round(side * scale)) for side in x.shape[2:]])))
         first, *others = found
         same = (_resized(logits, first.shape[2:]) for logits in others)
@@ -68,14 +77,11 @@ def build_segmentation(settings: schema.Segmentation, num_classes: int) -> Segme
     """The segmentation network that ``settings`` describe, for ``num_classes`` classes without background.
 
     Raises:
-        PipelineError: no network has that name, it does not take so many rates, or the backbone cannot have its
-            settings or weights.
+        PipelineError: the network or the backbone cannot have its settings or weights.
     """
-    if settings.network not in HEADS:
-        raise PipelineError(f"network {settings.network}: unknown; choose from {', '.join(HEADS)}")
     backbone = build_backbone(settings.backbone)
-    head = HEADS[settings.network](backbone, settings, num_classes + 1)
-    return SegmentationNetwork(backbone, head, settings.extra_scales)
+    network = settings.network
+    return SegmentationNetwork(backbone, network.entry(backbone, network.settings, num_classes + 1))
 
 
 def _resized(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,35 +1,47 @@
-"""The head of DeepLab-v3+ (Chen et al. 2018): a pyramid with batch norm, and a decoder with features of stride 4."""
+"""DeepLab-v3+ (Chen et al. 2018): a pyramid with batch norm, and a decoder with features of stride 4."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline import schema
 from pipeline.networks.base import Backbone, he_normal
 from pipeline.networks.heads import normal
-from pipeline.networks.segmentation_head import SegmentationHead, dilations
+from pipeline.networks.segmentation import SegmentationHead
 from pipeline.networks.vision import import_torchvision
+from pipeline.reader import Count, Share
+from pipeline.registry import SEGMENTATIONS
 
 LOW_LEVEL = 48  # channels that the low-level features are reduced to, so that they do not outweigh the pyramid
 
 
-class Decoder(SegmentationHead):
+@SEGMENTATIONS.register("deeplab_v3plus")
+class DeepLabV3Plus(SegmentationHead):
     """torchvision's ASPP of ``channels``, upsampled to low-level features, and two 3x3 convolutions over both.
 
     The low-level features are those of the backbone's first tap at stride 4 (or the first beyond, were there none): a
     ResNet's layer1 as published ('Conv2 before striding'), VGG-16's conv3_3. The first, so that an ``output_stride`` of
     4 reads the same layer. Logits have the stride of that tap.
-
-    Raises:
-        PipelineError: ``rates`` are not three numbers.
     """
 
-    def __init__(self, backbone: Backbone, settings: schema.Segmentation, outputs: int) -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        """As published at output stride 16; at stride 8 the rates are 12, 24 and 36."""
+
+        channels: Count = 256  # of the pyramid and the decoder
+        rates: tuple[Count, Count, Count] = (6, 12, 18)  # dilations of the pyramid
+        dropout: Share = 0.5  # after the pyramid
+
+        def describe(self) -> str:
+            return f"DeepLab-v3+ (rates {', '.join(map(str, self.rates))}, {self.channels} channels)"
+
+    def __init__(self, backbone: Backbone, settings: Settings, outputs: int) -> None:
         low_level = next(name for name, tap in backbone.taps.items() if tap.stride >= 4)
         super().__init__(low_level, list(backbone.taps)[-1])
         channels = settings.channels
-        rates = dilations(settings, 3)
-        self.aspp = import_torchvision().models.segmentation.deeplabv3.ASPP(backbone.out_channels, rates, channels)
+        pyramid = import_torchvision().models.segmentation.deeplabv3.ASPP
+        self.aspp = pyramid(backbone.out_channels, settings.rates, channels)
         self.aspp.convs[-1][2] = PooledBatchNorm(channels)
         self.aspp.project[-1].p = settings.dropout
         self.reduce = _conv_norm_relu(backbone.taps[low_level].channels, LOW_LEVEL, 1)

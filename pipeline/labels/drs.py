@@ -1,0 +1,40 @@
+"""DRS's label rule."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.labels.base import CrfRule, Cues, as_labels
+from pipeline.reader import Share
+from pipeline.registry import RULES
+from pipeline.stores.raster import Raster
+
+
+@RULES.register("drs")
+@dataclass(frozen=True, kw_only=True)
+class Drs(CrfRule):
+    """DRS's label generation from object cues and background cues; a pixel with neither is ignored.
+
+    Object cues are scores above ``alpha``, background cues saliency below ``beta``. A pixel with both is background,
+    which counts 1 (the public code; the paper does not say). Of several object cues the strongest wins.
+    """
+
+    alpha: Share = 0.2
+    beta: Share = 0.06  # the paper's; its public code cuts at 50/255, which is 0.2 (51/255) here
+    # Pixels with more than two scores above it, the background's among them, are ignored (the public code); 1 (the
+    # paper): none.
+    conflict: Share = 0.9
+
+    @property
+    def needs_saliency(self) -> bool:
+        return True
+
+    def label(self, cues: Cues) -> Raster:
+        objects = np.where(cues.scores > self.alpha, cues.scores, np.float32(0))
+        scores = np.concatenate([(cues.salient < self.beta)[None].astype(np.float32), objects])
+        winners, unsure = self.decide(scores, cues)
+        conflict = (scores > self.conflict).sum(axis=0) > 2
+        return as_labels(winners, unsure | conflict | ~scores.any(axis=0), cues.classes)
+
+    def describe(self) -> str:
+        return self.described(f"background where saliency is below {self.beta:g}")

@@ -1,0 +1,53 @@
+"""OAA's label rule."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.labels.background import Background, describe, with_background
+from pipeline.labels.base import IGNORE, CrfRule, Cues, as_labels
+from pipeline.reader import Share
+from pipeline.registry import RULES
+from pipeline.stores.raster import Raster
+
+
+@RULES.register("oaa")
+@dataclass(frozen=True, kw_only=True)
+class Oaa(CrfRule):
+    """OAA's label generation (Sec. 4). The paper names no symbols; all thresholds are those of its public code.
+
+    The highest score wins, after scores below ``attention`` have been set to 0 (where none remains, the background
+    wins). A pixel is ignored where two scores are above ``conflict``, or where the background wins although the pixel
+    is salient or a class is above ``object``. The whole image is ignored where objects keep less than
+    ``minimum_foreground`` of it.
+
+    With a CRF, its marginals of the thresholded scores choose the winner (where none remains, all are equally likely
+    and the neighbours decide). The conditions are then tested on the thresholded scores as before.
+    """
+
+    background: Background = "saliency"
+    attention: Share = 0.3
+    conflict: Share = 0.9
+    object: Share = 0.8
+    saliency: Share | None = 0.125  # at which a pixel counts as salient (32/255); null: saliency ignores nothing
+    minimum_foreground: Share = 0.01
+
+    @property
+    def needs_saliency(self) -> bool:
+        return self.background == "saliency" or self.saliency is not None
+
+    def label(self, cues: Cues) -> Raster:
+        scores = with_background(self.background, cues)
+        scores = np.where(scores < self.attention, np.float32(0), scores)
+        winners, unsure = self.decide(scores, cues)
+        conflict = (scores > self.conflict).sum(axis=0) > 1
+        doubtful = (scores[1:] > self.object).any(axis=0)
+        if self.saliency is not None:
+            doubtful |= cues.salient >= self.saliency
+        labels = as_labels(winners, unsure | conflict | (doubtful & (winners == 0)), cues.classes)
+        foreground = ((labels > 0) & (labels != IGNORE)).mean()
+        return labels if foreground >= self.minimum_foreground else np.full_like(labels, IGNORE)
+
+    def describe(self) -> str:
+        salient = ["salient background ignored"] if self.saliency is not None else []
+        return self.described(describe(self.background), *salient)

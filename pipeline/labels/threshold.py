@@ -1,0 +1,27 @@
+"""The highest score wins, the background's among them: how CAM, AMR and IRN label."""
+
+from dataclasses import dataclass
+
+from pipeline.labels.background import Background, describe, with_background
+from pipeline.labels.base import CrfRule, Cues, as_labels
+from pipeline.registry import RULES
+from pipeline.stores.raster import Raster
+
+
+@RULES.register("threshold")
+@dataclass(frozen=True, kw_only=True)
+class Threshold(CrfRule):
+    """The highest score wins. Only pixels of which the CRF is unsure are ignored."""
+
+    background: Background = 0.3
+
+    @property
+    def needs_saliency(self) -> bool:
+        return self.background == "saliency"
+
+    def label(self, cues: Cues) -> Raster:
+        winners, unsure = self.decide(with_background(self.background, cues), cues)
+        return as_labels(winners, unsure, cues.classes)
+
+    def describe(self) -> str:
+        return self.described(describe(self.background))
