@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.labels.base import IGNORE, as_probabilities
 from pipeline.labels.crf import dense_crf
-from pipeline.labels.rules import IGNORE, as_probabilities
 from pipeline.schema import Crf
 
 CLASSES = 21  # background included

@@ -17,6 +17,7 @@ import torch
 from pipeline.data.geometry import Window
 from pipeline.data.loading import Batch
 from pipeline.networks.segmentation import build_segmentation
+from pipeline.registry import SEGMENTATIONS, Choice
 from pipeline.schema import Backbone, Segmentation, Training
 from pipeline.training.settings import autocast, build_optimizer, parameter_groups, prepare
 from stages.segmentation import SegmentationTask
@@ -36,11 +37,9 @@ def settings_of(options: argparse.Namespace) -> Segmentation:
     )
     return Segmentation(
         "ground_truth",
+        Choice(SEGMENTATIONS, "deeplab_v2", {"rates": [6, 12, 18, 24], "extra_scales": options.extra_scales}),
         Backbone(options.backbone, frozen_batch_norm=True),
         training,
-        "deeplab_v2",
-        rates=(6, 12, 18, 24),
-        extra_scales=tuple(options.extra_scales),
         loss_size="output",
     )
 
@@ -86,7 +85,7 @@ def main() -> None:
         (loss / training.accumulation).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     seconds = time.perf_counter() - start
-    scales = ", ".join(f"{scale:g}" for scale in (1.0, *settings.extra_scales))
+    scales = ", ".join(f"{scale:g}" for scale in (1.0, *options.extra_scales))
     print(
         f"deeplab_v2 on {options.backbone}, {options.crop} px, scales {scales}, batch {training.batch_size}"
         f" x {training.accumulation}, {options.threads} threads: peak {megabytes():.0f} MB"

@@ -1,13 +1,21 @@
-"""The label that a rule gives one pixel."""
+"""Label rules in tests: the label of one pixel, and the block of params.yaml that names a rule."""
 
 import numpy as np
 
-from pipeline.labels.rules import label_image
+from pipeline.labels.base import Rule
+from pipeline.labels.labelling import label_image
+from pipeline.registry import RULES, Choice, plain
 from pipeline.schema import PseudoLabels
 
 
-def label(rule: PseudoLabels, saliency: int, **scores: int) -> int:
+def label(rule: Rule, saliency: int, **scores: int) -> int:
     """The label of one pixel; scores in grey levels by class: cat 3, dog 5, horse 7."""
     ids = {"cat": 3, "dog": 5, "horse": 7}
     maps = {ids[name]: np.full((1, 1), value, np.uint8) for name, value in scores.items()}
-    return int(label_image(maps, np.full((1, 1), saliency, np.uint8), None, rule, (1, 1))[0, 0])
+    return int(label_image(maps, np.full((1, 1), saliency, np.uint8), None, rule, "none", (1, 1))[0, 0])
+
+
+def block(rule: Rule) -> PseudoLabels:
+    """A block with this rule, for maps that are not normalised."""
+    name = next(name for name in RULES.names() if type(rule) is RULES[name])
+    return PseudoLabels("classifiers/x", Choice(RULES, name, plain(rule)), "none")

@@ -9,23 +9,17 @@ from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError
 from pipeline.labels import confident
+from pipeline.labels.background import Power
+from pipeline.labels.confident import Confident
 from pipeline.labels.crf import dense_crf
-from pipeline.labels.rules import label_image
+from pipeline.labels.labelling import label_image
+from pipeline.labels.threshold import Threshold
 from pipeline.params import read, validate
-from pipeline.schema import Crf, PseudoLabels
+from pipeline.schema import Crf
 from pipeline.stores.raster import Raster
 from tests.project import ROOT
 
-RULE = PseudoLabels(
-    "localizations/x",
-    rule="confident",
-    normalise="none",
-    saliency=False,
-    background=0.3,
-    low_background=0.05,
-    certainty=0.7,
-    crf=Crf(10, 3, 3, 50, 5, 10),
-)
+RULE = Confident(high=0.3, low=0.05, certainty=0.7, crf=Crf(10, 3, 3, 50, 5, 10))
 
 
 def grey(*rows: list[float]) -> Raster:
@@ -50,7 +44,7 @@ def test_objects_background_and_what_is_between(given: list[NDArray[np.float32]]
     """Both backgrounds below the class; one; none. Of two classes the stronger; the first pass says which."""
     maps = {3: grey([0.31, 0.29, 0.06, 0.04, 0.5, 0.0]), 7: grey([0.0, 0.0, 0.0, 0.04, 0.6, 0.0])}
     image = np.zeros((1, 6, 3), np.uint8)
-    assert label_image(maps, None, image, RULE, (1, 6)).tolist() == [[3, 255, 255, 0, 7, 0]]
+    assert label_image(maps, None, image, RULE, "none", (1, 6)).tolist() == [[3, 255, 255, 0, 7, 0]]
     first, second = given
     assert first[:, 0, 0].tolist() == pytest.approx([0.15, 0.7, 0.15])  # 0.3 shared by the two others
     assert first[:, 0, 1].tolist() == pytest.approx([0.7, 0.15, 0.15])
@@ -60,8 +54,8 @@ def test_objects_background_and_what_is_between(given: list[NDArray[np.float32]]
 
 
 def test_its_numbers_are_the_rules(given: list[NDArray[np.float32]]) -> None:
-    rule = replace(RULE, background=0.6, low_background=0.33, certainty=0.9)  # AMR's backgrounds
-    labels = label_image({3: grey([0.61, 0.59, 0.34, 0.32])}, None, np.zeros((1, 4, 3), np.uint8), rule, (1, 4))
+    rule = replace(RULE, high=0.6, low=0.33, certainty=0.9)  # AMR's backgrounds
+    labels = label_image({3: grey([0.61, 0.59, 0.34, 0.32])}, None, np.zeros((1, 4, 3), np.uint8), rule, "none", (1, 4))
     assert labels.tolist() == [[3, 255, 255, 0]]
     assert given[0][:, 0, 0].tolist() == pytest.approx([0.1, 0.9])
 
@@ -75,7 +69,7 @@ def test_where_the_passes_disagree_on_an_object_the_first_decides(monkeypatch: p
 
     monkeypatch.setattr(confident, "dense_crf", answer)
     maps = {3: np.zeros((1, 5), np.uint8), 7: np.zeros((1, 5), np.uint8)}
-    labels = label_image(maps, None, np.zeros((1, 5, 3), np.uint8), RULE, (1, 5))
+    labels = label_image(maps, None, np.zeros((1, 5, 3), np.uint8), RULE, "none", (1, 5))
     assert labels.tolist() == [[3, 3, 3, 255, 0]]
 
 
@@ -85,35 +79,39 @@ def test_with_the_crf_as_worked_out_here() -> None:
     image[:, :10] //= 4
     maps = {2: grey(*(random.random((20, 24)) * np.linspace(0.6, 0, 24)))}
     sides = []
-    assert RULE.crf is not None
     for background in (0.3, 0.05):
         foreground = maps[2] / 255 > background
         chances = np.where(foreground, [[[0.3]], [[0.7]]], [[[0.7]], [[0.3]]]).astype(np.float32)
         sides.append(dense_crf(image, chances, RULE.crf).argmax(0))
     expected = np.where(sides[0] == 1, 2, np.where(sides[1] == 0, 0, 255))
-    found = label_image(maps, None, image, RULE, (20, 24))
+    found = label_image(maps, None, image, RULE, "none", (20, 24))
     assert np.array_equal(found, expected)
     assert set(np.unique(found)) == {0, 2, 255}
 
 
 def test_without_a_class_all_is_background() -> None:
-    assert not label_image({}, None, np.zeros((4, 5, 3), np.uint8), RULE, (4, 5)).any()
+    assert not label_image({}, None, np.zeros((4, 5, 3), np.uint8), RULE, "none", (4, 5)).any()
 
 
-def test_it_wants_an_image_and_a_crf() -> None:
-    with pytest.raises(ValueError, match="no image is given"):
-        label_image({}, None, None, RULE, (1, 1))
+def test_it_needs_the_image_alone() -> None:
+    assert RULE.needs_image
+    assert not RULE.needs_saliency
+    with pytest.raises(ValueError, match="needs the image, and there is none"):
+        label_image({}, None, None, RULE, "none", (1, 1))
+
+
+def test_backgrounds_are_in_order_and_certainty_is_a_chance() -> None:
     data = read([ROOT / "params.yaml"])
-    data["pseudo_labels"]["cam"] |= {"rule": "confident", "saliency": False}
-    with pytest.raises(PipelineError, match=r"pseudo_labels\.cam: rule confident needs crf, and saliency: false"):
-        validate(data)
-    data["pseudo_labels"]["cam"] |= {"crf": {}, "background_power": 2.0, "certainty": 1.0}
-    with pytest.raises(PipelineError) as caught:
-        validate(data)
-    assert caught.value.lines == (
-        "params.yaml: pseudo_labels.cam.background_power: rule confident has two constants; set it to null",
-        "params.yaml: pseudo_labels.cam.certainty: 1.0 is not between 0 and 1",
-    )
+    where = "params.yaml: pseudo_labels.cam.rule.confident"
+    for settings, fault in [
+        ({"high": 0.1, "low": 0.2}, "low: 0.2 is above high, 0.1; exchange the two"),
+        ({"certainty": 1.0}, "certainty: 1.0 must be above 0 and below 1"),
+        ({"crf": None}, "crf: must be a mapping, not null"),
+    ]:
+        data["pseudo_labels"]["cam"]["rule"] = {"confident": settings}
+        with pytest.raises(PipelineError) as caught:
+            validate(data)
+        assert caught.value.lines == (f"{where}.{fault}",)
 
 
 @pytest.mark.parametrize(
@@ -121,15 +119,15 @@ def test_it_wants_an_image_and_a_crf() -> None:
     [(1.0, [0, 0, 3, 3, 7]), (8.0, [0, 3, 3, 3, 7])],  # 1 - 0.4 is above 0.4, 0.6^8 = 0.017 is not
 )
 def test_background_of_the_strongest_class(power: float, expected: list[int]) -> None:
-    rule = replace(RULE, rule="threshold", crf=None, background_power=power)
+    rule = Threshold(background=Power(power))
     maps = {3: grey([0.1, 0.4, 0.6, 1.0, 0.2]), 7: grey([0.0, 0.3, 0.1, 0.0, 0.7])}
-    assert label_image(maps, None, None, rule, (1, 5)).tolist() == [expected]
+    assert label_image(maps, None, None, rule, "none", (1, 5)).tolist() == [expected]
 
 
 def test_the_background_of_classes_replaces_that_of_saliency() -> None:
-    rule = replace(RULE, rule="threshold", crf=None, saliency=True, background_power=1.0)
+    rule = Threshold(background=Power(1.0))
     salient = np.zeros((1, 2), np.uint8)
-    assert label_image({3: grey([0.4, 0.6])}, salient, None, rule, (1, 2)).tolist() == [[0, 3]]
-    without = replace(rule, background_power=None)
-    assert label_image({3: grey([0.4, 0.6])}, salient, None, without, (1, 2)).tolist() == [[0, 0]]
-    assert not label_image({}, salient, None, rule, (1, 2)).any()
+    assert label_image({3: grey([0.4, 0.6])}, salient, None, rule, "none", (1, 2)).tolist() == [[0, 3]]
+    without = Threshold(background="saliency")
+    assert label_image({3: grey([0.4, 0.6])}, salient, None, without, "none", (1, 2)).tolist() == [[0, 0]]
+    assert not label_image({}, salient, None, rule, "none", (1, 2)).any()

@@ -1,5 +1,6 @@
 """The DeepLab networks: one contract for all, each head against its formula, and several scales of the input."""
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,30 +14,44 @@ from torch import Tensor, nn
 from pipeline import schema
 from pipeline.errors import PipelineError
 from pipeline.inference import models
-from pipeline.networks.aspp import Aspp
-from pipeline.networks.backbones import BACKBONES
-from pipeline.networks.decoder import Decoder, PooledBatchNorm
-from pipeline.networks.segmentation import HEADS, SegmentationNetwork, build_segmentation
-from pipeline.networks.large_fov import LargeFov
+from pipeline.networks.deeplab_largefov import LargeFov
+from pipeline.networks.deeplab_v2 import DeepLabV2
+from pipeline.networks.deeplab_v3plus import DeepLabV3Plus, PooledBatchNorm
+from pipeline.networks.segmentation import SegmentationNetwork, build_segmentation
+from pipeline.registry import BACKBONES, SEGMENTATIONS, Choice
 from tests.method_contract import Arithmetic, Array
 from tests.networks import convs, on_meta, randomise_batch_norms, resize, size
 
 K = 5
-RATES = {"deeplab_largefov": (6,), "deeplab_v2": (6, 12, 18, 24), "deeplab_v3plus": (12, 24, 36)}
+NARROW: dict[str, dict[str, Any]] = {  # settings that keep a network light
+    "deeplab_largefov": {"channels": 16, "rate": 6, "dropout": 0.0},
+    "deeplab_v2": {},
+    "deeplab_v3plus": {"channels": 16, "rates": (12, 24, 36), "dropout": 0.0},
+}
+NEAR: dict[str, dict[str, Any]] = {  # rates that fit features of a few cells
+    "deeplab_largefov": {"rate": 2, "channels": 32},
+    "deeplab_v2": {"rates": (1, 2), "extra_scales": (0.5,)},
+    "deeplab_v3plus": {"rates": (1, 2, 3), "channels": 32},
+}
 STRIDES = {"deeplab_largefov": 8, "deeplab_v2": 8, "deeplab_v3plus": 4}  # of the logits, at the backbone's stride 8
 
 
 def block(
     network: str = "deeplab_largefov", backbone: str = "small", stride: int = 8, **settings: Any
 ) -> schema.Segmentation:
-    settings = {"rates": RATES.get(network, (12,)), "channels": 16, **settings}
-    training = schema.Training(batch_size=2, lr=0.1)
     body = schema.Backbone(backbone, stride)  # type: ignore[arg-type]
-    return schema.Segmentation("ground_truth", body, training, network, **settings)  # type: ignore[arg-type]
+    choice = Choice(SEGMENTATIONS, network, NARROW[network] | settings)
+    return schema.Segmentation("ground_truth", choice, body, schema.Training(batch_size=2, lr=0.1))
 
 
 def segmentation(*names: Any, classes: int = K, **settings: Any) -> SegmentationNetwork:
     return build_segmentation(block(*names, **settings), classes)
+
+
+def scaled(network: SegmentationNetwork, *scales: float) -> SegmentationNetwork:
+    """The network with further scales of its input, whatever its head."""
+    network.head.extra_scales = scales
+    return network
 
 
 def arrays(module: nn.Module) -> dict[str, Array]:
@@ -58,8 +73,8 @@ def dilated(x: Array, weight: Array, bias: Array, rate: int) -> Array:
 class TestContract:
     """What every segmentation network promises."""
 
-    @pytest.mark.parametrize("network", HEADS)
-    @pytest.mark.parametrize("backbone", BACKBONES)
+    @pytest.mark.parametrize("network", SEGMENTATIONS.names())
+    @pytest.mark.parametrize("backbone", BACKBONES.names())
     def test_logits_on_every_backbone(self, network: str, backbone: str) -> None:
         made = on_meta(lambda: segmentation(network, backbone))
         stride = STRIDES[network]
@@ -67,10 +82,10 @@ class TestContract:
         assert found.shape == (2, K + 1, -(-65 // stride), -(-81 // stride))
         assert found.dtype == torch.float32
 
-    @pytest.mark.parametrize("network", HEADS)
+    @pytest.mark.parametrize("network", SEGMENTATIONS.names())
     def test_extra_scales_fit_every_network(self, network: str) -> None:
         """round(65 * 0.75) is 49, round(81 * 0.75) 61, round(65 * 0.5) 32, round(81 * 0.5) 40: halves to even."""
-        made = on_meta(lambda: segmentation(network, extra_scales=(0.75, 0.5)))
+        made = on_meta(lambda: scaled(segmentation(network), 0.75, 0.5))
         x = torch.empty(2, 3, 65, 81, device="meta")
         shapes = [tuple(logits.shape[2:]) for logits in made.supervised(x)]
         if STRIDES[network] == 8:
@@ -79,10 +94,10 @@ class TestContract:
             assert shapes == [(17, 21), (13, 16), (8, 10), (17, 21)]
         assert made(x).shape[2:] == shapes[0]
 
-    @pytest.mark.parametrize("network", HEADS)
+    @pytest.mark.parametrize("network", SEGMENTATIONS.names())
     def test_scores_start_near_zero(self, network: str) -> None:
         torch.manual_seed(0)
-        made = segmentation(network, channels=512)
+        made = segmentation(network, **({} if network == "deeplab_v2" else {"channels": 512}))
         scores = [module for module in made.head.modules() if isinstance(module, nn.Conv2d)]
         last = [conv for conv in scores if conv.out_channels == K + 1]
         assert len(last) == (4 if network == "deeplab_v2" else 1)
@@ -91,13 +106,12 @@ class TestContract:
             assert conv.bias is not None
             assert not conv.bias.any()
 
-    @pytest.mark.parametrize("network", HEADS)
+    @pytest.mark.parametrize("network", SEGMENTATIONS.names())
     @pytest.mark.parametrize("scales", [(), (0.5,)])
     def test_it_learns(self, network: str, scales: tuple[float, ...]) -> None:
         """A few steps halve the loss on one batch, in the precision and memory format of the training."""
         torch.manual_seed(0)
-        rates = {"deeplab_largefov": (2,), "deeplab_v2": (1, 2), "deeplab_v3plus": (1, 2, 3)}[network]
-        made = segmentation(network, channels=32, rates=rates, dropout=0.0, extra_scales=scales)
+        made = scaled(segmentation(network, **NEAR[network]), *scales)
         made = made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         labels = torch.randint(0, K + 1, (4, 4, 4))
         x = F.one_hot(labels, K + 1).permute(0, 3, 1, 2).float()[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -113,10 +127,10 @@ class TestContract:
             losses.append(loss.item())
         assert losses[-1] < losses[0] / 2
 
-    @pytest.mark.parametrize("network", HEADS)
+    @pytest.mark.parametrize("network", SEGMENTATIONS.names())
     def test_gradients_reach_every_parameter_in_bf16(self, network: str) -> None:
         torch.manual_seed(0)
-        made = segmentation(network, extra_scales=(0.5,))
+        made = scaled(segmentation(network), 0.5)
         with torch.autocast("cpu", torch.bfloat16):
             supervised = made.supervised(torch.randn(2, 3, 48, 64))
         assert [logits.dtype for logits in supervised] == [torch.float32] * 3
@@ -126,9 +140,9 @@ class TestContract:
             assert parameter.grad.isfinite().all(), name
             assert parameter.grad.any(), name
 
-    @pytest.mark.parametrize("network", HEADS)
+    @pytest.mark.parametrize("network", SEGMENTATIONS.names())
     def test_saved_it_comes_back(self, network: str, tmp_path: Path) -> None:
-        settings = block(network, extra_scales=(0.5,))
+        settings = block(network, **NEAR[network])
         made = build_segmentation(settings, K).eval()
         models.save(tmp_path / "model.pt", made, settings, K)
         loaded = models.load(tmp_path / "model.pt", K, torch.device("cpu"))
@@ -139,23 +153,20 @@ class TestContract:
     @pytest.mark.parametrize(
         ("network", "rates", "fault"),
         [
-            ("deeplab_largefov", (6, 12), "rates: holds 2 dilations, deeplab_largefov takes 1"),
-            ("deeplab_largefov", (), "rates: holds 0 dilations, deeplab_largefov takes 1"),
-            ("deeplab_v2", (), "rates: is empty; deeplab_v2 takes one dilation for each parallel convolution"),
-            ("deeplab_v3plus", (12,), "rates: holds 1 dilations, deeplab_v3plus takes 3"),
-            ("unet", (1,), "network unet: unknown; choose from deeplab_largefov, deeplab_v2, deeplab_v3plus"),
+            ("deeplab_v2", (), "rates: is empty; state one dilation for each parallel convolution"),
+            ("deeplab_v3plus", (12,), "rates: must be a list of 3 values, not (12,)"),
         ],
     )
     def test_what_cannot_be_is_one_line(self, network: str, rates: tuple[int, ...], fault: str) -> None:
         with pytest.raises(PipelineError) as caught:
             segmentation(network, rates=rates)
-        assert caught.value.lines == (fault,)
+        assert caught.value.lines == (f".{network}.{fault}",)
 
 
 class TestLargeFov:
     def test_vgg_size_is_the_published(self) -> None:
         """DeepLab-LargeFOV's 20.5 million parameters (Chen et al. 2015, Table 2), for 21 outputs."""
-        network = on_meta(lambda: segmentation(backbone="vgg16", classes=20, channels=1024, rates=(12,)))
+        network = on_meta(lambda: segmentation(backbone="vgg16", classes=20, channels=1024, rate=12))
         assert size(network) == 14_714_688 + (9 * 512 + 1) * 1024 + (1024 + 1) * 1024 + (1024 + 1) * 21 == 20_505_429
         assert network(torch.empty(2, 3, 321, 321, device="meta")).shape == (2, 21, 41, 41)
         assert [conv.dilation[0] for conv in convs(network.head)] == [12]
@@ -163,7 +174,7 @@ class TestLargeFov:
     @pytest.mark.parametrize("backbone", ["vgg16", "small"])
     def test_head_is_its_formula(self, backbone: str) -> None:
         torch.manual_seed(0)
-        head = segmentation(backbone=backbone, rates=(3,)).head.double().eval()
+        head = segmentation(backbone=backbone, rate=3).head.double().eval()
         x = torch.randn(2, 512 if backbone == "vgg16" else 128, 9, 11, dtype=torch.float64).clamp(min=0)
         weights = iter(head.state_dict().values())
         y = F.avg_pool2d(F.max_pool2d(x, 3, 1, 1), 3, 1, 1) if backbone == "vgg16" else x
@@ -207,7 +218,7 @@ class TestAspp:
     def test_it_is_the_papers_on_resnet101(self) -> None:
         """Four branches of 2048 channels straight to 21 scores; nothing else is new."""
         network = on_meta(lambda: segmentation("deeplab_v2", "resnet101", classes=20))
-        assert isinstance(network.head, Aspp)
+        assert isinstance(network.head, DeepLabV2)
         found = [(c.in_channels, c.out_channels, c.dilation[0], c.padding[0]) for c in convs(network.head)]
         assert found == [(2048, 21, rate, rate) for rate in (6, 12, 18, 24)]
         assert size(network.head) == 4 * (9 * 2048 * 21 + 21)
@@ -262,7 +273,8 @@ class TestScales:
             assert (np.argmax(same, axis=0) == number).mean() > 0.1
 
     def test_one_scale_is_the_plain_network(self, network: SegmentationNetwork) -> None:
-        plain = SegmentationNetwork(network.backbone, network.head)
+        plain = copy.deepcopy(network)
+        plain.head.extra_scales = ()
         images = torch.randn(1, 3, 32, 40)
         with torch.no_grad():
             (only,) = plain.supervised(images)
@@ -301,7 +313,7 @@ class TestDecoder:
         network = on_meta(
             lambda: segmentation("deeplab_v3plus", "resnet101", 16, classes=20, rates=(6, 12, 18), channels=256)
         )
-        assert isinstance(network.head, Decoder)
+        assert isinstance(network.head, DeepLabV3Plus)
         found = [(c.in_channels, c.out_channels, c.dilation[0]) for c in convs(network.head)]
         assert found == [*((2048, 256, rate) for rate in (6, 12, 18)), (304, 256, 1), (256, 256, 1)]
         points = [(c.in_channels, c.out_channels) for c in convs(network.head, 1)]

@@ -8,7 +8,7 @@ from torch.nn import functional
 from pipeline.errors import PipelineError
 from pipeline.methods import build_method
 from pipeline.methods.drs import Suppressor
-from pipeline.networks.backbones import BACKBONES
+from pipeline.registry import BACKBONES
 from pipeline.schema import Backbone, Classifier, Head, Suppression, Training
 from pipeline.training.settings import parameter_groups
 
@@ -98,7 +98,7 @@ def test_any_backbone_takes_it(name: str, layers: int) -> None:
 
 
 def test_every_backbone_has_layers_in_every_tap() -> None:
-    for name in BACKBONES:
+    for name in BACKBONES.names():
         with torch.device("meta"):
             layers = build_method(classifier(name), 20).layers()
         assert all(layers.values()), name

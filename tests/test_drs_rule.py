@@ -1,31 +1,17 @@
 """DRS's label rule on hand-worked pixels."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from pipeline.errors import PipelineError
-from pipeline.labels.rules import label_image
-from pipeline.params import read, validate
-from pipeline.schema import Crf, PseudoLabels
+from pipeline.labels.base import LabelCrf
+from pipeline.labels.drs import Drs
+from pipeline.labels.labelling import label_image
 from tests.pixel import label
-from tests.project import ROOT
 
-PAPER = PseudoLabels(
-    "localizations/x",
-    rule="drs",
-    normalise="none",
-    attention_threshold=0.2,
-    saliency_threshold=0.06,
-    conflict_threshold=1.0,
-)
-CODE = PseudoLabels(
-    "localizations/x",
-    rule="drs",
-    normalise="none",
-    attention_threshold=0.2,
-    saliency_threshold=51 / 255,
-    conflict_threshold=0.9,
-)
+PAPER = Drs(alpha=0.2, beta=0.06, conflict=1.0)
+CODE = Drs(alpha=0.2, beta=51 / 255, conflict=0.9)
 
 
 @pytest.mark.parametrize(
@@ -71,17 +57,14 @@ def test_the_crf_leaves_pixels_without_a_cue_ignored() -> None:
     cat[:, 8:16] = 200
     image = np.zeros((24, 24, 3), np.uint8)
     image[:, 8:] = 200
-    rule = PseudoLabels(**{**PAPER.__dict__, "crf": Crf()})
-    found = label_image({3: cat}, saliency, image, rule, (24, 24))
+    rule = replace(PAPER, crf=LabelCrf())
+    found = label_image({3: cat}, saliency, image, rule, "none", (24, 24))
     assert np.all(found[:, :7] == 0)
     assert np.all(found[:, 9:16] == 3)
     assert np.all(found[:, 17:] == 255)
 
 
-def test_without_saliency_it_is_refused_before_anything_runs() -> None:
-    with pytest.raises(ValueError, match="background cues from saliency"):
-        label_image({}, None, None, PseudoLabels("x", rule="drs", saliency=False), (2, 2))
-    raw = read([ROOT / "params.yaml"])
-    raw["pseudo_labels"]["cam"] |= {"rule": "drs", "saliency": False}
-    with pytest.raises(PipelineError, match=r"pseudo_labels\.cam\.saliency: is false, but rule drs"):
-        validate(raw)
+def test_it_needs_saliency() -> None:
+    assert PAPER.needs_saliency
+    with pytest.raises(ValueError, match="needs a saliency map, and there is none"):
+        label_image({}, None, None, PAPER, "none", (2, 2))

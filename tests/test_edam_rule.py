@@ -7,25 +7,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.errors import PipelineError
-from pipeline.labels import rules
-from pipeline.labels.rules import label_image
-from pipeline.params import read, validate
-from pipeline.schema import Crf, PseudoLabels
+from pipeline.labels import base
+from pipeline.labels.background import Power
+from pipeline.labels.base import LabelCrf
+from pipeline.labels.edam import Edam
+from pipeline.labels.labelling import label_image
+from pipeline.schema import Crf
 from pipeline.stores.raster import Raster
 from tests.pixel import label
-from tests.project import ROOT
 
 THETA = 20  # grey levels
-PAPER = PseudoLabels(
-    "localizations/x",
-    rule="edam",
-    normalise="none",
-    background=0.1,
-    saliency_threshold=THETA / 255,
-    attention_threshold=0.25,
-    object_threshold=0.95,
-)
+PAPER = Edam(background=0.1, alpha=0.25, beta=0.95, theta=THETA / 255)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +46,10 @@ def test_algorithm_1_pixel_by_pixel(saliency: int, cat: int, dog: int, expected:
 
 def test_its_rows_of_table_7() -> None:
     """Without alpha nothing salient is suppressed, without beta nothing pops up."""
-    without_alpha = replace(PAPER, attention_threshold=0)
+    without_alpha = replace(PAPER, alpha=0)
     assert label(without_alpha, 255, cat=60) == 3
     assert label(without_alpha, 0, cat=200) == 0
-    without_beta = replace(PAPER, object_threshold=1)
+    without_beta = replace(PAPER, beta=1)
     assert label(without_beta, 0, cat=255) == 0
     assert label(without_beta, 255, cat=60) == 0
 
@@ -73,12 +65,12 @@ def test_background_is_final() -> None:
 def test_the_backgrounds_score_is_a_constant_or_a_power_never_the_saliency() -> None:
     assert label(PAPER, 255, cat=64) == label(replace(PAPER, background=0.2), THETA, cat=64) == 3
     assert label(replace(PAPER, background=0.26), 255, cat=64) == 0
-    power = replace(PAPER, background_power=1.0)
+    power = replace(PAPER, background=Power(1.0))
     assert label(power, 255, cat=127) == 0  # 1 - 0.498 is more
     assert label(power, 255, cat=128) == 3
     assert label(power, 255, cat=120, dog=130) == 5
-    assert label(replace(power, background_power=2.0), 255, cat=100) == 3  # 0.608^2 = 0.369 is less than 0.392
-    assert label(replace(power, background_power=2.0), 255, cat=96) == 0  # 0.624^2 = 0.389 is more than 0.376
+    assert label(replace(power, background=Power(2.0)), 255, cat=100) == 3  # 0.608^2 = 0.369 is less than 0.392
+    assert label(replace(power, background=Power(2.0)), 255, cat=96) == 0  # 0.624^2 = 0.389 is more than 0.376
 
 
 def test_golden() -> None:
@@ -86,10 +78,10 @@ def test_golden() -> None:
     cat = np.array([[250, 200, 50, 10, 200, 245, 255, 0]], np.uint8)
     dog = np.array([[10, 210, 40, 5, 100, 250, 100, 255]], np.uint8)
     saliency = np.array([[255, 120, 255, 255, 19, 0, 5, 20]], np.uint8)
-    found = label_image({3: cat, 5: dog}, saliency, None, PAPER, (1, 8))
+    found = label_image({3: cat, 5: dog}, saliency, None, PAPER, "none", (1, 8))
     assert found.tolist() == [[3, 5, 0, 0, 0, 5, 3, 5]]
     assert found.dtype == np.uint8
-    assert not label_image({}, saliency, None, PAPER, (1, 8)).any()  # an image without a class
+    assert not label_image({}, saliency, None, PAPER, "none", (1, 8)).any()  # an image without a class
 
 
 class TestCrf:
@@ -100,14 +92,14 @@ class TestCrf:
             given.append(probabilities)
             return np.array([[[0.1, 0.1, 0.02, 0.9]], [[0.9, 0.9, 0.98, 0.1]]], np.float32)
 
-        monkeypatch.setattr(rules, "dense_crf", marginals)
-        rule = replace(PAPER, crf=Crf(), background=0.4)
+        monkeypatch.setattr(base, "dense_crf", marginals)
+        rule = replace(PAPER, crf=LabelCrf(), background=0.4)
         maps, saliency = {5: np.array([[51, 255, 51, 255]], np.uint8)}, np.array([[255, 0, 0, 255]], np.uint8)
         image = np.zeros((1, 4, 3), np.uint8)
-        assert label_image(maps, saliency, image, rule, (1, 4)).tolist() == [[5, 0, 5, 0]]
+        assert label_image(maps, saliency, image, rule, "none", (1, 4)).tolist() == [[5, 0, 5, 0]]
         assert given[0][:, 0, 0].tolist() == pytest.approx([2 / 3, 1 / 3])
-        unsure = replace(rule, confidence=0.95)
-        assert label_image(maps, saliency, image, unsure, (1, 4)).tolist() == [[255, 255, 5, 255]]
+        unsure = replace(rule, crf=LabelCrf(confidence=0.95))
+        assert label_image(maps, saliency, image, unsure, "none", (1, 4)).tolist() == [[255, 255, 5, 255]]
 
     def test_it_moves_the_label_to_the_edge(self) -> None:
         image = np.zeros((24, 32, 3), np.uint8)
@@ -115,20 +107,19 @@ class TestCrf:
         attention: Raster = np.zeros((24, 32), np.uint8)
         attention[:, :14], attention[:, 14:16] = 255, 40
         saliency = np.where(np.arange(32) < 24, 255, 0).astype(np.uint8) * np.ones((24, 1), np.uint8)
-        plain = replace(PAPER, background_power=1.0)
-        assert label_image({5: attention}, saliency, image, plain, (24, 32))[:, 14:16].max() == 0
-        refined = label_image({5: attention}, saliency, image, replace(plain, crf=Crf(bilateral_rgb=10)), (24, 32))
+        plain = replace(PAPER, background=Power(1.0))
+        assert label_image({5: attention}, saliency, image, plain, "none", (24, 32))[:, 14:16].max() == 0
+        refined = label_image(
+            {5: attention}, saliency, image, replace(plain, crf=LabelCrf(bilateral_rgb=10)), "none", (24, 32)
+        )
         assert np.array_equal(refined, np.where(np.arange(32) < 16, 5, 0) * np.ones((24, 1)))
 
     def test_it_needs_the_image(self) -> None:
-        with pytest.raises(ValueError, match="no image is given"):
-            label_image({}, np.zeros((1, 1), np.uint8), None, replace(PAPER, crf=Crf()), (1, 1))
+        with pytest.raises(ValueError, match="needs the image, and there is none"):
+            label_image({}, np.zeros((1, 1), np.uint8), None, replace(PAPER, crf=LabelCrf()), "none", (1, 1))
 
 
-def test_without_saliency_it_is_refused_before_anything_runs() -> None:
-    with pytest.raises(ValueError, match="refines its labels by saliency"):
-        label_image({}, None, None, replace(PAPER, saliency=False), (2, 2))
-    raw = read([ROOT / "params.yaml"])
-    raw["pseudo_labels"]["cam"] |= {"rule": "edam", "saliency": False}
-    with pytest.raises(PipelineError, match=r"pseudo_labels\.cam\.saliency: is false, but rule edam"):
-        validate(raw)
+def test_it_needs_saliency() -> None:
+    assert PAPER.needs_saliency
+    with pytest.raises(ValueError, match="needs a saliency map, and there is none"):
+        label_image({}, None, None, PAPER, "none", (2, 2))

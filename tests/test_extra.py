@@ -157,7 +157,8 @@ def test_a_listed_image_that_is_missing_is_not_taken_from_the_extra_folder(datas
 def params(dataset: Dataset) -> dict[str, Any]:
     """Written to params.yaml: a row trained on pseudo labels, and the supervised one."""
     raw = minimal_params(dataset, Path("data/Saliency"))
-    raw["segmentations"]["supervised"] = {**raw["segmentations"]["cam"], "labels": "ground_truth", "channels": 8}
+    network = {"deeplab_largefov": {"channels": 8}}
+    raw["segmentations"]["supervised"] = {**raw["segmentations"]["cam"], "labels": "ground_truth", "network": network}
     Path("params.yaml").write_text(yaml.safe_dump(raw))
     return raw
 

@@ -23,6 +23,7 @@ from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.inference.localize import localization_maps
 from pipeline.inference.segment import segmentations
 from pipeline.labels.crf import dense_crf
+from pipeline.registry import SEGMENTATIONS, Choice
 from pipeline.runtime import Runtime
 from pipeline.schema import Backbone, Classifier, Crf, Head, Localization, Refinement, Segmentation, Training
 from pipeline.stage import Work
@@ -279,10 +280,11 @@ class TestBatches:
 
 
 TRAINING = Training(batch_size=2, lr=0.1, epochs=1)
+LARGE_FOV = Choice(SEGMENTATIONS, "deeplab_largefov", {"channels": 8, "rate": 2})
 BLOCKS: list[Any] = [
     Classifier(Backbone("small"), TRAINING, head=Head(1, 8)),
     Refinement("classifiers/base", Backbone("small", output_stride=4), TRAINING, head=Head(0, 8)),
-    Segmentation("ground_truth", Backbone("small"), TRAINING, channels=8, rates=(2,)),
+    Segmentation("ground_truth", LARGE_FOV, Backbone("small"), TRAINING),
 ]
 
 

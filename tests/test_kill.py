@@ -54,16 +54,17 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     params["localizations"]["drs"] = {"model": "classifiers/drs"}
     params["refinements"] = {"drs": {**small["refinement"], **head, "kind": "regression", "source": "classifiers/drs"}}
-    v2 = {"network": "deeplab_v2", "rates": [1, 2], "extra_scales": [0.5], "self_training": True}
+    v2 = {"network": {"deeplab_v2": {"rates": [1, 2], "extra_scales": [0.5]}}, "self_training": True}
+    largefov = {"network": {"deeplab_largefov": {"channels": 8, "rate": 2, "dropout": 0.5}}}
     params["segmentations"] = {
-        "cam": {**small["segmentation"], "channels": 8, "rates": [2], "dropout": 0.5, "labels": "ground_truth"},
+        "cam": {**small["segmentation"], **largefov, "labels": "ground_truth"},
         "v2": {**small["segmentation"], **v2, "labels": "ground_truth"},
     }
     body = {"name": "small"}
     one_step = {"classification": body, "segmentation": body, "shared": ["conv2", "conv2"], "grid": 6, "delay": 10}
     narrow = {"channels": 8, "rate": 2, "agm_channels": [8, 8], "training": small["one_step"]["training"], **head}
     params["one_step"] = {"agen": {**one_step, **narrow}}
-    params["pseudo_labels"]["drs"] = {"source": "classifiers/drs", "rule": "threshold", "saliency": False}
+    params["pseudo_labels"]["drs"] = {"source": "classifiers/drs", "rule": "threshold"}
     params["affinities"] = {"drs": {**small["affinity"], "channels": 8, "radius": 3, "labels": "pseudo_labels/drs"}}
     params["walks"] = {"drs": {"affinity": "affinities/drs", "maps": "classifiers/drs"}}
     Path("params.yaml").write_text(yaml.safe_dump(params))

@@ -18,15 +18,19 @@ import stages.mixture
 import stages.pseudo_labels
 from pipeline.errors import PipelineError
 from pipeline.graph import Job
-from pipeline.labels import export, rules
-from pipeline.labels.rules import label_image
+from pipeline.labels import base, export
+from pipeline.labels.base import LabelCrf, Rule
+from pipeline.labels.labelling import class_score, label_image
+from pipeline.labels.oaa import Oaa
+from pipeline.labels.threshold import Threshold
 from pipeline.runtime import Runtime
-from pipeline.schema import Crf, Mixture, PseudoLabels
+from pipeline.schema import Crf, Mixture
 from pipeline.stage import Work
 from pipeline.stores.raster import Raster, RasterStore, RasterWriter
+from tests.pixel import block
 
-OAA = PseudoLabels("classifiers/x", normalise="none", minimum_foreground=0)
-PLAIN = PseudoLabels("classifiers/x", rule="threshold", normalise="none", saliency=False, background=0.3)
+OAA = Oaa(minimum_foreground=0)
+PLAIN = Threshold(background=0.3)
 
 
 def raster(*rows: list[int]) -> Raster:
@@ -59,12 +63,12 @@ def grey(*rows: list[float]) -> Raster:
 )
 def test_oaa_pixel_by_pixel(saliency: int, cat: int, dog: int, label: int) -> None:
     maps = {15: raster([dog]), 3: raster([cat])}
-    assert label_image(maps, raster([saliency]), None, OAA, (1, 1)).tolist() == [[label]]
+    assert label_image(maps, raster([saliency]), None, OAA, "none", (1, 1)).tolist() == [[label]]
 
 
 def test_oaa_without_saliency_has_a_constant_background() -> None:
-    rule = replace(OAA, saliency=False, background=0.4)
-    assert label_image({3: grey([0.2, 0.39, 0.41, 0.95])}, None, None, rule, (1, 4)).tolist() == [[0, 0, 3, 3]]
+    rule = replace(OAA, saliency=None, background=0.4)
+    assert label_image({3: grey([0.2, 0.39, 0.41, 0.95])}, None, None, rule, "none", (1, 4)).tolist() == [[0, 0, 3, 3]]
 
 
 @pytest.mark.parametrize(("objects", "kept"), [(9, False), (10, True)])
@@ -73,60 +77,62 @@ def test_oaa_ignores_an_image_with_too_little_foreground(objects: int, kept: boo
     saliency = np.zeros((10, 10), np.uint8)
     saliency.flat[:objects] = 255
     saliency.flat[50:60] = 100  # ignored pixels are no foreground
-    label = label_image({3: saliency}, saliency, None, rule, (10, 10))
+    label = label_image({3: saliency}, saliency, None, rule, "none", (10, 10))
     assert np.unique(label).tolist() == ([0, 3, 255] if kept else [255])
 
 
 def test_oaa_thresholds_are_the_rules() -> None:
-    at_threshold = replace(OAA, attention_threshold=0.2)
-    assert label_image({3: raster([50, 51])}, raster([255, 255]), None, at_threshold, (1, 2)).tolist() == [[255, 3]]
+    at_threshold = replace(OAA, attention=0.2)
+    assert label_image({3: raster([50, 51])}, raster([255, 255]), None, at_threshold, "none", (1, 2)).tolist() == [
+        [255, 3]
+    ]
     maps, saliency = {3: grey([0.5, 0.5, 0.5])}, grey([0.45, 0.55, 0.05])
-    strict = replace(OAA, attention_threshold=0.52, saliency_threshold=0.6, object_threshold=0.6)
-    assert label_image(maps, saliency, None, strict, (1, 3)).tolist() == [[0, 0, 0]]
-    loose = replace(OAA, attention_threshold=0, saliency_threshold=0.4, object_threshold=0.4, conflict_threshold=0.51)
-    assert label_image(maps, saliency, None, loose, (1, 3)).tolist() == [[255, 3, 255]]
-    clashing = replace(loose, conflict_threshold=0.44)
-    assert label_image(maps, saliency, None, clashing, (1, 3)).tolist() == [[255, 255, 255]]
+    strict = replace(OAA, attention=0.52, saliency=0.6, object=0.6)
+    assert label_image(maps, saliency, None, strict, "none", (1, 3)).tolist() == [[0, 0, 0]]
+    loose = replace(OAA, attention=0, saliency=0.4, object=0.4, conflict=0.51)
+    assert label_image(maps, saliency, None, loose, "none", (1, 3)).tolist() == [[255, 3, 255]]
+    clashing = replace(loose, conflict=0.44)
+    assert label_image(maps, saliency, None, clashing, "none", (1, 3)).tolist() == [[255, 255, 255]]
 
 
 def test_threshold_rule() -> None:
     maps = {7: grey([0.29, 0.31, 0.95]), 2: grey([0.0, 0.31, 0.96])}
-    assert label_image(maps, None, None, PLAIN, (1, 3)).tolist() == [[0, 2, 2]]
-    salient = replace(PLAIN, saliency=True)
-    assert label_image(maps, grey([0.9, 0.6, 0.0]), None, salient, (1, 3)).tolist() == [[7, 0, 0]]
+    assert label_image(maps, None, None, PLAIN, "none", (1, 3)).tolist() == [[0, 2, 2]]
+    salient = replace(PLAIN, background="saliency")
+    assert label_image(maps, grey([0.9, 0.6, 0.0]), None, salient, "none", (1, 3)).tolist() == [[7, 0, 0]]
 
 
 def test_no_class_is_background_or_nothing() -> None:
-    assert label_image({}, None, None, PLAIN, (2, 2)).tolist() == [[0, 0], [0, 0]]
+    assert label_image({}, None, None, PLAIN, "none", (2, 2)).tolist() == [[0, 0], [0, 0]]
     rule = replace(OAA, minimum_foreground=0.01)
-    assert label_image({}, np.zeros((2, 2), np.uint8), None, rule, (2, 2)).tolist() == [[255, 255], [255, 255]]
+    assert label_image({}, np.zeros((2, 2), np.uint8), None, rule, "none", (2, 2)).tolist() == [[255, 255], [255, 255]]
 
 
 @pytest.mark.parametrize(
     ("normalise", "expected"), [("none", [0.2, 0.4, 0.6]), ("max", [1 / 3, 2 / 3, 1]), ("minmax", [0, 0.5, 1])]
 )
 def test_normalisation(normalise: str, expected: list[float]) -> None:
-    assert rules.class_score(grey([0.2, 0.4, 0.6]), normalise, (1, 3))[0].tolist() == pytest.approx(expected)
+    assert class_score(grey([0.2, 0.4, 0.6]), normalise, (1, 3))[0].tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("normalise", ["none", "max", "minmax"])
 def test_an_empty_map_scores_nothing(normalise: str) -> None:
-    assert not rules.class_score(np.zeros((3, 3), np.uint8), normalise, (5, 4)).any()
+    assert not class_score(np.zeros((3, 3), np.uint8), normalise, (5, 4)).any()
 
 
 def test_a_small_map_is_upsampled_bilinearly_and_then_stretched() -> None:
-    score = rules.class_score(raster([0, 100]), "none", (2, 4))
+    score = class_score(raster([0, 100]), "none", (2, 4))
     np.testing.assert_allclose(score, np.tile([0, 25, 75, 100], (2, 1)) / 255, atol=1e-6)
-    assert rules.class_score(raster([50, 100], [50, 50]), "minmax", (9, 7)).max() == 1
+    assert class_score(raster([50, 100], [50, 50]), "minmax", (9, 7)).max() == 1
 
 
 def test_what_the_rule_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match="none is given"):
-        label_image({}, None, None, OAA, (1, 1))
+    with pytest.raises(ValueError, match="needs a saliency map, and there is none"):
+        label_image({}, None, None, OAA, "none", (1, 1))
     with pytest.raises(ValueError, match=r"the saliency map is \(2, 1\), the image \(1, 2\)"):
-        label_image({}, np.zeros((2, 1), np.uint8), None, OAA, (1, 2))
-    with pytest.raises(ValueError, match="no image is given"):
-        label_image({}, None, None, replace(PLAIN, crf=Crf()), (1, 1))
+        label_image({}, np.zeros((2, 1), np.uint8), None, OAA, "none", (1, 2))
+    with pytest.raises(ValueError, match="needs the image, and there is none"):
+        label_image({}, None, None, replace(PLAIN, crf=LabelCrf()), "none", (1, 1))
 
 
 def halves() -> tuple[NDArray[np.uint8], Raster]:
@@ -141,8 +147,8 @@ def halves() -> tuple[NDArray[np.uint8], Raster]:
 def test_crf_moves_the_label_to_the_edge() -> None:
     image, attention = halves()
     attention[:, 14:16] = 64  # 0.25: below the background
-    assert label_image({5: attention}, None, image, PLAIN, (24, 32))[:, 14:16].max() == 0
-    label = label_image({5: attention}, None, image, replace(PLAIN, crf=Crf(bilateral_rgb=10)), (24, 32))
+    assert label_image({5: attention}, None, image, PLAIN, "none", (24, 32))[:, 14:16].max() == 0
+    label = label_image({5: attention}, None, image, replace(PLAIN, crf=LabelCrf(bilateral_rgb=10)), "none", (24, 32))
     assert np.array_equal(label, np.where(np.arange(32) < 16, 5, 0) * np.ones((24, 1)))
 
 
@@ -153,18 +159,20 @@ def test_crf_confidence_ignores_what_is_unsure(monkeypatch: pytest.MonkeyPatch) 
         given.append(probabilities)
         return np.array([[[0.9, 0.55, 0.3, 0.6]], [[0.1, 0.45, 0.7, 0.4]]], np.float32)
 
-    monkeypatch.setattr(rules, "dense_crf", marginals)
+    monkeypatch.setattr(base, "dense_crf", marginals)
     image = np.zeros((1, 4, 3), np.uint8)
-    sure = replace(PLAIN, crf=Crf(), confidence=0.6)
-    assert label_image({5: grey([0.2, 0.9, 0.9, 0.0])}, None, image, sure, (1, 4)).tolist() == [[0, 255, 5, 0]]
+    sure = replace(PLAIN, crf=LabelCrf(confidence=0.6))
+    assert label_image({5: grey([0.2, 0.9, 0.9, 0.0])}, None, image, sure, "none", (1, 4)).tolist() == [[0, 255, 5, 0]]
     np.testing.assert_allclose(given[0].sum(0), 1, atol=1e-6)
     assert given[0][1, 0].tolist() == pytest.approx([0.4, 0.75, 0.75, 1e-5 / 0.3], rel=0.01)
 
     # OAA: the marginals choose; salient background and objects on background are ignored as without a CRF
     maps, saliency = {5: grey([0.0, 0.85, 0.25, 0.0])}, grey([0.0, 0.0, 0.9, 0.5])
-    assert label_image(maps, saliency, image, replace(OAA, crf=Crf()), (1, 4)).tolist() == [[0, 255, 5, 255]]
-    unsure = replace(OAA, crf=Crf(), confidence=0.75)
-    assert label_image(maps, saliency, image, unsure, (1, 4)).tolist() == [[0, 255, 255, 255]]
+    assert label_image(maps, saliency, image, replace(OAA, crf=LabelCrf()), "none", (1, 4)).tolist() == [
+        [0, 255, 5, 255]
+    ]
+    unsure = replace(OAA, crf=LabelCrf(confidence=0.75))
+    assert label_image(maps, saliency, image, unsure, "none", (1, 4)).tolist() == [[0, 255, 255, 255]]
     assert given[1][:, 0, 2].tolist() == [0.5, 0.5]  # thresholding left nothing: no preference
 
 
@@ -207,9 +215,9 @@ def run(
     return RasterStore(outputs["labels"])
 
 
-def label(root: Path, rule: PseudoLabels, workers: int = 0) -> RasterStore:
+def label(root: Path, rule: Rule, workers: int = 0) -> RasterStore:
     inputs = {"maps": root / "maps.h5", "saliency": root / "saliency.h5"}
-    return run(stages.pseudo_labels.main, root, inputs, rule, workers)
+    return run(stages.pseudo_labels.main, root, inputs, block(rule), workers)
 
 
 @pytest.fixture
@@ -240,8 +248,8 @@ def test_pseudo_labels_by_saliency(maps: Path) -> None:
     assert (label(maps, OAA).get("b") == 255).all()
 
 
-@pytest.mark.parametrize("rule", [OAA, replace(PLAIN, crf=Crf(iterations=2), confidence=0.6)])
-def test_pseudo_labels_by_processes_are_the_same_bytes(maps: Path, rule: PseudoLabels) -> None:
+@pytest.mark.parametrize("rule", [OAA, replace(PLAIN, crf=LabelCrf(iterations=2, confidence=0.6))])
+def test_pseudo_labels_by_processes_are_the_same_bytes(maps: Path, rule: Rule) -> None:
     alone = label(maps, rule).path.read_bytes()
     for part in (maps / "parts").iterdir():
         part.unlink()
@@ -374,4 +382,4 @@ def test_label_stages_start_without_the_crf_library(monkeypatch: pytest.MonkeyPa
     assert label(maps, PLAIN).ids == ["d", "a", "b", "c"]
     (maps / "parts/00000.npz").unlink()
     with pytest.raises(PipelineError, match="pip install pydensecrf2"):
-        label(maps, replace(PLAIN, crf=Crf()))
+        label(maps, replace(PLAIN, crf=LabelCrf()))

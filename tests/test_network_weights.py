@@ -13,6 +13,7 @@ from pipeline.errors import PipelineError
 from pipeline.inference import models
 from pipeline.networks.backbones import Backbone
 from pipeline.networks.vision import import_torchvision
+from pipeline.registry import SEGMENTATIONS, Choice
 from tests.networks import build, randomise_batch_norms
 
 MOBILENET_FILE = Path("../shared/weights/mobilenet_v2_imagenet_fp16.pth")
@@ -79,8 +80,12 @@ NETWORKS: dict[str, models.Block] = {
     "classifier": schema.Classifier(SMALL, TRAINING, head=HEAD),
     "suppressed": schema.Classifier(SMALL, TRAINING, head=HEAD, suppression=schema.Suppression()),
     "integral": schema.Refinement("classifiers/base", SMALL, TRAINING, head=HEAD),
-    "largefov": schema.Segmentation("ground_truth", SMALL, TRAINING, channels=8),
-    "v3plus": schema.Segmentation("ground_truth", SMALL, TRAINING, "deeplab_v3plus", channels=8, rates=(1, 2, 3)),
+    "largefov": schema.Segmentation(
+        "ground_truth", Choice(SEGMENTATIONS, "deeplab_largefov", {"channels": 8}), SMALL, TRAINING
+    ),
+    "v3plus": schema.Segmentation(
+        "ground_truth", Choice(SEGMENTATIONS, "deeplab_v3plus", {"channels": 8, "rates": [1, 2, 3]}), SMALL, TRAINING
+    ),
 }
 
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from pipeline import schema
 from pipeline.errors import PipelineError
-from pipeline.networks.backbones import BACKBONES, Backbone
+from pipeline.networks.backbones import Backbone
 from pipeline.networks.heads import ClassAwareHead
 from pipeline.networks.resnet38 import BottleneckBlock, WideBlock
 from pipeline.networks.vision import import_torchvision
+from pipeline.registry import BACKBONES
 from tests.networks import build, convs, on_meta, randomise_batch_norms, size
 
 TAPS = {
@@ -34,7 +35,7 @@ STRIDES = {
 }
 
 
-@pytest.fixture(scope="module", params=list(BACKBONES))
+@pytest.fixture(scope="module", params=BACKBONES.names())
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     torch.manual_seed(0)
     backbone = build(request.param)
@@ -61,7 +62,7 @@ class TestContract:
             assert features[tap].shape == (2, channels, -(-height // stride), -(-width // stride))
         assert backbone(x).shape == list(features.values())[-1].shape
 
-    @pytest.mark.parametrize("name", BACKBONES)
+    @pytest.mark.parametrize("name", BACKBONES.names())
     def test_stride_lost_without_dilation(self, name: str) -> None:
         plain, dilated = (
             on_meta(partial(build, name, min(STRIDES[name]), dilated=dilated)) for dilated in (False, True)
@@ -132,7 +133,7 @@ class TestContract:
         with torch.no_grad():
             torch.testing.assert_close(dilated(x)[..., ::2, ::2], strided(x))
 
-    @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "vgg16"])
+    @pytest.mark.parametrize("name", [name for name in BACKBONES.names() if name != "vgg16"])
     def test_frozen_batch_norms_stay(self, name: str) -> None:
         backbone = on_meta(partial(build, name, frozen_batch_norm=True))
         norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -172,7 +173,7 @@ class TestGeometry:
         assert size(on_meta(lambda: build(name))) == published - classifier
 
     def test_sizes(self) -> None:
-        found = {name: size(on_meta(partial(build, name))) for name in BACKBONES}
+        found = {name: size(on_meta(partial(build, name))) for name in BACKBONES.names()}
         assert found == {
             "vgg16": 14_714_688,
             "resnet50": 23_508_032,
@@ -212,7 +213,7 @@ class TestGeometry:
             build(name, stride)
 
     def test_unknown_backbone_lists_the_known(self) -> None:
-        with pytest.raises(PipelineError, match=r"alexnet: unknown; choose from vgg16, resnet50, .*small"):
+        with pytest.raises(PipelineError, match=r"'alexnet' is none of mobilenet_v2, resnet101, .*, vgg16"):
             build("alexnet")
 
 

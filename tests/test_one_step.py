@@ -49,10 +49,8 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     params["localizations"]["agen"] = {"model": "one_step/agen", "normalise": "none"}
     params["pseudo_labels"]["agen"] = {
         "source": "localizations/agen",
-        "rule": "threshold",
+        "rule": {"threshold": {"background": {"power": 1.0}}},
         "normalise": "none",
-        "saliency": False,
-        "background_power": 1.0,
     }
     params["segmentations"]["agen_two_step"] = {**params["segmentations"]["cam"], "labels": "pseudo_labels/agen"}
     return params
@@ -199,9 +197,7 @@ def test_the_report_shows_its_row_as_weak(tmp_path: Path, monkeypatch: pytest.Mo
     raw["localizations"]["agen"] = {"model": "one_step/agen", "normalise": "none"}
     raw["pseudo_labels"]["agen"] = {
         "source": "localizations/agen",
-        "rule": "threshold",
-        "saliency": False,
-        "background_power": 1,
+        "rule": {"threshold": {"background": {"power": 1}}},
     }
     raw["segmentations"]["agen_two_step"] = {**raw["segmentations"]["cam"], "labels": "pseudo_labels/agen"}
     graph = experiment(raw)

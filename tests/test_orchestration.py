@@ -27,7 +27,9 @@ def shrink(params: dict[str, Any]) -> None:
         block = params["defaults"][section]
         block["training"] = {"epochs": 1, "batch_size": 6, "lr": 0.01}
         block["augmentation"] = {"flip": True}
-        block |= {"channels": 8} if section == "segmentations" else {"head": {"convs": 0}}
+        block |= (
+            {"network": {"deeplab_largefov": {"channels": 8}}} if section == "segmentations" else {"head": {"convs": 0}}
+        )
     params["defaults"]["classifiers"]["accumulate"] = {"cells": 12, "skip_epochs": 0}
     params.update(
         method="oaa",
@@ -75,7 +77,7 @@ def reproduced(folder: Path, *arguments: str) -> set[str]:
 
 
 def loosen_oaa(params: dict[str, Any]) -> None:
-    params["pseudo_labels"]["oaa"]["attention_threshold"] = 0.05
+    params["pseudo_labels"]["oaa"]["rule"] = {"oaa": {"attention": 0.05}}
 
 
 OF_OAA = {
@@ -141,7 +143,7 @@ def test_a_dry_run_with_other_params_does_no_harm(project: Path) -> None:
 
 
 def test_profiles_are_laid_on_params(project: Path) -> None:
-    (project / "profiles" / "loose.yaml").write_text("pseudo_labels: {oaa: {attention_threshold: 0.05}}\n")
+    (project / "profiles" / "loose.yaml").write_text("pseudo_labels: {oaa: {rule: {oaa: {attention: 0.05}}}}\n")
     arguments = ("--configfile", "params.yaml", "profiles/loose.yaml", "--config", "gallery=1")
     assert planned(project, *arguments) == OF_OAA | {"features@base"}
     command = run(project, "snakemake", "--dry-run", "--printshellcmds", *arguments)

@@ -12,6 +12,7 @@ import yaml
 from pipeline import params as parameters
 from pipeline import references
 from pipeline.errors import PipelineError
+from pipeline.labels.drs import Drs
 from pipeline.params import load, merge, validate
 
 ROOT = Path(__file__).parent.parent
@@ -35,8 +36,8 @@ SMALL: dict[str, Any] = {
     "classifiers": {"base": {**NETWORK}},
     "refinements": {"finer": {**NETWORK, "source": "localizations/plain"}},
     "localizations": {"plain": {"model": "classifiers/base"}, "fine": {"model": "refinements/finer"}},
-    "pseudo_labels": {"rule": {"source": "localizations/fine"}},
-    "segmentations": {"row": {**NETWORK, "labels": "pseudo_labels/rule"}},
+    "pseudo_labels": {"rule": {"source": "localizations/fine", "rule": "oaa"}},
+    "segmentations": {"row": {**NETWORK, "labels": "pseudo_labels/rule", "network": "deeplab_largefov"}},
 }
 
 
@@ -97,8 +98,6 @@ def test_a_profile_on_real_images_leaves_no_number_of_the_demo(name: str) -> Non
             settings = merge(raw["defaults"].get(section, {}), raw[section][block])
             if settings.get("head", {}).get("convs") == 0:
                 settings = merge(settings, {"head": None})  # the channels of no convolution
-            if settings.get("background_power") is not None:
-                settings = merge(settings, {"background": None})  # which it replaces
             assert list(left(settings, f"{section}.{block}")) == []
 
 
@@ -111,8 +110,10 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
     params = validate(over(localizations={"plain": {"scales": [1, 0.5]}}))
     assert params.localizations["plain"].scales == (1.0, 0.5)
     assert isinstance(params.classifiers["base"].training.lr, float)
-    assert params.pseudo_labels["rule"].crf is None
-    assert validate(over(pseudo_labels={"rule": {"crf": {}}})).pseudo_labels["rule"].crf is not None
+    assert params.pseudo_labels["rule"].rule.settings.crf is None
+    params = validate(over(pseudo_labels={"rule": {"rule": {"oaa": {"crf": {}, "background": 1}}}}))
+    assert params.pseudo_labels["rule"].rule.settings.crf is not None
+    assert isinstance(params.pseudo_labels["rule"].rule.settings.background, float)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +121,29 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
     [
         ({"sede": 2}, "p.yaml: sede: unknown key; did you mean seed?"),
         (
-            {"pseudo_labels": {"rule": {"confidense": 0.5}}},
-            "p.yaml: pseudo_labels.rule.confidense: unknown key; did you mean confidence?",
+            {"pseudo_labels": {"rule": {"normalize": "max"}}},
+            "p.yaml: pseudo_labels.rule.normalize: unknown key; did you mean normalise?",
+        ),
+        (
+            {"pseudo_labels": {"rule": {"rule": {"oaa": {"atention": 0.5}}}}},
+            "p.yaml: pseudo_labels.rule.rule.oaa.atention: unknown key; did you mean attention?",
+        ),
+        (
+            {"pseudo_labels": {"rule": {"rule": {"oaa": {"crf": {"confidense": 0.5}}}}}},
+            "p.yaml: pseudo_labels.rule.rule.oaa.crf.confidense: unknown key; did you mean confidence?",
+        ),
+        (
+            {"pseudo_labels": {"rule": {"rule": "ooa"}}},
+            "p.yaml: pseudo_labels.rule.rule: 'ooa' is none of confident, drs, edam, oaa, threshold; did you mean oaa?",
+        ),
+        (
+            {"segmentations": {"row": {"backbone": {"name": "resnet500"}}}},
+            "p.yaml: segmentations.row.backbone.name: 'resnet500' is none of mobilenet_v2, resnet101, resnet38, "
+            "resnet50, small, vgg16; did you mean resnet50?",
+        ),
+        (
+            {"segmentations": {"row": {"backbone": {"name": 16}}}},
+            "p.yaml: segmentations.row.backbone.name: must be text, not 16",
         ),
         ({"seed": "one"}, "p.yaml: seed: must be a whole number, not 'one'"),
         ({"seed": True}, "p.yaml: seed: must be a whole number, not True"),
@@ -155,11 +177,11 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
         ),
         (
             {"segmentations": {"row": {"backbone": {"frozen": ["conv1"]}}}},
-            "p.yaml: segmentations.row.backbone.frozen: would stay random; name backbone.weights, or freeze nothing",
+            "p.yaml: segmentations.row.backbone.frozen: would keep random weights; name weights, or freeze nothing",
         ),
         (
             {"mixtures": {"half": {"labels": "pseudo_labels/rule", "share": 1.5}}},
-            "p.yaml: mixtures.half.share: 1.5 is not within 0 and 1",
+            "p.yaml: mixtures.half.share: 1.5 must be at least 0 and at most 1",
         ),
         ({"method": "other"}, "p.yaml: method: other is none of the rows row"),
         (
@@ -232,26 +254,39 @@ def test_all_faults_are_reported_at_once() -> None:
 
 def test_saliency_that_is_not_there_cannot_be_used() -> None:
     assert faults(over(saliency={"kind": "none"})) == [
-        "p.yaml: pseudo_labels.rule.saliency: is true, but saliency.kind is none; set it to false"
+        "p.yaml: pseudo_labels.rule.rule: oaa reads saliency maps, but saliency.kind is none; choose saliency "
+        "maps, or a rule or settings without them"
     ]
+    without = {"rule": {"rule": {"oaa": {"background": 0.3, "saliency": None}}}}
+    assert (
+        not validate(over(saliency={"kind": "none"}, pseudo_labels=without))
+        .pseudo_labels["rule"]
+        .rule.settings.needs_saliency
+    )
 
 
 def test_defaults_lie_under_every_block_of_their_section() -> None:
-    raw = over(defaults={"pseudo_labels": {"background": 0.7, "crf": {"iterations": 3, "bilateral_rgb": 9.0}}})
-    raw["pseudo_labels"]["other"] = {"source": "classifiers/base", "background": 0.1, "crf": {"iterations": 4}}
-    labels = validate(raw).pseudo_labels
+    rule = {"oaa": {"background": 0.7, "crf": {"iterations": 3, "bilateral_rgb": 9.0}}}
+    raw = over(defaults={"pseudo_labels": {"rule": rule}})
+    raw["pseudo_labels"]["other"] = {
+        "source": "classifiers/base",
+        "rule": {"oaa": {"background": 0.1, "crf": {"iterations": 4}}},
+    }
+    raw["pseudo_labels"]["another"] = {"source": "classifiers/base", "rule": "drs"}
+    labels = {name: block.rule.settings for name, block in validate(raw).pseudo_labels.items()}
     assert labels["rule"].background == 0.7
     assert labels["other"].background == 0.1
-    assert labels["other"].crf is not None
     assert (labels["other"].crf.iterations, labels["other"].crf.bilateral_rgb) == (4, 9.0)
+    assert labels["another"] == Drs()
 
 
 def test_null_removes_a_block_and_what_a_default_gave() -> None:
-    raw = over(pseudo_labels={"extra": {"source": "classifiers/base"}}, defaults={"pseudo_labels": {"crf": {}}})
-    laid = merge(raw, {"pseudo_labels": {"extra": None, "rule": {"crf": None}}})
+    defaults = {"pseudo_labels": {"rule": {"oaa": {"crf": {}}}}}
+    raw = over(pseudo_labels={"extra": {"source": "classifiers/base", "rule": "oaa"}}, defaults=defaults)
+    laid = merge(raw, {"pseudo_labels": {"extra": None, "rule": {"rule": {"oaa": {"crf": None}}}}})
     params = validate(laid)
     assert list(params.pseudo_labels) == ["rule"]
-    assert params.pseudo_labels["rule"].crf is None
+    assert params.pseudo_labels["rule"].rule.settings.crf is None
 
 
 def test_merge_leaves_its_arguments_alone() -> None:

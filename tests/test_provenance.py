@@ -10,9 +10,9 @@ import pytest
 from pipeline import params as parameters
 from pipeline import references
 from pipeline.report import protocol
-from tests.test_report import RAW, SMALL, experiment
+from tests.test_report import LEARNER, RAW, SMALL, experiment
 
-CONFIDENT = {"rule": "confident", "saliency": False, "background": 0.5, "low_background": 0.15, "crf": {}}
+CONFIDENT = {"rule": {"confident": {"high": 0.5, "low": 0.15}}}
 AGEN = {
     "classification": {"name": "small"},
     "segmentation": {"name": "small"},
@@ -43,16 +43,16 @@ WALKED: dict[str, Any] = RAW | {
     "pseudo_labels": RAW["pseudo_labels"]
     | {
         "confident": {"source": "localizations/cam", **CONFIDENT},
-        "walked": {"source": "walks/once", "rule": "threshold", "saliency": False, "background": 0.4},
-        "amr": {"source": "walks/climbed", "rule": "threshold"},
-        "edam": {"source": "localizations/edam", "rule": "edam", "background": 0.4, "crf": {}},
-        "alone": {"source": "localizations/alone", "rule": "drs", "saliency_threshold": 0.06},
-        "agen": {"source": "localizations/agen", "rule": "oaa", "background_power": 8},
+        "walked": {"source": "walks/once", "rule": {"threshold": {"background": 0.4}}},
+        "amr": {"source": "walks/climbed", "rule": {"threshold": {"background": "saliency"}}},
+        "edam": {"source": "localizations/edam", "rule": {"edam": {"background": 0.4, "crf": {}}}},
+        "alone": {"source": "localizations/alone", "rule": {"drs": {"beta": 0.06}}},
+        "agen": {"source": "localizations/agen", "rule": {"oaa": {"background": {"power": 8}}}},
     },
     "one_step": {"agen": AGEN, "plain_agen": AGEN | {"agm": [], "coam": [], "boundary_weight": 0}},
     "segmentations": RAW["segmentations"]
-    | {name: {"labels": f"pseudo_labels/{name}", **SMALL} for name in ("walked", "amr", "edam", "alone")}
-    | {"two_step": {"labels": "pseudo_labels/agen", **SMALL}},
+    | {name: {"labels": f"pseudo_labels/{name}", **LEARNER} for name in ("walked", "amr", "edam", "alone")}
+    | {"two_step": {"labels": "pseudo_labels/agen", **LEARNER}},
 }
 
 
@@ -129,7 +129,7 @@ def test_provenance_names_every_method_and_rule() -> None:
     assert {row: cells["Pseudo labels"] for row, cells in told.items() if row not in RAW["segmentations"]} == {
         "walked": "rule threshold, constant background 0.4, dense CRF off",
         "amr": "rule threshold, background 1 - saliency, dense CRF off",
-        "edam": "rule edam, constant background 0.4, refined by saliency (theta 0.125, alpha 0.3, beta 0.8), "
+        "edam": "rule edam, constant background 0.4, refined by saliency (theta 0.0784314, alpha 0.25, beta 0.95), "
         "dense CRF on (10 iterations)",
         "alone": "rule drs, background where saliency is below 0.06, dense CRF off",
         "two_step": "rule oaa, background (1 - strongest)^8, salient background ignored, dense CRF off",

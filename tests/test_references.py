@@ -14,7 +14,8 @@ TRAINING = {"epochs": 1, "batch_size": 2, "lr": 0.1}
 SMALL = {"name": "small"}
 NETWORK = {"backbone": SMALL, "training": TRAINING}
 JOINT = {"classification": SMALL, "segmentation": SMALL, "shared": ["conv2", "conv2"], "training": TRAINING}
-SURE = {"rule": "confident", "saliency": False, "crf": {}}
+SURE = {"rule": "confident"}
+LEARNER = {**NETWORK, "network": "deeplab_largefov"}
 CHAINS: dict[str, Any] = {  # a row of each kind, on two classifiers and a one-step network
     "experiment": "chains",
     "seed": 1,
@@ -31,18 +32,18 @@ CHAINS: dict[str, Any] = {  # a row of each kind, on two classifiers and a one-s
     "affinities": {"base": {**NETWORK, "labels": "pseudo_labels/sure"}},
     "walks": {"walked": {"affinity": "affinities/base", "maps": "classifiers/other"}},
     "pseudo_labels": {
-        "finer": {"source": "localizations/finer"},
+        "finer": {"source": "localizations/finer", "rule": "oaa"},
         "sure": {"source": "localizations/base", **SURE},
-        "walked": {"source": "walks/walked"},
-        "joint": {"source": "localizations/joint"},
+        "walked": {"source": "walks/walked", "rule": "oaa"},
+        "joint": {"source": "localizations/joint", "rule": "oaa"},
     },
     "mixtures": {"mixed": {"labels": "pseudo_labels/finer", "share": 0.5}},
     "segmentations": {
-        "finer": {**NETWORK, "labels": "pseudo_labels/finer"},
-        "walked": {**NETWORK, "labels": "pseudo_labels/walked"},
-        "mixed": {**NETWORK, "labels": "mixtures/mixed"},
-        "two_step": {**NETWORK, "labels": "pseudo_labels/joint"},
-        "supervised": {**NETWORK, "labels": "ground_truth"},
+        "finer": {**LEARNER, "labels": "pseudo_labels/finer"},
+        "walked": {**LEARNER, "labels": "pseudo_labels/walked"},
+        "mixed": {**LEARNER, "labels": "mixtures/mixed"},
+        "two_step": {**LEARNER, "labels": "pseudo_labels/joint"},
+        "supervised": {**LEARNER, "labels": "ground_truth"},
     },
     "one_step": {"joint": JOINT, "alone": JOINT},
 }

@@ -24,6 +24,7 @@ from stages import evaluation, report
 SIDE = 48
 NAMES = ["circle", "square", "cross"]
 SMALL = {"backbone": {"name": "small"}, "training": {"batch_size": 2, "lr": 0.1, "epochs": 3}}
+LEARNER = {**SMALL, "network": "deeplab_largefov"}
 RAW: dict[str, Any] = {
     "experiment": "drawn",
     "seed": 3,
@@ -34,17 +35,17 @@ RAW: dict[str, Any] = {
     "refinements": {"oaa_plus": {"source": "classifiers/base", **SMALL}},
     "localizations": {"cam": {"model": "classifiers/base"}, "refined": {"model": "refinements/oaa_plus"}},
     "pseudo_labels": {
-        "cam": {"source": "localizations/cam"},
-        "oaa": {"source": "classifiers/base", "crf": {"iterations": 4}},
-        "oaa_plus": {"source": "localizations/refined"},
+        "cam": {"source": "localizations/cam", "rule": "oaa"},
+        "oaa": {"source": "classifiers/base", "rule": {"oaa": {"crf": {"iterations": 4}}}},
+        "oaa_plus": {"source": "localizations/refined", "rule": "oaa"},
     },
     "mixtures": {"tenth": {"labels": "pseudo_labels/oaa", "share": 0.1}},
     "segmentations": {
-        "cam": {"labels": "pseudo_labels/cam", **SMALL},
-        "oaa": {"labels": "pseudo_labels/oaa", **SMALL},
-        "oaa_plus": {"labels": "pseudo_labels/oaa_plus", **SMALL},
-        "mixed": {"labels": "mixtures/tenth", **SMALL},
-        "supervised": {"labels": "ground_truth", **SMALL},
+        "cam": {"labels": "pseudo_labels/cam", **LEARNER},
+        "oaa": {"labels": "pseudo_labels/oaa", **LEARNER},
+        "oaa_plus": {"labels": "pseudo_labels/oaa_plus", **LEARNER},
+        "mixed": {"labels": "mixtures/tenth", **LEARNER},
+        "supervised": {"labels": "ground_truth", **LEARNER},
     },
     "gallery": 4,
 }
@@ -222,8 +223,8 @@ def test_missing_pieces_leave_their_columns_out(place: Path, capsys: pytest.Capt
         **RAW,
         "method": "oaa",
         "saliency": {"kind": "none"},
-        "pseudo_labels": {"oaa": {"source": "classifiers/base", "saliency": False}},
-        "segmentations": {"oaa": {"labels": "pseudo_labels/oaa", **SMALL}},
+        "pseudo_labels": {"oaa": {"source": "classifiers/base", "rule": {"threshold": {"background": 0.3}}}},
+        "segmentations": {"oaa": {"labels": "pseudo_labels/oaa", **LEARNER}},
         **{section: {} for section in ("refinements", "localizations", "mixtures")},
     }
     experiment(raw, masks=False)
@@ -313,8 +314,8 @@ def test_map_columns_follow_the_selected_method() -> None:
 @pytest.mark.parametrize(("method", "shown"), [("oaa", True), ("mixed", True), ("blind", False)])
 def test_saliency_is_shown_where_the_labels_read_it(method: str, shown: bool, place: Path) -> None:
     raw = copy.deepcopy(RAW)
-    raw["pseudo_labels"]["blind"] = {"source": "localizations/cam", "saliency": False}
-    raw["segmentations"]["blind"] = {"labels": "pseudo_labels/blind", **SMALL}
+    raw["pseudo_labels"]["blind"] = {"source": "localizations/cam", "rule": {"threshold": {"background": 0.3}}}
+    raw["segmentations"]["blind"] = {"labels": "pseudo_labels/blind", **LEARNER}
     experiment({**raw, "rows": [method], "method": method})
     assert ("Saliency<small>" in (place / "results/drawn/report.html").read_text()) is shown
 

@@ -14,7 +14,8 @@ from pipeline.data.geometry import Window
 from pipeline.data.loading import Batch
 from pipeline.errors import PipelineError
 from pipeline.networks.segmentation import SegmentationNetwork, build_segmentation
-from pipeline.params import validate
+from pipeline.params import check_settings, validate
+from pipeline.registry import SEGMENTATIONS, Choice
 from pipeline.schema import Backbone, Segmentation, Training
 from pipeline.training.loop import extent
 from pipeline.training.segmentation import cross_entropy, own_answer, reduced, segmentation_loss
@@ -152,23 +153,30 @@ class TestOwnAnswer:
         torch.testing.assert_close(logits.grad, (self.LOGITS.softmax(1) - answer) / 4)
 
 
-def network(**settings: Any) -> Segmentation:
-    return Segmentation("ground_truth", **settings)
+def network(name: str, settings: dict[str, Any], **others: Any) -> Segmentation:
+    return Segmentation("ground_truth", Choice(SEGMENTATIONS, name, settings), **others)
 
 
 V2 = network(
+    "deeplab_v2",
+    {"rates": [6, 12, 18, 24], "extra_scales": [0.75, 0.5]},
     backbone=Backbone("resnet101", weights=None, frozen_batch_norm=True),
-    network="deeplab_v2",
-    rates=(6, 12, 18, 24),
-    extra_scales=(0.75, 0.5),
     loss_size="output",
     training=Training(
         5, 2.5e-4, iterations=20_000, accumulation=2, decay_biases=False, schedule="poly", power=0.9, hold=10
     ),
 )
 LARGE_FOV = network(
-    backbone=Backbone("vgg16"), training=Training(10, 1e-3, iterations=20_000, decay_biases=False, schedule="poly")
+    "deeplab_largefov",
+    {},
+    backbone=Backbone("vgg16"),
+    training=Training(10, 1e-3, iterations=20_000, decay_biases=False, schedule="poly"),
 )
+NEAR: dict[str, dict[str, Any]] = {  # rates that fit features of a few cells
+    "deeplab_largefov": {"rate": 2, "channels": 16, "dropout": 0.0},
+    "deeplab_v2": {"rates": [1, 2]},
+    "deeplab_v3plus": {"rates": [1, 2, 3], "channels": 16, "dropout": 0.0},
+}
 
 
 class TestPublished:
@@ -239,11 +247,10 @@ class TestTask:
     def test_loss_follows_the_settings(self, labels: Tensor, loss_size: Any, self_training: bool) -> None:
         torch.manual_seed(0)
         settings = network(
+            "deeplab_v2",
+            {"rates": [1, 2], "extra_scales": [0.75, 0.5]},
             backbone=Backbone("small"),
             training=Training(2, 0.1, epochs=1),
-            network="deeplab_v2",
-            rates=(1, 2),
-            extra_scales=(0.75, 0.5),
             loss_size=loss_size,
             self_training=self_training,
         )
@@ -256,14 +263,11 @@ class TestTask:
             assert torch.equal(task.loss(batch(labels), 0), wanted)
         assert len(supervised) == 4
 
-    @pytest.mark.parametrize("name", ["deeplab_largefov", "deeplab_v2", "deeplab_v3plus"])
+    @pytest.mark.parametrize("name", SEGMENTATIONS.names())
     def test_steps_lower_the_loss(self, labels: Tensor, name: Any) -> None:
         torch.manual_seed(0)
-        rates = {"deeplab_largefov": (2,), "deeplab_v2": (1, 2), "deeplab_v3plus": (1, 2, 3)}[name]
         training = Training(2, 0.02, epochs=1, lr_new=1.0)
-        settings = network(
-            backbone=Backbone("small"), training=training, network=name, rates=rates, channels=16, dropout=0.0
-        )
+        settings = network(name, NEAR[name], backbone=Backbone("small"), training=training)
         task = SegmentationTask(build_segmentation(settings, K), settings)
         optimizer = build_optimizer(parameter_groups(task.network, task.new_layers(), training), training)
         blocks = labels[:, ::17, ::25].repeat_interleave(17, 1)[:, :33].repeat_interleave(25, 2)
@@ -279,38 +283,46 @@ class TestTask:
 
 class TestParams:
     @pytest.mark.parametrize(
-        ("changes", "faults"),
+        ("network", "faults"),
         [
-            ({"rates": [6, 12]}, ["rates: holds 2 dilations, deeplab_largefov takes 1"]),
-            ({"rates": []}, ["rates: holds 0 dilations, deeplab_largefov takes 1"]),
-            ({"network": "deeplab_v3plus"}, ["rates: holds 1 dilations, deeplab_v3plus takes 3"]),
+            ({"deeplab_largefov": {"rates": [6]}}, ["rates: unknown key; did you mean rate?"]),
             (
-                {"network": "deeplab_v2", "rates": []},
-                ["rates: is empty; deeplab_v2 takes one dilation for each parallel convolution"],
+                {"deeplab_largefov": {"rate": 0, "dropout": 2}},
+                ["rate: 0 must be at least 1", "dropout: 2.0 must be at least 0 and at most 1"],
             ),
-            ({"network": "deeplab_v2", "rates": [6, 0, -1]}, ["rates: 0 is below 1", "rates: -1 is below 1"]),
-            ({"extra_scales": [0.5, 0]}, ["extra_scales: 0.0 is not above 0"]),
-            ({"training": {"batch_size": 2, "lr": 0.1, "epochs": 1, "hold": 0}}, ["training.hold: 0 is below 1"]),
+            ({"deeplab_v3plus": {"rates": [6]}}, ["rates: must be a list of 3 values, not [6]"]),
+            ({"deeplab_v2": {"rates": []}}, ["rates: is empty; state one dilation for each parallel convolution"]),
+            (
+                {"deeplab_v2": {"rates": [6, 0, -1]}},
+                ["rates[1]: 0 must be at least 1", "rates[2]: -1 must be at least 1"],
+            ),
+            ({"deeplab_v2": {"extra_scales": [0.5, 0]}}, ["extra_scales[1]: 0.0 must be above 0"]),
         ],
     )
     def test_a_fault_is_one_line_that_names_the_key(
-        self, changes: dict[str, Any], faults: list[str], tmp_path: Path
+        self, network: dict[str, Any], faults: list[str], tmp_path: Path
     ) -> None:
         raw = minimal_params(make_tree(tmp_path))
-        raw["segmentations"]["cam"] |= changes
+        raw["segmentations"]["cam"]["network"] = network
+        params = validate(raw)
         with pytest.raises(PipelineError) as caught:
-            validate(raw, "p.yaml")
-        assert caught.value.lines == tuple(f"p.yaml: segmentations.cam.{fault}" for fault in faults)
+            check_settings(params)
+        (name,) = network
+        assert caught.value.lines == tuple(f"segmentations.cam.network.{name}.{fault}" for fault in faults)
 
-    @pytest.mark.parametrize(
-        ("name", "rates"),
-        [("deeplab_largefov", [12]), ("deeplab_v2", [6, 12, 18, 24]), ("deeplab_v3plus", [6, 12, 18])],
-    )
-    def test_scales_and_self_training_fit_every_network(self, name: str, rates: list[int], tmp_path: Path) -> None:
+    def test_faults_of_all_networks_are_reported_at_once(self, tmp_path: Path) -> None:
         raw = minimal_params(make_tree(tmp_path))
-        raw["segmentations"]["cam"] |= {
-            "network": name, "rates": rates, "extra_scales": [0.75, 0.5], "loss_size": "output", "self_training": True
-        }  # fmt: skip
+        for row, rate in (("cam", 0), ("other", -1)):
+            raw["segmentations"][row] = raw["segmentations"]["cam"] | {"network": {"deeplab_largefov": {"rate": rate}}}
+        with pytest.raises(PipelineError) as caught:
+            check_settings(validate(raw))
+        assert [line.split(":")[0] for line in caught.value.lines] == [
+            "segmentations.cam.network.deeplab_largefov.rate",
+            "segmentations.other.network.deeplab_largefov.rate",
+        ]
+
+    def test_scales_reach_the_network(self, tmp_path: Path) -> None:
+        raw = minimal_params(make_tree(tmp_path))
+        raw["segmentations"]["cam"]["network"] = {"deeplab_v2": {"extra_scales": [0.75, 0.5]}}
         settings = validate(raw).segmentations["cam"]
-        assert settings.extra_scales == (0.75, 0.5)
-        assert build_segmentation(settings, K).extra_scales == (0.75, 0.5)
+        assert build_segmentation(settings, K).head.extra_scales == (0.75, 0.5)

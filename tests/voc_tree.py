@@ -62,6 +62,7 @@ def make_index(root: Path, saliency: bool = True, **tree: Any) -> Path:
 def minimal_params(dataset: Dataset, saliency: Path | None = None) -> dict[str, Any]:
     """The least that a params file must hold beside the dataset."""
     network = {"backbone": {"name": "small"}, "training": {"batch_size": 2, "lr": 0.1, "epochs": 1}}
+    rule = "oaa" if saliency else {"oaa": {"background": 0.3, "saliency": None}}
     return {
         "experiment": "test",
         "seed": 0,
@@ -70,8 +71,8 @@ def minimal_params(dataset: Dataset, saliency: Path | None = None) -> dict[str, 
         "saliency": {"kind": "folder", "path": str(saliency)} if saliency else {"kind": "none"},
         "classifiers": {"base": network},
         "localizations": {"cam": {"model": "classifiers/base"}},
-        "pseudo_labels": {"cam": {"source": "localizations/cam", "saliency": saliency is not None}},
-        "segmentations": {"cam": {"labels": "pseudo_labels/cam", **network}},
+        "pseudo_labels": {"cam": {"source": "localizations/cam", "rule": rule}},
+        "segmentations": {"cam": {"labels": "pseudo_labels/cam", "network": "deeplab_largefov", **network}},
     }
 
 
