@@ -14,6 +14,7 @@ from dvc.repo import Repo
 from pipeline import params as parameters
 from pipeline.errors import PipelineError
 from pipeline.graph import CODE, Graph, Job
+from pipeline.registry import CHOICES
 from pipeline.snakemake import made, stage_of
 from tests import project
 
@@ -223,11 +224,19 @@ def followers(graph: Graph, first: set[str]) -> set[str]:
     return reached
 
 
+def states(block: Any, key: tuple[str, ...]) -> bool:
+    """Whether the block has a value at ``key``, or names another implementation than the one whose setting it is."""
+    return any(
+        leaf[: len(key)] == key or (key[0] in CHOICES and leaf[0] == key[0] and leaf[1:2] != key[1:2])
+        for leaf in leaves(block)
+    )
+
+
 def set_themselves(raw: dict[str, Any], where: tuple[str, ...], stages: dict[str, Stage]) -> set[str]:
     """Stages whose block gives what stands at ``where`` in the defaults: DVC cannot know that it stays as it is."""
     if where[0] != "defaults":
         return set()
-    keep = {f"{where[1]}.{name}" for name, block in raw[where[1]].items() if where[2:] in leaves(block)}
+    keep = {f"{where[1]}.{name}" for name, block in raw[where[1]].items() if states(block, where[2:])}
     return {name for name, stage in stages.items() if stage.keys & keep}
 
 
