@@ -19,6 +19,7 @@ import stages.pseudo_labels
 from pipeline.errors import PipelineError
 from pipeline.graph import Job
 from pipeline.labels import base, export
+from pipeline.labels.background import Power
 from pipeline.labels.base import LabelCrf, Rule
 from pipeline.labels.labelling import class_score, label_image
 from pipeline.labels.oaa import Oaa
@@ -69,6 +70,28 @@ def test_oaa_pixel_by_pixel(saliency: int, cat: int, dog: int, label: int) -> No
 def test_oaa_without_saliency_has_a_constant_background() -> None:
     rule = replace(OAA, saliency=None, background=0.4)
     assert label_image({3: grey([0.2, 0.39, 0.41, 0.95])}, None, None, rule, "none", (1, 4)).tolist() == [[0, 0, 3, 3]]
+
+
+@pytest.mark.parametrize(("saliency", "label"), [(50, 0), (51, 255), (52, 255)])
+def test_oaa_counts_saliency_at_the_threshold_as_salient(saliency: int, label: int) -> None:
+    rule = replace(OAA, saliency=51 / 255)
+    assert label_image({3: raster([0])}, raster([saliency]), None, rule, "none", (1, 1)).tolist() == [[label]]
+
+
+@pytest.mark.parametrize(
+    ("rule", "needed"),
+    [
+        (OAA, True),
+        (replace(OAA, background=0.4), True),
+        (replace(OAA, saliency=None), True),
+        (replace(OAA, background=0.4, saliency=None), False),
+        (PLAIN, False),
+        (replace(PLAIN, background="saliency"), True),
+        (replace(PLAIN, background=Power(1.0)), False),
+    ],
+)
+def test_saliency_is_needed_by_background_or_threshold(rule: Rule, needed: bool) -> None:
+    assert rule.needs_saliency is needed
 
 
 @pytest.mark.parametrize(("objects", "kept"), [(9, False), (10, True)])
