@@ -18,6 +18,10 @@ PLAN = plan(workflow)
 P = PLAN.params
 
 
+# Of a job's processes the stage alone acts on Ctrl-C and SIGTERM: its shell waits for it, and tee takes down its last line.
+shell.prefix("set -euo pipefail; trap : INT TERM; tee() {{ trap '' INT TERM; exec tee \"$@\"; }}; ")
+
+
 pathvars:
     results=f"results/{P.experiment}",
     logs=f"results/{P.experiment}/logs",

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     device = prepare(options.device, options.threads)
-    with parallel(options.workers, chunk=1) as mapper:
+    with parallel("boundary", options.workers, chunk=1) as mapper:
         steps = {
             "without": one_step(options, 0.0, map, device),
             f"{options.workers} workers": one_step(options, 1.0, mapper, device),

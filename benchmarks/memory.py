@@ -63,7 +63,8 @@ def measure(path: Path) -> dict[str, float]:
     import torch
 
     from pipeline.data.index import Index
-    from pipeline.data.loading import TrainingSet, loader
+    from pipeline.data.loader import load
+    from pipeline.data.loading import TrainingSet
     from pipeline.methods import build_method
     from pipeline.methods.oaa import AttentionAccumulator
     from pipeline.schema import Accumulate, Augmentation, Backbone, Classifier, Head, Training
@@ -77,7 +78,7 @@ def measure(path: Path) -> dict[str, float]:
     dataset = TrainingSet(images, CLASSES, Augmentation(side="short", length=(224, 224), flip=True), 0)
     found["accumulator"] = megabytes()
     method = build_method(Classifier(Backbone("small"), Training(1, 0.1), head=Head(0)), CLASSES)
-    batch = next(iter(loader(dataset, 1, 0, 0, 0)))
+    batch = next(load(dataset, 1, 0, 0))
     output = method(batch.images)
     method.loss(output, batch.tags).backward()  # type: ignore[no-untyped-call]
     found["step"] = megabytes()

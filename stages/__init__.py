@@ -4,6 +4,12 @@ import ctypes
 import os
 import sys
 
+from pipeline import interrupts
+
+# True while ``python -m stages.NAME`` imports this package, which is before it loads torch for seconds.
+if sys.argv[0] == "-m":
+    interrupts.listen()
+
 # Read when torch loads its OpenMP. By default a thread spins at a barrier until the others come, which on two busy
 # cores made a training step seven times slower; sleeping at once cost a factor of two. A short spin costs neither.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -48,7 +48,7 @@ class OneStepTask:
 
 def main(work: Work) -> None:
     workers = work.runtime.workers if work.job.block.boundary_weight > 0 else 0
-    with parallel(workers, chunk=1) as mapper:
+    with parallel(work.job.label, workers, chunk=1) as mapper:
         fit(work, lambda network, _dataset: OneStepTask(network, mapper))
 
 

@@ -46,7 +46,10 @@ def main(work: Work) -> None:
     if rule.needs_saliency:
         require(RasterStore(work.inputs["saliency"]), images)
     labeller = Labeller(rule, block.normalise, work.inputs["maps"], work.inputs["saliency"], work.key)
-    with parallel(work.runtime.workers) as each, RasterWriter(work.outputs["labels"], "labels") as writer:
+    with (
+        parallel(work.job.label, work.runtime.workers) as each,
+        RasterWriter(work.outputs["labels"], "labels") as writer,
+    ):
 
         def compute(part: Sequence[Image]) -> Iterator[Row]:
             return ((image.id, 0, label) for image, label in zip(part, each(labeller, part), strict=True))

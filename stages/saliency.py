@@ -28,7 +28,7 @@ def main(work: Work) -> None:
         # A raster store is read faster than its handle could be handed to other processes.
         workers = 0 if settings.kind == "store" else work.runtime.workers
         source = partial(_attempt, _source(settings, work.inputs, images))
-        with parallel(workers) as each:
+        with parallel(work.job.label, workers) as each:
 
             def compute(block: Sequence[Image]) -> Iterator[Row]:
                 found = list(each(source, block))

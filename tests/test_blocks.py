@@ -107,7 +107,7 @@ def test_a_row_of_a_foreign_image_is_refused(tmp_path: Path) -> None:
 
 
 def test_processes_keep_the_order() -> None:
-    with parallel(2) as each:
+    with parallel("test", 2) as each:
         assert list(each(abs, range(-20, 0))) == list(range(20, 0, -1))
 
 
@@ -116,7 +116,7 @@ def test_workers_leave_with_a_killed_parent() -> None:
         "import os\n"
         "from pipeline.stores.blocks import parallel\n"
         "if __name__ == '__main__':\n"
-        "    with parallel(1) as each:\n"
+        "    with parallel('test', 1) as each:\n"
         "        print(*each(eval, ['__import__(\"os\").getpid()']), flush=True)\n"
         "        os.kill(os.getpid(), 9)\n"
     )

@@ -14,16 +14,15 @@ from torch import Tensor
 from pipeline.data.geometry import Window
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
+from pipeline.data.loader import Batches, LoadingPlan, load
 from pipeline.data.loading import (
     IGNORE,
     MEAN,
     STD,
     Batch,
-    Batches,
     TrainingSet,
     augment,
     collate,
-    loader,
     normalise,
     resize,
     resized,
@@ -295,14 +294,14 @@ class TestTrainingSet:
 
     def test_the_number_of_workers_changes_nothing(self, index: Index, labels: RasterStore) -> None:
         dataset = TrainingSet(index.images("train"), 3, SETTINGS, 5, labels)
-        alone, together = (list(loader(dataset, 2, 3, 1, workers)) for workers in (0, 2))
+        alone, together = (list(load(dataset, 2, 3, 1, LoadingPlan(workers))) for workers in (0, 2))
         assert len(alone) == 3
         assert all(self.same(one, other) for one, other in zip(alone, together, strict=True))
 
     def test_loading_leaves_the_global_generator_alone(self, index: Index) -> None:
         dataset = TrainingSet(index.images("train"), 3, SETTINGS, 5)
         before = torch.get_rng_state()
-        list(loader(dataset, 2, 0, 0, 0))
+        list(load(dataset, 2, 0, 0))
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(self, index: Index) -> None:
@@ -334,7 +333,7 @@ class TestTrainingSet:
 
     def test_a_batch_moves_whole(self, index: Index, labels: RasterStore) -> None:
         dataset = TrainingSet(index.images("train"), 3, SETTINGS, 5, labels)
-        batch: Any = next(iter(loader(dataset, 4, 0, 0, 0)))
+        batch: Any = next(load(dataset, 4, 0, 0))
         moved = batch.to(torch.device("cpu"))
         assert moved.images.is_contiguous(memory_format=torch.channels_last)
         assert self.same(moved, batch)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.index import Index
-from pipeline.data.loading import Batch, Batches, TrainingSet, loader
+from pipeline.data.loader import Batches, load
+from pipeline.data.loading import Batch, TrainingSet
 from pipeline.data.sampling import epoch_order
 from pipeline.runtime import Runtime
 from pipeline.schema import Augmentation, Training
@@ -109,7 +110,7 @@ def dataset(index: Index, group: int) -> TrainingSet:
 def test_groups_lie_together_in_a_batch(index: Index) -> None:
     grouped = dataset(index, 2)
     for epoch in range(5):
-        batches = list(loader(grouped, 4, epoch, 0, 0))
+        batches = list(load(grouped, 4, epoch, 0))
         assert [len(batch.ids) for batch in batches] == [4, 4, 1]
         pairs = [batch.tags[i : i + 2] for batch in batches[:2] for i in (0, 2)]
         assert sum(bool(pair.prod(0).any()) for pair in pairs) >= 3

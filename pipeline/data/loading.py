@@ -1,6 +1,6 @@
 """From files to network inputs: decoding, augmentation, batches that do not depend on who loads them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pipeline.data.geometry import Window
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
-from pipeline.data.sampling import epoch_order
 from pipeline.errors import PipelineError
 from pipeline.schema import Augmentation
 from pipeline.stores.raster import Raster, RasterStore
@@ -186,40 +185,4 @@ def collate(items: list[tuple[Any, ...]]) -> Batch:
         list(ids),
         list(windows),
         None if labels[0] is None else torch.stack(labels),
-    )
-
-
-class Batches:
-    """The batches of one epoch from batch number ``first`` on, in an order that seed and epoch decide.
-
-    The batch size counts images; as a multiple of the dataset's ``group`` it cuts no group in two.
-    """
-
-    def __init__(self, dataset: TrainingSet, batch_size: int, epoch: int, first: int = 0) -> None:
-        order = epoch_order([image.tags for image in dataset.images], dataset.group, dataset.seed, epoch)
-        batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
-        self.batches = [[(epoch, number) for number in batch] for batch in batches[first:]]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def _one_thread(worker: int) -> None:
-    """OpenCV's threads would take the cores from the other workers, and do not survive a fork."""
-    cv2.setNumThreads(0)
-
-
-def loader(dataset: TrainingSet, batch_size: int, epoch: int, first: int, workers: int) -> DataLoader[Any]:
-    """Load an epoch's batches; the same whatever the number of workers."""
-    return DataLoader(
-        dataset,
-        batch_sampler=Batches(dataset, batch_size, epoch, first),
-        collate_fn=collate,
-        num_workers=workers,
-        worker_init_fn=_one_thread,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else the loader draws from the global one, and a resumed run would differ
     )

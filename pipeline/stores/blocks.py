@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -17,9 +18,11 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from pipeline import interrupts
 from pipeline.errors import PipelineError
 from pipeline.stores.files import atomic
 from pipeline.stores.raster import Raster, RasterStore, RasterWriter
+from pipeline.stores.workers import Workers
 
 Row = tuple[str, int, Raster]  # image id, class id, H x W values
 
@@ -54,6 +57,7 @@ def write_blocks(
     """
     rows: dict[str, list[tuple[int, Raster]]] = {}
     for number, image in enumerate(progress(images)):
+        interrupts.check()
         if number % size == 0:
             block = images[number : number + size]
             rows = _block(checkpoint / f"{number // size:05d}.npz", block, compute)
@@ -126,17 +130,45 @@ def _load(part: Path, ids: list[str]) -> dict[str, list[tuple[int, Raster]]] | N
 
 
 @contextmanager
-def parallel(workers: int, chunk: int = 4) -> Iterator[Callable[..., Iterator[Any]]]:
-    """Give a ``map(function, items)`` that keeps the items' order: the built-in one, or over ``workers`` processes.
+def parallel(label: str, workers: int, chunk: int = 4) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yield a ``map(function, items)`` that keeps the items' order: the built-in one, or one over worker processes.
 
-    Processes are spawned, so that no lock or HDF5 handle of this one is inherited; ``function`` must be picklable. They
-    are given ``chunk`` items at a time.
+    The processes are spawned, so that they inherit no lock or HDF5 handle from this one; ``function`` must be
+    picklable. Each takes ``chunk`` items at a time.
+
+    Raises:
+        PipelineError: a worker ended before its time, or the workers stopped delivering.
     """
     if workers == 0:
         yield map
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker) as executor:
-        yield partial(executor.map, chunksize=chunk)
+    processes = Workers(label)
+    with processes.watched(), ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker) as executor:
+        try:
+            yield partial(_map, executor, processes, chunk)
+        except BrokenProcessPool:
+            raise processes.failure() from None
+        except BaseException:
+            processes.kill()  # the executor would let them finish
+            raise
+
+
+def _map(
+    executor: ProcessPoolExecutor, workers: Workers, chunk: int, function: Callable[..., Any], *items: Iterable[Any]
+) -> Iterator[Any]:
+    with workers.started():
+        results = executor.map(function, *items, chunksize=chunk)
+    return _awaited(results, workers)
+
+
+def _awaited(results: Iterator[Any], workers: Workers) -> Iterator[Any]:
+    while True:
+        with workers.waiting():
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+        yield result
 
 
 def _start_worker() -> None:

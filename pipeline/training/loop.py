@@ -8,13 +8,16 @@ batches on seed and epoch, and the generators' states (dropout) are part of the 
 import math
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.loading import Batch, TrainingSet, loader
+from pipeline import interrupts
+from pipeline.data.loader import load, loading_plan
+from pipeline.data.loading import Batch, TrainingSet
 from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
 from pipeline.schema import Training
@@ -91,7 +94,8 @@ class Loop:
         label: str = "training",
     ) -> None:
         self.task, self.dataset, self.settings, self.device = task, dataset, settings, device
-        self.workers, self.every, self.path, self.label = runtime.workers, runtime.checkpoint_every, path, label
+        self.every, self.path, self.label = runtime.checkpoint_every, path, label
+        self.plan = loading_plan(dataset, settings.batch_size, runtime.workers, label)
         self.batches, self.steps_per_epoch, self.steps, self.epochs = extent(settings, len(dataset))
         task.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = parameter_groups(task.network, task.new_layers(), settings)
@@ -101,23 +105,41 @@ class Loop:
         self.sum = torch.zeros((), dtype=torch.float64, device=device)  # of this epoch's losses
 
     def run(self) -> dict[str, Any]:
-        self._resume()
-        self.task.network.train()
-        saved = time.monotonic()
-        while self.step < self.steps:
-            data = loader(self.dataset, self.settings.batch_size, self.epoch, self.first, self.workers)
-            for batch in data:
-                self.first += 1
-                ends = self.first == self.batches
-                stepped = self._train(batch, ends or self.first % self.settings.accumulation == 0)
-                if ends or self.step == self.steps:
-                    self._end_epoch()
-                if stepped and time.monotonic() - saved >= self.every:
-                    self._save()
-                    saved = time.monotonic()
-                if self.first == 0:
-                    break
+        """Train to the end.
+
+        Asked to stop (``pipeline.interrupts``) it finishes the optimizer step at work and saves its state.
+
+        Raises:
+            PipelineError: the loss is not finite, or the loader stopped delivering.
+            Stopped: as asked; the checkpoint holds every completed step.
+        """
+        with interrupts.deferred():
+            self._resume()
+            self.task.network.train()
+            saved, kept = time.monotonic(), self.step
+            while self.step < self.steps:
+                batches = load(self.dataset, self.settings.batch_size, self.epoch, self.first, self.plan)
+                with closing(batches):
+                    for batch in batches:
+                        self.first += 1
+                        ends = self.first == self.batches
+                        stepped = self._train(batch, ends or self.first % self.settings.accumulation == 0)
+                        if ends or self.step == self.steps:
+                            self._end_epoch()
+                        if stepped and (interrupts.requested() or time.monotonic() - saved >= self.every):
+                            self._save()
+                            self._stop_if_asked()
+                            saved, kept = time.monotonic(), self.step
+                        if self.first == 0:
+                            break
+            if self.step > kept:  # what follows, writing the maps of many images say, may be stopped, too
+                self._save()
         return self.log
+
+    def _stop_if_asked(self) -> None:
+        if interrupts.requested():
+            interrupts.say(f"{self.label}: state saved at epoch {self.epoch + 1}, step {self.step}")
+            interrupts.check()
 
     def _train(self, batch: Batch, update: bool) -> bool:
         """One batch; with ``update`` also the optimizer's step over what has gathered. Returns ``update``."""
@@ -157,7 +179,7 @@ class Loop:
         self.epoch += 1
         self.first = 0
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in entry.items() if key != "epoch")
-        print(f"{self.label}: epoch {self.epoch}/{self.epochs}: {numbers}", flush=True)
+        interrupts.say(f"{self.label}: epoch {self.epoch}/{self.epochs}: {numbers}")
 
     def _save(self) -> None:
         if self.path is None:
