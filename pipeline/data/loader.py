@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ def loading_plan(dataset: TrainingSet, batch_size: int, workers: int, label: str
     plan = _fitting(workers, int(SHARE * free / size) - 1, label)
     if plan != LoadingPlan(workers, AHEAD, label):
         need = (workers * AHEAD + 1) * size / SHARE
-        loads = f"{plan.workers} of them load, one batch ahead each" if plan.workers else "the main process loads"
+        loads = f"it starts {plan.workers}, each one batch ahead" if plan.workers else "the main process loads"
         print(
             f"{label}: {SHARED} has {free / 1e6:.0f} MB free, and {workers} workers (batches of {size / 1e6:.0f} MB) "
             f"need {need / 1e6:.0f} MB: {loads}; enlarge it, as by docker run --shm-size, to load faster",
@@ -50,7 +51,7 @@ def loading_plan(dataset: TrainingSet, batch_size: int, workers: int, label: str
 
 def _fitting(workers: int, room: int, label: str) -> LoadingPlan:
     """``room``: batches. One batch ahead of each worker comes before fewer workers."""
-    if workers * AHEAD <= room:
+    if workers * AHEAD <= max(0, room):
         return LoadingPlan(workers, AHEAD, label)
     return LoadingPlan(max(0, min(workers, room)), 1, label)
 
@@ -68,12 +69,12 @@ def _batch_bytes(dataset: TrainingSet, batch_size: int) -> int:
     return batch_size * pixels * (3 * 4 + (0 if dataset.labels is None else 8))
 
 
-def _free(folder: str) -> float:
+def _free(folder: str) -> int:
     """Bytes; unlimited where there is no such folder, since PyTorch then does not use it."""
     try:
         found = os.statvfs(folder)
     except OSError:
-        return float("inf")
+        return sys.maxsize
     return found.f_bavail * found.f_frsize
 
 

@@ -4,9 +4,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -73,6 +75,12 @@ class Workers:
 
     def failure(self) -> PipelineError:
         """Kill the workers that are left; what happened to those that are gone, in one line."""
+        ended = wait([process.sentinel for process in self._processes], _GRACE)
+        for process in self._processes:
+            for _ in range(100):
+                if process.sentinel not in ended or process.exitcode is not None:
+                    break
+                time.sleep(0.01)  # an executor's thread may be taking its status at this moment
         codes = [process.exitcode for process in self._processes if process.exitcode]
         self.kill()
         if self._stalled:
@@ -106,11 +114,10 @@ class Workers:
                 idle, computed = 0, ticks
                 continue
             idle += 1
-            if idle == PATIENCE:
+            if idle == PATIENCE and not self.gone():  # a dead one the main thread finds by itself
                 self._stalled = True
                 for process in self._processes:
-                    if process.is_alive():
-                        process.kill()
+                    process.kill()
             if idle == PATIENCE + _GRACE:  # a worker may have died within a message that the main thread now reads
                 print(f"error: {self._stall()}", file=sys.stderr, flush=True)
                 os._exit(1)
