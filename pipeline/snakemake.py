@@ -5,7 +5,6 @@ lacks. The manifests know better. So ``plan`` makes the times say what the manif
 Snakemake no other trigger: it then runs what is stale and nothing else, on any machine, after any checkout.
 """
 
-import fcntl
 import json
 import os
 import shlex
@@ -23,7 +22,7 @@ from pipeline import references
 from pipeline.errors import PipelineError
 from pipeline.graph import Graph, Job, stale, weight_files
 from pipeline.schema import Params
-from pipeline.stores import manifest
+from pipeline.stores import locks, manifest
 
 PARAMS = "params.yaml"
 DVC_RUNS = "DVC_STAGE"  # DVC sets it for its commands: they force their one rule and record it themselves
@@ -177,14 +176,13 @@ def _time(path: Path) -> int:
 def _drop_dead_locks(folder: Path) -> None:
     """Remove the locks that a killed Snakemake left behind.
 
-    Every living one holds a shared lock on one file, which the system frees when its process ends, however it ends.
+    Every living one holds a shared lock on one file. Where the file system has no locks, a living one cannot be told
+    from a killed one, and nothing is removed.
     """
     folder.mkdir(exist_ok=True)
     file = (folder / "alive").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    unguarded = "the locks that a killed Snakemake leaves are not removed; then run snakemake --unlock"
+    if locks.take(file, unguarded) is locks.Lock.HELD:
         shutil.rmtree(folder / "locks", ignore_errors=True)
-    except BlockingIOError:
-        pass
-    fcntl.flock(file, fcntl.LOCK_SH)
+    locks.take(file, unguarded, shared=True, wait=True)
     _alive.append(file)

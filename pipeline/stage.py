@@ -1,7 +1,6 @@
 """What every stage does around its work: arguments, checks of the inputs, the lock, publishing, the manifest."""
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.graph import Graph, Job, is_fresh, missing
 from pipeline.registry import plain
 from pipeline.runtime import Runtime
-from pipeline.stores import manifest
+from pipeline.stores import locks, manifest
 from pipeline.stores.files import code_hash, fingerprint, partial, publish
 
 
@@ -141,17 +140,18 @@ def _device(runtime: Runtime) -> str:
     return str(torch.cuda.get_device_name())
 
 
+_UNGUARDED = "nothing keeps two processes from working on one block at once; start each block only once"
+
+
 @contextmanager
 def _lock(job: Job) -> Iterator[None]:
     """Hold the job's lock; wait where another process holds it, as one may that outlived a killed Snakemake."""
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / f".lock-{job.stage}").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if locks.take(file, _UNGUARDED) is locks.Lock.BUSY:
             file.seek(0)
             print(f"{job.label}: waiting for process {file.read().strip()}, which is at work on it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            locks.take(file, _UNGUARDED, wait=True)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

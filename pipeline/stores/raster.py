@@ -30,7 +30,7 @@ class RasterWriter:
     """
 
     def __init__(self, path: Path, kind: str) -> None:
-        self._file = h5py.File(path, "w", track_order=False)
+        self._file = h5py.File(path, "w", track_order=False, locking=False)
         self._file.attrs["kind"] = kind
         self._values = self._file.create_dataset(
             "values", (0,), np.uint8, maxshape=(None,), chunks=(CHUNK,), compression="gzip", compression_opts=1
@@ -96,7 +96,7 @@ def write_store(
             sorted by image.
         values: flat; rasters lie in it in any order, and what no row points to is written all the same.
     """
-    with h5py.File(path, "w", track_order=False) as file:
+    with h5py.File(path, "w", track_order=False, locking=False) as file:
         file.attrs["kind"] = kind
         file.create_dataset("values", data=values)
         _write_rows(file, image_ids, rows)
@@ -133,7 +133,7 @@ class RasterStore:
 
     def _file(self) -> h5py.File:
         if self._handle is None or self._pid != os.getpid():
-            self._handle, self._pid = h5py.File(self.path, "r"), os.getpid()
+            self._handle, self._pid = h5py.File(self.path, "r", locking=False), os.getpid()
         return self._handle
 
     def __contains__(self, image_id: str) -> bool:

@@ -1,6 +1,5 @@
 """Devices, precision, parameter groups and learning rates."""
 
-import fcntl
 import functools
 import os
 import tempfile
@@ -13,6 +12,7 @@ from torch import nn
 
 from pipeline.errors import PipelineError
 from pipeline.schema import Training
+from pipeline.stores import locks
 
 _held: list[IO[str]] = []  # locks of cards
 
@@ -53,9 +53,7 @@ def _free_card() -> str:
     folder.mkdir(exist_ok=True)
     for number in range(torch.cuda.device_count()):
         file = (folder / str(torch.cuda.get_device_properties(number).uuid)).open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if locks.take(file, "trainings may share a card; give each its own by --device cuda:N") is locks.Lock.BUSY:
             file.close()
             continue
         _held.append(file)
