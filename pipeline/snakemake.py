@@ -9,12 +9,14 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any, NoReturn
 
 from pipeline import params as parameters
@@ -27,6 +29,11 @@ from pipeline.stores import locks, manifest
 PARAMS = "params.yaml"
 DVC_RUNS = "DVC_STAGE"  # DVC sets it for its commands: they force their one rule and record it themselves
 SECOND = 10**9  # nanoseconds
+FIXES = {  # of what DVC may say
+    "not a git repository": "run: dvc config --local core.no_scm true",
+    "Unable to acquire lock": "where the file system has no locks, run: dvc config --local core.hardlink_lock true",
+}
+_interrupted: list[int] = []  # the signals of this process, Ctrl-C
 _alive: list[IO[str]] = []  # the lock of this process, held until it ends
 
 
@@ -71,7 +78,13 @@ class Plan:
 
         Only of a run of params.yaml as it stands, since that is what dvc.yaml describes; DVC records its own runs.
         """
-        if self.options or DVC_RUNS in os.environ or not Path(".dvc").is_dir() or not shutil.which("dvc"):
+        if (
+            _interrupted
+            or self.options
+            or DVC_RUNS in os.environ
+            or not Path(".dvc").is_dir()
+            or not shutil.which("dvc")
+        ):
             return
         behind = stale(self.graph)
         fresh = [job for job in self.graph.jobs if job not in behind]
@@ -80,9 +93,13 @@ class Plan:
             return
         # Without names DVC records all that dvc.yaml states, and reads it once, not once a name: 18 s, not 4 minutes.
         names = stages if behind or self.params.dataset.demo is None else []
-        done = subprocess.run(["dvc", "commit", "--quiet", "--force", *names], capture_output=True, text=True)
+        done = subprocess.run(["dvc", "commit", "--force", *names], capture_output=True, text=True)
         if done.returncode:
-            print(f"note: DVC did not record this run: {done.stderr.strip()}", file=sys.stderr)
+            reason = next(
+                (line for line in done.stderr.splitlines() if line.startswith("ERROR: ")), done.stderr.strip()
+            )
+            fix = next((f"; {text}" for part, text in FIXES.items() if part in reason), "")
+            print(f"note: DVC did not record this run: {reason.removeprefix('ERROR: ')}{fix}", file=sys.stderr)
 
 
 def made(job: Job) -> list[Path]:
@@ -120,6 +137,7 @@ def plan(workflow: Any) -> Plan:
         _refuse(faults)
     cards = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if workflow.is_main_process:
+        _note_interrupts()
         if not workflow.output_settings.dryrun:
             _drop_dead_locks(Path(".snakemake"))
         if DVC_RUNS not in os.environ:
@@ -132,6 +150,18 @@ def plan(workflow: Any) -> Plan:
     # saves a quarter to a third of a training's time, not half. DVC runs a stage at a time.
     threads = 8 if cards else 2 if DVC_RUNS in os.environ else 1
     return Plan(graph, shlex.join(arguments), threads)
+
+
+def _note_interrupts() -> None:
+    """A person who presses Ctrl-C waits for the stages to save their state, not for DVC; the next run records theirs."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _interrupted.append(number)
+        if callable(before):
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
 
 
 def _refuse(faults: Iterable[str]) -> NoReturn:
