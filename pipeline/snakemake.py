@@ -153,7 +153,7 @@ def plan(workflow: Any) -> Plan:
 
 
 def _note_interrupts() -> None:
-    """A person who presses Ctrl-C waits for the stages to save their state, not for DVC; the next run records theirs."""
+    """After Ctrl-C a person waits for the stages to save their state, not for DVC: the next run records it."""
     before = signal.getsignal(signal.SIGINT)
 
     def handle(number: int, frame: FrameType | None) -> None:

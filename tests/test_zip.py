@@ -25,7 +25,7 @@ def test_without_git_everything_works_and_readme_says_what_dvc_needs(tmp_path: P
 def test_a_home_that_cannot_be_written_needs_one_variable(tmp_path: Path) -> None:
     """That of this test does not even exist; root could write to a read-only one."""
     folder = copy(tmp_path / "project", git=False)
-    environment = ("env", "HOME=/proc/none", "-u", "XDG_CACHE_HOME")
+    environment = ("env", "-u", "XDG_CACHE_HOME", "HOME=/proc/none")
     assert "/proc/none" in run(folder, *environment, "snakemake", "--cores", "1", "-n", "--", INDEX, check=False)
     cache = f"XDG_CACHE_HOME={tmp_path}/cache"
     assert "index" in run(folder, *environment, cache, "snakemake", "--cores", "1", "-n", "--", INDEX)
