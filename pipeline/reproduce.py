@@ -37,6 +37,7 @@ class Watch:
         self.failed: list[tuple[str, list[str]]] = []  # rule and the lines that Snakemake prints about it
         self._block: list[str] = []  # the job that Snakemake is describing
         self._stats = False
+        self._shown = ""  # the line that moves, as it stands
 
     def read(self, line: str, now: float) -> None:
         """Take in a line of the output."""
@@ -88,6 +89,7 @@ class Watch:
     def tell(self, text: str) -> None:
         """Print a line that stays."""
         print(f"\r\033[K{text}" if self.terminal else text, file=self.out, flush=True)
+        self._shown = ""
 
     def show(self, now: float) -> None:
         """Draw the line that moves."""
@@ -97,7 +99,9 @@ class Watch:
         counts = f"{self.done}/{self.total} jobs done" if self.total else "planning"
         text = " | ".join(filter(None, [counts, self._left(now), running]))
         width = os.get_terminal_size(self.out.fileno()).columns or 80
-        print(f"\r\033[K{text[: width - 1]}", end="", file=self.out, flush=True)
+        if text != self._shown:
+            print(f"\r\033[K{text[: width - 1]}", end="", file=self.out, flush=True)
+        self._shown = text
 
     def _left(self, now: float) -> str:
         """The time left: each job takes the mean of its rule so far, or of all; as many run at once as did so far."""
@@ -165,14 +169,14 @@ def run(arguments: list[str], out: TextIO) -> int:
     if received:
         watch.tell(f"stopped, {watch.done} of {watch.total} jobs are done; to resume, run the same command again")
         return 128 + received[0]
+    if status:
+        watch.tell(f"all that was printed: {LOG}")
     for rule, lines in watch.failed:
         for text in explain(rule, lines):
             watch.tell(text)
     if status and not watch.failed:
         for text in [line for line in tail if line.startswith("error: ")] or tail:
             watch.tell(text)
-    if status:
-        watch.tell(f"all that was printed: {LOG}")
     return status
 
 

@@ -133,7 +133,7 @@ def test_an_error_comes_out_whole_and_last(project: Path) -> None:
     (project / "stages/demo.py").write_text("raise SystemExit('error: the disk is full; make room')\n")
     status, text = on_a_terminal(project, COMMAND)
     assert status == 1
-    *_, heading, error, log = [line.rpartition("\033[K")[2] for line in text.splitlines()]
+    *_, log, heading, error = [line.rpartition("\033[K")[2] for line in text.rstrip("\r\n").split("\r\n")]
     assert heading == "demo failed; its log is results/demo/logs/dataset.log:"
     assert error == "error: the disk is full; make room"
     assert log == f"all that was printed: {LOG}"
@@ -144,7 +144,7 @@ def test_wrong_params_come_out_whole(project: Path) -> None:
         file.write("sede: 1\n")
     done = subprocess.run(COMMAND, cwd=project, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stdout.splitlines()[0] == "error: params.yaml: sede: unknown key; did you mean seed?"
+    assert done.stdout.splitlines()[-1] == "error: params.yaml: sede: unknown key; did you mean seed?"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
