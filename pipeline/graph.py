@@ -6,9 +6,10 @@ The Snakefile and dvc.yaml state the same graph in their own languages; tests/te
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline import params as parameters
 from pipeline import references
@@ -79,16 +80,25 @@ STAGES = {  # of the sections whose blocks may feed each other
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a stage. ``params`` is all of the parameters that the stage may look at, blocks as dataclasses."""
+    """One run of a stage. ``values`` are all of the parameters that the stage may look at, some as dataclasses."""
 
     stage: str
     name: str  # of the block; '' where the stage runs once
     inputs: dict[str, Path]
     outputs: dict[str, Path]
-    params: dict[str, Any]
+    values: dict[str, Any]
     block: Any = None  # the block as its dataclass
     home: Path | None = None
     origin: str = ""  # of a prediction and its evaluation: the section of the network
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """The parameters as JSON holds them. This reads the settings of the block's choices, and thus imports them.
+
+        Raises:
+            PipelineError: with every fault of the settings, a line each.
+        """
+        return cast(dict[str, Any], plain(self.values))
 
     @property
     def label(self) -> str:
@@ -146,7 +156,7 @@ class Graph:
         saliency = self._file("saliency", "maps.h5")
         made = self.results / "dataset"
         if dataset.demo:
-            yield Job("demo", "", {}, {"root": root}, {"demo": asdict(dataset.demo)}, dataset.demo, made)
+            yield Job("demo", "", {}, {"root": root}, {"demo": dataset.demo}, dataset.demo, made)
         elif dataset.download:
             yield Job("download", "", {}, {"root": root}, {"download": dataset.download}, dataset, made)
         elif dataset.coco_stuff:
@@ -158,7 +168,7 @@ class Graph:
         sources = {"index": index}
         if params.saliency.kind == "store" and params.saliency.path:
             sources["store"] = Path(params.saliency.path)
-        yield Job("saliency", "", sources, {"maps": saliency}, {"saliency": asdict(params.saliency)}, params.saliency)
+        yield Job("saliency", "", sources, {"maps": saliency}, {"saliency": params.saliency}, params.saliency)
 
         trained = ("model", "log")
         for name, classifier in params.classifiers.items():
@@ -255,7 +265,7 @@ class Graph:
         return chains
 
     def _index_params(self) -> dict[str, Any]:
-        kept = {key: value for key, value in asdict(self.params.dataset).items() if key not in MAKERS}
+        kept = {key: value for key, value in plain(self.params.dataset).items() if key not in MAKERS}
         saliency = self.params.saliency
         return {"dataset": kept, "saliency": saliency.path if saliency.kind == "folder" else None}
 
@@ -297,7 +307,7 @@ def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:
     found = manifest.read(job.folder)
     if found is None or found.get("stage") != job.label or not all(path.exists() for path in job.outputs.values()):
         return False
-    if found["params"] != plain(job.params) or found["code"] != code_hash(job.code):
+    if found["params"] != job.params or found["code"] != code_hash(job.code):
         return False
     shared = [path for path in job.outputs.values() if path.parent != job.folder and path.is_file()]
     if any(found["outputs"].get(job.key(path)) != fingerprint(path) for path in shared):
@@ -330,9 +340,7 @@ def main() -> None:
     """Print the command of every job, in order: ``python -m pipeline.graph [FILE ...] | sh -e`` runs all of them."""
     files = sys.argv[1:] or ["params.yaml"]
     try:
-        params = parameters.load([Path(name) for name in files])
-        parameters.check_settings(params)
-        graph = Graph(params)
+        graph = Graph(parameters.load([Path(name) for name in files], resolve=True))
     except PipelineError as error:
         sys.exit("\n".join(f"error: {line}" for line in error.lines))
     for job in graph.jobs:

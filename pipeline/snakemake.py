@@ -111,9 +111,8 @@ def plan(workflow: Any) -> Plan:
     files, overrides = _sources(workflow.config_settings)
     try:
         # Not Snakemake's own merger of the files: it mixes the settings of two implementations that a key can name.
-        params = parameters.load([Path(name) for name in files], overrides)
-        parameters.check_settings(params)
-        graph = Graph(params)
+        resolve = DVC_RUNS not in os.environ  # DVC runs a stage at a time, and each reads its own settings
+        graph = Graph(parameters.load([Path(name) for name in files], overrides, resolve))
     except PipelineError as error:
         _refuse(error.lines)
     # Snakemake would not tell the mend, with --quiet nothing at all.

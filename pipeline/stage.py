@@ -40,8 +40,10 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
     try:
         files = [Path(name) for name in options.params]
         graph = Graph(parameters.load(files, _overrides(options.set)))
+        job = graph.find(stage, options.name)
+        parameters.check(job.block, " + ".join(options.params))
         runtime = Runtime(options.device, options.workers, options.threads, options.checkpoint_every)
-        execute(graph.find(stage, options.name), work, runtime, options.force)
+        execute(job, work, runtime, options.force)
     except PipelineError as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)

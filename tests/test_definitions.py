@@ -205,7 +205,7 @@ def changed(raw: dict[str, Any], where: tuple[str, ...]) -> Graph | None:
         other = copy.deepcopy(raw)
         at(other, where[:-1])[where[-1]] = value
         try:
-            graph = Graph(parameters.validate(other))
+            graph = Graph(parameters.validate(other, resolve=True))
         except PipelineError:
             continue
         if value != at(raw, where):

@@ -13,7 +13,11 @@ from pipeline.schema import Params
 TRAINING = {"epochs": 1, "batch_size": 2, "lr": 0.1}
 SMALL = {"name": "small"}
 NETWORK = {"backbone": SMALL, "training": TRAINING}
-JOINT = {"classification": SMALL, "segmentation": SMALL, "shared": ["conv2", "conv2"], "training": TRAINING}
+JOINT = {
+    "network": {"agen": {"shared": ["conv2", "conv2"]}},
+    "backbones": {"classification": SMALL, "segmentation": SMALL},
+    "training": TRAINING,
+}
 SURE = {"rule": "confident"}
 LEARNER = {**NETWORK, "network": "deeplab_largefov"}
 CHAINS: dict[str, Any] = {  # a row of each kind, on two classifiers and a one-step network
@@ -124,5 +128,5 @@ def test_the_method_is_one_of_the_rows() -> None:
 
 
 def test_what_no_row_needs_is_checked_all_the_same() -> None:
-    with pytest.raises(PipelineError, match=r"walks\.walked\.radius: 1 is below 2"):
+    with pytest.raises(PipelineError, match=r"walks\.walked\.radius: 1 must be at least 2"):
         chains(rows=["supervised"], method="supervised", walks={"walked": {"radius": 1}})
