@@ -190,6 +190,36 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
             {"mixtures": {"half": {"labels": "pseudo_labels/rule", "share": 1.5}}},
             "p.yaml: mixtures.half.share: 1.5 must be at least 0 and at most 1",
         ),
+        (
+            {"classifiers": {"base": {"augmentation": {"side": "short", "length": [100, 50]}}}},
+            "p.yaml: classifiers.base.augmentation.length: [100, 50] must be [low, high]",
+        ),
+        (
+            {"classifiers": {"base": {"augmentation": {"scale": [2, 1]}}}},
+            "p.yaml: classifiers.base.augmentation.scale: [2.0, 1.0] must be [low, high]",
+        ),
+        (
+            {"classifiers": {"base": {"augmentation": {"side": "long"}}}},
+            "p.yaml: classifiers.base.augmentation.length: is missing; side long needs it",
+        ),
+        (
+            {"localizations": {"plain": {"side": "short"}}},
+            "p.yaml: localizations.plain.length: is missing; side short needs it",
+        ),
+        (
+            {"localizations": {"plain": {"scales": []}}},
+            "p.yaml: localizations.plain.scales: is empty; name one at least",
+        ),
+        ({"test": {"scales": []}}, "p.yaml: test.scales: is empty; name one at least"),
+        ({"test": {"scales": [-1.0]}}, "p.yaml: test.scales[0]: -1.0 must be above 0"),
+        (
+            {"localizations": {"fine": {"climbing": {}}}},
+            "p.yaml: localizations.fine.climbing: refinements/finer is no classifier; set climbing to null",
+        ),
+        (
+            {"classifiers": {"base": {"training": {"nesterov": True, "momentum": 0}}}},
+            "p.yaml: classifiers.base.training.nesterov: needs a momentum; set momentum above 0, or nesterov to false",
+        ),
         ({"method": "other"}, "p.yaml: method: other is none of the rows row"),
         (
             {"dataset": {"coco_stuff": "data/coco"}},
