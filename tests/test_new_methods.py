@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline import params as parameters
+from pipeline.data.loading import TrainingSet
 from pipeline.errors import PipelineError
 from pipeline.inference import models
 from pipeline.methods.base import Method, Step
@@ -51,6 +52,10 @@ class FlipToy(Cam):
         def faults_in(self, block: Any) -> Iterator[str]:
             if block.training.epochs == 1:
                 yield "training.epochs: 1 is too few for the toy"
+
+    @property
+    def companions(self) -> int:
+        return 2
 
     def describe(self) -> str:
         return f"toy of weight {self.settings.weight:g}"
@@ -189,6 +194,21 @@ def test_a_one_step_network_from_tags_to_a_prediction(raw: dict[str, Any]) -> No
     }
     assert set(RasterStore(results / "predictions/mask/labels.h5")) == {"img_004", "img_005"}
     assert "miou" in json.loads((results / "evaluation/predictions/mask/scores.json").read_text())
+
+
+def test_a_method_asks_for_neighbours_that_share_a_class(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = []
+
+    class Recorded(TrainingSet):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            groups.append(self.group)
+
+    monkeypatch.setattr("pipeline.training.fit.TrainingSet", Recorded)
+    start(raw)
+    for name in ("base", "toy"):
+        work("classifier", classifier.main, name)
+    assert groups == [1, 2]
 
 
 def test_the_report_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
