@@ -7,11 +7,12 @@ from typing import Any, TypeVar, cast
 import yaml
 
 from pipeline import references
-from pipeline.contradictions import SECTIONS, contradictions
+from pipeline.contradictions import contradictions, lacking_saliency
 from pipeline.errors import PipelineError
 from pipeline.reader import Faults, build_block, did_you_mean, prefixed, shown
 from pipeline.registry import CHOICES, Choice
 from pipeline.schema import Params
+from pipeline.stage_table import SECTIONS
 
 _T = TypeVar("_T")
 
@@ -128,7 +129,9 @@ def validate(raw: Mapping[str, Any], origin: str = "params.yaml", resolve: bool 
         sound = not faults
         for section in SECTIONS:
             for block in getattr(params, section).values():
-                faults.extend(fault for fault in _unfit(block, sound) if fault not in faults)
+                faults.extend(_unfit(block, sound))
+        if not faults:
+            faults.extend(lacking_saliency(params))
     if faults or params is None:
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
     return params if params.rows is None else references.only(params, params.rows)

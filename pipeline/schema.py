@@ -385,5 +385,5 @@ class Params:
     mixtures: dict[str, Mixture] = field(default_factory=dict)
     test: Test = field(default_factory=Test)
     gallery: NonNegativeInt = 12  # images in the report
-    # In a profile or by --config: these rows alone, and what they are made of; null: all. dvc.yaml states all blocks.
+    # These rows alone, and the blocks that they are derived from; null: all
     rows: tuple[str, ...] | None = None

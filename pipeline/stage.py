@@ -19,7 +19,7 @@ from pipeline.graph import Graph, Job, is_fresh, missing
 from pipeline.registry import plain
 from pipeline.runtime import Runtime
 from pipeline.stores import manifest
-from pipeline.stores.files import code_hash, fingerprint, partial, publish
+from pipeline.stores.files import fingerprint, partial, publish
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
             print(f"{job.label}: up to date", flush=True)
             return
         inputs = _check_inputs(job)
-        code = code_hash(job.code)
+        code = job.code
         key = _key(job, inputs, code)
         temporary = {name: partial(path) for name, path in job.outputs.items()}
         for path in temporary.values():

@@ -9,15 +9,14 @@ import pytest
 import torch
 import yaml
 
+from pipeline import dvc, references
 from pipeline import params as parameters
-from pipeline import references
 from pipeline.errors import PipelineError
 from pipeline.graph import Graph
 from pipeline.methods.agen import Agen
 from pipeline.registry import ONE_STEP, Choice
 from pipeline.report import metrics, protocol
 from pipeline.schema import Backbone, OneStep, Training
-from pipeline.snakemake import Plan, stage_of
 from pipeline.stage import run
 from pipeline.stores.files import sha256
 from pipeline.stores.raster import RasterStore
@@ -138,18 +137,20 @@ def test_its_jobs_stand_in_the_graph(raw: dict[str, Any]) -> None:
     assert graph.find("localization", "agen").inputs["model"] == learner.outputs["model"]
     order = [job.label for job in graph.jobs]
     assert order.index("one_step agen") < order.index("localization agen") < order.index("pseudo_labels agen")
-    names = {stage_of(job) for job in graph.jobs}
-    assert {"one_step@agen", "predict_one_step@agen", "evaluate_one_step@agen"} < names
-    assert {"prediction@cam", "prediction@agen_two_step", "evaluate_predictions@cam", "localization@agen"} < names
+    names = {dvc.name_of(job) for job in graph.jobs}
+    assert {"one_step@agen", "prediction_one_step@agen", "evaluation_one_step@agen"} < names
+    assert {
+        "prediction_segmentations@cam",
+        "prediction_segmentations@agen_two_step",
+        "evaluation_segmentations@cam",
+        "localization@agen",
+    } < names
     assert len(names) == len(graph.jobs)
     report = graph.find("report")
     assert report.params["rows"]["agen"] == {"predictions": "predictions/agen"}
     assert report.params["rows"]["agen_two_step"]["maps"] == "localizations/agen"
     assert report.inputs["log of one_step/agen"] == learner.outputs["log"]
     assert report.inputs["scores of predictions/agen"] == graph.find("evaluation", "predictions/agen").outputs["scores"]
-    plan = Plan(graph, "", 1)
-    assert plan.blocks("one_step") == ["one_step/agen"]
-    assert set(plan.blocks("predictions")) == {"predictions/cam", "predictions/agen_two_step", "predictions/agen"}
 
 
 def test_params_name_it_everywhere(raw: dict[str, Any]) -> None:

@@ -47,9 +47,9 @@ def over(**changes: Any) -> dict[str, Any]:
 
 
 def faults(raw: dict[str, Any]) -> list[str]:
-    """What ``validate`` says of params that are wrong."""
+    """What ``validate`` says of params that are wrong, the settings of their choices included."""
     with pytest.raises(PipelineError) as caught:
-        validate(raw, "p.yaml")
+        validate(raw, "p.yaml", resolve=True)
     return list(caught.value.lines)
 
 
@@ -233,7 +233,7 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
             {"dataset": {"demo": None, "coco_stuff": "data", "root": "data/small"}},
             "p.yaml: dataset.root: lies in data, of which it is made (coco_stuff); choose a folder outside of it",
         ),
-        ({"defaults": {"mixtures": {}}}, "p.yaml: defaults.mixtures: unknown section"),
+        ({"defaults": {"saliency": {}}}, "p.yaml: defaults.saliency: unknown section"),
         ({"defaults": ["a"]}, "p.yaml: defaults: must be a mapping of sections to blocks, not ['a']"),
         ({"defaults": {"classifiers": 1}}, "p.yaml: defaults.classifiers: must be a mapping, not 1"),
     ],
@@ -280,7 +280,7 @@ def test_a_reference_to_nothing_is_answered_with_what_there_is(
 
 def test_a_circle_of_references_is_refused() -> None:
     (line,) = faults(over(refinements={"finer": {"source": "localizations/fine"}}))
-    assert line == "p.yaml: goes round in a circle: localizations/fine <- refinements/finer <- localizations/fine"
+    assert line == "p.yaml: goes round in a circle: refinements/finer <- localizations/fine <- refinements/finer"
 
 
 def test_all_faults_are_reported_at_once() -> None:

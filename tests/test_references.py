@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import contradictions, references
+from pipeline import references
 from pipeline.errors import PipelineError
 from pipeline.params import merge, validate
 from pipeline.schema import Params
+from pipeline.stage_table import SECTIONS
 
 TRAINING = {"epochs": 1, "batch_size": 2, "lr": 0.1}
 SMALL = {"name": "small"}
@@ -51,7 +52,6 @@ CHAINS: dict[str, Any] = {  # a row of each kind, on two classifiers and a one-s
     },
     "one_step": {"joint": JOINT, "alone": JOINT},
 }
-SECTIONS = (*contradictions.SECTIONS, "mixtures")
 FINER = {"classifiers/base", "localizations/base", "refinements/finer", "localizations/finer", "pseudo_labels/finer"}
 WALKED = {
     "classifiers/base",
