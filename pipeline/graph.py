@@ -35,7 +35,7 @@ class Job:
     block: Any = None  # the settings, as their dataclass
     home: Path | None = None
     section: str = ""  # of the block
-    models: tuple[Any, ...] = ()  # the blocks of the networks that it loads
+    others: tuple[Any, ...] = ()  # further blocks whose implementations it uses: those of the networks that it loads
 
     @property
     def label(self) -> str:
@@ -57,11 +57,11 @@ class Job:
 
     @property
     def programs(self) -> tuple[Path, ...]:
-        """The stage's file, and those of the implementations that its block, or the network that it loads, names.
+        """The stage's file, and those of the implementations that its block, or a network that it loads, names.
 
         With what they import they are all of the project's code that runs.
         """
-        named = {file for block in (self.block if self.section else None, *self.models) for file in _chosen(block)}
+        named = {file for block in (self.block if self.section else None, *self.others) for file in _chosen(block)}
         return (closure.ROOT / "stages" / f"{self.stage}.py", *sorted(named))
 
     @property
@@ -163,7 +163,8 @@ class Graph:
             "metrics": Path("metrics.json"),
         }
         job = self._job(STAGES["report"], "", inputs)
-        return replace(job, outputs=outputs, values=values, block=self.params)
+        rules = tuple(self.params.pseudo_labels.values())  # they describe themselves in the report
+        return replace(job, outputs=outputs, values=values, block=self.params, others=rules)
 
     def _chains(self) -> dict[str, dict[str, str]]:
         """For each row the references that its numbers come from: maps, labels, predictions."""

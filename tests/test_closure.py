@@ -219,7 +219,11 @@ def test_a_method_touches_the_networks_that_name_it(folder: Path) -> None:
 def test_a_label_rule_and_a_backbone_touch_the_blocks_that_name_them(folder: Path) -> None:
     assert edited(folder, "pipeline/networks/vgg.py") == set()
     assert len(edited(folder, "pipeline/networks/small.py")) > 80
-    assert edited(folder, "pipeline/labels/edam.py") == {"pseudo_labels edam_saliency", "pseudo_labels oaa_edam_rule"}
+    assert edited(folder, "pipeline/labels/edam.py") == {
+        "pseudo_labels edam_saliency",
+        "pseudo_labels oaa_edam_rule",
+        "report",
+    }
 
 
 def test_the_download_touches_no_job_of_another_dataset(folder: Path) -> None:
