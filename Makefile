@@ -24,7 +24,7 @@ lint: $(INSTALLED)
 	ruff check
 	ruff format --check
 	mypy
-	snakefmt --check Snakefile rules
+	snakefmt --check Snakefile
 	snakemake --lint
 
 clean:

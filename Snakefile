@@ -1,7 +1,7 @@
 """From image tags to masks: one rule a stage, one job a block of params.yaml, whatever the number of images.
 
-What is up to date is decided by the manifests beside the outputs (pipeline/snakemake.py); here stand order, resources
-and targets.
+The rules are those of pipeline/stage_table.py; the params are read by pipeline/params.py. What is up to date is decided
+by the manifests beside the outputs (pipeline/snakemake.py).
 """
 
 from snakemake.utils import min_version
@@ -10,26 +10,15 @@ from pipeline.snakemake import plan
 
 min_version("9.27")
 
-
-configfile: "params.yaml"
-
-
 PLAN = plan(workflow)
-P = PLAN.params
 
 
 # Of a job's processes the stage alone acts on Ctrl-C and SIGTERM: its shell waits for it, and tee takes down its last line.
 shell.prefix("set -euo pipefail; trap : INT TERM; tee() {{ trap '' INT TERM; exec tee \"$@\"; }}; ")
 
 
-pathvars:
-    results=f"results/{P.experiment}",
-    logs=f"results/{P.experiment}/logs",
-
-
 wildcard_constraints:
-    section="[^/]+",
-    name="[^/]+",
+    name="[^/]+(/[^/]+)?",
 
 
 # Every stage, not the report alone: a failed rerun of an early one must not pass for 'nothing to be done'.
@@ -38,12 +27,26 @@ rule all:
         PLAN.targets,
 
 
-include: "rules/dataset.smk"
-include: "rules/maps.smk"
-include: "rules/labels.smk"
-include: "rules/affinity.smk"
-include: "rules/segmentation.smk"
-include: "rules/results.smk"
+for stage in PLAN.stages:
+
+    rule:
+        name:
+            stage.name
+        input:
+            PLAN.inputs(stage),
+        output:
+            PLAN.outputs(stage),
+        log:
+            PLAN.log(stage),
+        conda:
+            "environment.yml"
+        threads: PLAN.threads(stage)
+        resources:
+            gpu=int(stage.gpu),
+        params:
+            command=PLAN.command(stage),
+        shell:
+            "{params.command} 2>&1 | tee {log}"
 
 
 onsuccess:

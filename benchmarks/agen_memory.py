@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.methods.agen import Agen
+from pipeline.registry import ONE_STEP, Choice
 from pipeline.schema import Backbone, OneStep, Training
 from pipeline.training.settings import autocast
 
@@ -24,15 +25,15 @@ GB = 1e9
 
 def settings_of(options: argparse.Namespace) -> OneStep:
     backbones = (Backbone(options.classification), Backbone(options.segmentation))
-    return OneStep(
-        *backbones,
-        Training(1, 1e-3, epochs=35),
-        tuple(options.shared),
-        agm=tuple(options.agm),
-        coam=tuple(options.agm),
-        loss_size=options.loss_size,
-        boundary_weight=0.0,
-    )
+    own = {
+        "shared": options.shared,
+        "agm": options.agm,
+        "coam": options.agm,
+        "loss_size": options.loss_size,
+        "boundary_weight": 0.0,
+    }
+    named = dict(zip(("classification", "segmentation"), backbones, strict=True))
+    return OneStep(Choice(ONE_STEP, "agen", own), named, Training(1, 1e-3, epochs=35))
 
 
 def kept(settings: OneStep, batch: int, side: int, precision: str) -> tuple[int, int]:
@@ -49,7 +50,7 @@ def kept(settings: OneStep, batch: int, side: int, precision: str) -> tuple[int,
         network = Agen(settings, CLASSES)
         images = torch.empty(batch, 3, side, side)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(images.device, precision):
-            torch.stack(network.losses(images, torch.ones(batch, CLASSES), 0)).sum()
+            sum(network.losses(images, torch.ones(batch, CLASSES), 0).values())
         own = {parameter.untyped_storage()._cdata: parameter.nbytes for parameter in network.parameters()}
     return sum(own.values()), sum(size for storage, size in storages.items() if storage not in own)
 

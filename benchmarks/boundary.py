@@ -19,7 +19,8 @@ from torch import Tensor
 
 from benchmarks.steps import stepper
 from pipeline.methods.agen import Agen
-from pipeline.methods.agen_losses import Map
+from pipeline.methods.one_step import Mapper
+from pipeline.registry import ONE_STEP, Choice
 from pipeline.schema import Backbone, OneStep, Training
 from pipeline.stores.blocks import parallel
 from pipeline.training.settings import prepare
@@ -27,15 +28,17 @@ from pipeline.training.settings import prepare
 CLASSES = 20
 
 
-def one_step(options: argparse.Namespace, weight: float, mapper: Map, device: torch.device) -> Callable[[], None]:
+def one_step(options: argparse.Namespace, weight: float, mapper: Mapper, device: torch.device) -> Callable[[], None]:
     """One optimizer step, images and tags given."""
     torch.manual_seed(0)
     training = Training(options.batch_size, 1e-3, epochs=1, precision=options.precision)
     backbones = (Backbone(options.classification), Backbone(options.segmentation))
-    network = Agen(OneStep(*backbones, training, tuple(options.shared), boundary_weight=weight), CLASSES)
+    named = dict(zip(("classification", "segmentation"), backbones, strict=True))
+    choice = Choice(ONE_STEP, "agen", {"shared": options.shared, "boundary_weight": weight})
+    network = Agen(OneStep(choice, named, training), CLASSES)
 
     def loss(images: Tensor, tags: Tensor) -> Tensor:
-        return torch.stack(network.losses(images, tags, 0, mapper)).sum()
+        return torch.stack(list(network.losses(images, tags, 0, mapper).values())).sum()
 
     return stepper(network, training, options.side, CLASSES, loss, device)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.methods.collaboration import CollaborativeAttention, sinusoid
-from pipeline.schema import Edam
+from pipeline.methods.edam import Edam
 from pipeline.training.settings import autocast, prepare
 
 KINDS = ("loop", "batched")
@@ -34,7 +34,7 @@ KEPT = 3  # T x T matrices of a head that the loop's backward needs: softmax, dr
 class PlainBlock(nn.Module):
     """A pre-norm self-attention block of one class."""
 
-    def __init__(self, settings: Edam) -> None:
+    def __init__(self, settings: Edam.Settings) -> None:
         super().__init__()
         width = settings.channels
         self.heads = settings.heads
@@ -59,7 +59,7 @@ class PlainBlock(nn.Module):
 class Loop(nn.Module):
     """One ``PlainBlock`` a class, one after the other."""
 
-    def __init__(self, classes: int, settings: Edam) -> None:
+    def __init__(self, classes: int, settings: Edam.Settings) -> None:
         super().__init__()
         self.image_position = nn.Parameter(torch.zeros(settings.group, settings.channels))
         self.blocks = nn.ModuleList(PlainBlock(settings) for _ in range(classes))
@@ -85,7 +85,7 @@ class Loop(nn.Module):
         self.load_state_dict(state)
 
 
-def build(kind: str, classes: int, settings: Edam) -> nn.Module:
+def build(kind: str, classes: int, settings: Edam.Settings) -> nn.Module:
     torch.manual_seed(0)
     batched = CollaborativeAttention(classes, settings)
     if kind == "batched":
@@ -101,7 +101,7 @@ def inputs(images: int, classes: int, channels: int, size: int) -> tuple[Tensor,
     return features, torch.rand(images, classes, size, size, generator=generator)
 
 
-def disagreement(settings: Edam, classes: int) -> float:
+def disagreement(settings: Edam.Settings, classes: int) -> float:
     """Greatest difference of outputs and of gradients, relative to the greatest value, at 6 x 6 without dropout."""
     given = inputs(settings.group, classes, settings.channels, 6)
     found = []
@@ -116,7 +116,7 @@ def disagreement(settings: Edam, classes: int) -> float:
 def measure(kind: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds of one step, and how many MB the peak of memory rises by."""
     device = prepare(options.device, options.threads)
-    settings = Edam(dropout=options.dropout, group=options.images)
+    settings = Edam.Settings(dropout=options.dropout, group=options.images)
     network = build(kind, options.classes, settings).to(device)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
 
@@ -164,7 +164,7 @@ def main() -> None:
     if options.kind is not None:
         print(json.dumps(measure(options.kind, options)))
         return
-    settings = Edam(group=options.images)
+    settings = Edam.Settings(group=options.images)
     print(
         f"{options.images} images of {options.size}x{options.size} places, {options.classes} classes, {settings.heads}"
         f" heads, dropout {options.dropout}, {options.device}, {options.threads} threads;"

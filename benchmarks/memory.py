@@ -65,7 +65,7 @@ def measure(path: Path) -> dict[str, float]:
     from pipeline.data.index import Index
     from pipeline.data.loader import load
     from pipeline.data.loading import TrainingSet
-    from pipeline.methods import build_method
+    from pipeline.inference import models
     from pipeline.methods.oaa import AttentionAccumulator
     from pipeline.schema import Accumulate, Augmentation, Backbone, Classifier, Head, Training
     from pipeline.training import checkpoint
@@ -77,7 +77,7 @@ def measure(path: Path) -> dict[str, float]:
     accumulator = AttentionAccumulator(images, Accumulate(gate="none", skip_epochs=0), 1, keep_last=True)
     dataset = TrainingSet(images, CLASSES, Augmentation(side="short", length=(224, 224), flip=True), 0)
     found["accumulator"] = megabytes()
-    method = build_method(Classifier(Backbone("small"), Training(1, 0.1), head=Head(0)), CLASSES)
+    method = models.build(Classifier(Backbone("small"), Training(1, 0.1), head=Head(0)), CLASSES)
     batch = next(load(dataset, 1, 0, 0))
     output = method(batch.images)
     method.loss(output, batch.tags).backward()  # type: ignore[no-untyped-call]

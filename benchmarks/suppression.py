@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.steps import stepper
-from pipeline.methods import build_method
+from pipeline.inference import models
 from pipeline.schema import Backbone, Classifier, Suppression, Training
 from pipeline.stores.raster import RasterWriter
 from pipeline.training.settings import prepare
@@ -34,7 +34,7 @@ def classifier(
     """One optimizer step of a classifier, images and tags given."""
     torch.manual_seed(0)
     training = Training(options.batch_size, 1e-3, epochs=1, nesterov=True, precision=options.precision)
-    network = build_method(Classifier(Backbone(options.backbone), training, suppression=suppression), CLASSES)
+    network = models.build(Classifier(Backbone(options.backbone), training, suppression=suppression), CLASSES)
 
     def loss(images: Tensor, tags: Tensor) -> Tensor:
         return network.loss(network(images), tags)

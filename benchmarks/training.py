@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from pipeline.methods import build_method
+from pipeline.inference import models
 from pipeline.schema import Backbone, Classifier, Head, Training
 from pipeline.training.settings import autocast, build_optimizer, has_bf16, parameter_groups, prepare
 
@@ -26,7 +26,7 @@ def milliseconds(name: str, side: int, batch: int, steps: int, fast: bool) -> fl
     """Median milliseconds an image of one training step."""
     torch.manual_seed(0)
     training = Training(batch, 1e-3, precision="bf16" if fast else "fp32")
-    network = build_method(Classifier(Backbone(name), training, head=Head()), CLASSES)  # type: ignore[arg-type]
+    network = models.build(Classifier(Backbone(name), training, head=Head()), CLASSES)  # type: ignore[arg-type]
     layout = torch.channels_last if fast else torch.contiguous_format
     network.to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = build_optimizer(parameter_groups(network, network.new_layers(), training), training)

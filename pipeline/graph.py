@@ -1,94 +1,41 @@
-"""The stages as a graph of jobs: which files each reads and writes, and the exact parameters it depends on.
+"""The jobs of a set of parameters: which files each reads and writes, its exact parameters and its code.
 
-The Snakefile and dvc.yaml state the same graph in their own languages; tests/test_definitions.py holds the three equal.
+A job is a stage of ``pipeline.stage_table`` for one block. What decides whether it is up to date is the manifest beside
+its outputs, which names the inputs, parameters and code that they come from.
 """
 
+import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from pipeline import closure, references
 from pipeline import params as parameters
-from pipeline import references
-from pipeline.contradictions import TRAINED
 from pipeline.errors import PipelineError
-from pipeline.registry import plain
-from pipeline.schema import MAKERS, Params, backbones
+from pipeline.registry import BACKBONES, Choice, plain
+from pipeline.schema import MAKERS, Backbone, Params, backbones
+from pipeline.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, Stage
 from pipeline.stores import manifest
-from pipeline.stores.files import code_hash, fingerprint
-
-_DATA = ("pipeline/data",)
-_LEARN = (
-    "pipeline/data",
-    "pipeline/networks",
-    "pipeline/methods",
-    "pipeline/refinement",
-    "pipeline/training",
-    "pipeline/inference/models.py",
-)
-CODE: dict[str, tuple[str, ...]] = {
-    "demo": ("stages/demo.py", "pipeline/data/demo.py", "pipeline/data/palette.py"),
-    "download": (
-        "stages/download.py",
-        "pipeline/data/download.py",
-        "pipeline/data/palette.py",
-        "pipeline/data/matlab.py",
-    ),
-    "coco_stuff": (
-        "stages/coco_stuff.py",
-        "pipeline/data/coco_stuff.py",
-        "pipeline/data/palette.py",
-        "pipeline/data/matlab.py",
-    ),
-    "index": ("stages/index.py", *_DATA),
-    "ground_truth": ("stages/ground_truth.py", *_DATA),
-    "saliency": ("stages/saliency.py", *_DATA, "pipeline/labels"),
-    "classifier": ("stages/classifier.py", *_LEARN),
-    "features": ("stages/features.py", *_LEARN, "pipeline/inference"),
-    "refinement": ("stages/refinement.py", *_LEARN),
-    "localization": ("stages/localization.py", *_LEARN, "pipeline/inference"),
-    "affinity": ("stages/affinity.py", *_LEARN),
-    "walk": ("stages/walk.py", *_LEARN, "pipeline/inference"),
-    "pseudo_labels": ("stages/pseudo_labels.py", *_DATA, "pipeline/labels"),
-    "mixture": ("stages/mixture.py",),
-    "segmentation": ("stages/segmentation.py", *_LEARN),
-    "one_step": ("stages/one_step.py", *_LEARN, "pipeline/labels/crf.py"),
-    "prediction": ("stages/prediction.py", *_LEARN, "pipeline/inference", "pipeline/labels/crf.py"),
-    "evaluation": ("stages/evaluation.py", "pipeline/evaluation"),
-    "report": ("stages/report.py", "pipeline/report"),
-}
+from pipeline.stores.files import fingerprint
 
 
-GIVEN = {  # inputs that a person brings, and the mend where one is missing
-    "root": "put the dataset there, or correct dataset.root",
-    "store": "put the file there, or correct saliency.path",
-    "weights": "put the file there",
-    "extra": "put the images there, or correct dataset.extra",
-    "coco_stuff": "unpack COCO-Stuff 10k v1.1 there, or correct dataset.coco_stuff",
-}
-STAGES = {  # of the sections whose blocks may feed each other
-    "localizations": "localization",
-    "refinements": "refinement",
-    "affinities": "affinity",
-    "walks": "walk",
-    "pseudo_labels": "pseudo_labels",
-}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
-    """One run of a stage. ``params`` is all of the parameters that the stage may look at, blocks as dataclasses."""
+    """One run of a stage."""
 
     stage: str
-    name: str  # of the block; '' where the stage runs once
+    name: str  # of the block, or the reference of the job that it is about; '' where the stage runs once
     inputs: dict[str, Path]
     outputs: dict[str, Path]
-    params: dict[str, Any]
-    block: Any = None  # the block as its dataclass
+    values: Mapping[str, Any]  # all parameters that the outputs depend on, some as dataclasses
+    block: Any = None  # the settings, as their dataclass
     home: Path | None = None
-    origin: str = ""  # of a prediction and its evaluation: the section of the network
+    section: str = ""  # of the block
+    others: tuple[Any, ...] = ()  # further blocks whose implementations it uses: those of the networks that it loads
 
     @property
     def label(self) -> str:
@@ -99,9 +46,28 @@ class Job:
         """Where the manifest lies: beside the outputs; a dataset's lies with the results, not among its images."""
         return self.home or next(iter(self.outputs.values())).parent
 
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """The parameters as JSON holds them. This reads the settings of the block's choices, and thus imports them.
+
+        Raises:
+            PipelineError: with every fault of the settings, a line each.
+        """
+        return cast(dict[str, Any], plain(self.values))
+
     @property
-    def code(self) -> tuple[str, ...]:
-        return CODE[self.stage]
+    def programs(self) -> tuple[Path, ...]:
+        """The stage's file, and those of the implementations that its block, or a network that it loads, names.
+
+        With what they import they are all of the project's code that runs.
+        """
+        named = {file for block in (self.block if self.section else None, *self.others) for file in _chosen(block)}
+        return (closure.ROOT / "stages" / f"{self.stage}.py", *sorted(named))
+
+    @property
+    def code(self) -> str:
+        """sha256 of the code that runs."""
+        return closure.digest(self.programs)
 
     def key(self, output: Path) -> str:
         """What the manifest calls an output: its name, or ./PATH where it does not lie beside the manifest."""
@@ -114,15 +80,21 @@ class Graph:
     def __init__(self, params: Params) -> None:
         self.params = params
         self.results = Path("results") / params.experiment
-        self.jobs = list(self._jobs())
+        self.jobs: list[Job] = []
+        self.jobs.extend(self._single())
+        self.jobs.extend(self._block(reference) for reference in references.in_order(params))
+        for stage in STAGES.values():
+            if stage.about:
+                self.jobs.extend(self._about(stage))
+        self.jobs.append(self._report())
 
     def missing(self) -> list[str]:
-        """A line for each file that no job makes and that is not there, by the first job that reads it."""
-        made: set[Path] = set()
+        """A line for each file that no job writes and that does not exist, by the first job that reads it."""
+        written: set[Path] = set()
         lines: dict[Path, str] = {}
         for job in self.jobs:
-            lines |= {path: line for path, line in missing(job).items() if path not in made and path not in lines}
-            made.update(job.outputs.values())
+            lines |= {path: line for path, line in missing(job).items() if path not in written and path not in lines}
+            written.update(job.outputs.values())
         return list(lines.values())
 
     def find(self, stage: str, name: str = "") -> Job:
@@ -134,114 +106,65 @@ class Graph:
         choices = ", ".join(job.name for job in named) or "nothing: params.yaml has no such block"
         raise PipelineError(f"{stage} {name}: no such block; {stage} can run {choices}")
 
-    def _file(self, reference: str, name: str) -> Path:
-        return self.results / reference / name
+    def _single(self) -> Iterator[Job]:
+        """The jobs that run once and that others read."""
+        dataset, saliency = self.params.dataset, self.params.saliency
+        for maker in dataset.makers[:1]:
+            stage, block = STAGES[maker], getattr(dataset, maker)
+            values = {"block": block} if stage.settings else {}
+            yield Job(maker, "", self._external(stage), {"root": Path(dataset.root)}, values, block, self._dataset)
+        kept = {key: value for key, value in plain(dataset).items() if key not in MAKERS}
+        folder = saliency.path if saliency.kind == "folder" else None
+        yield replace(self._job(STAGES["index"]), values={"dataset": kept, "saliency": folder}, block=dataset)
+        yield self._job(STAGES["ground_truth"])
+        yield self._job(STAGES["saliency"], block=saliency)
 
-    def _jobs(self) -> Iterator[Job]:
-        params = self.params
-        dataset, seed = params.dataset, {"seed": params.seed}
-        root = Path(dataset.root)
-        index = self._file("index", "index.json")
-        masks = self._file("ground_truth", "labels.h5")
-        saliency = self._file("saliency", "maps.h5")
-        made = self.results / "dataset"
-        if dataset.demo:
-            yield Job("demo", "", {}, {"root": root}, {"demo": asdict(dataset.demo)}, dataset.demo, made)
-        elif dataset.download:
-            yield Job("download", "", {}, {"root": root}, {"download": dataset.download}, dataset, made)
-        elif dataset.coco_stuff:
-            archive = {"coco_stuff": Path(dataset.coco_stuff)}
-            yield Job("coco_stuff", "", archive, {"root": root}, {}, dataset, made)
-        folders = {"root": root} | ({"extra": Path(dataset.extra)} if dataset.extra else {})
-        yield Job("index", "", folders, {"index": index}, self._index_params(), dataset)
-        yield Job("ground_truth", "", {"index": index}, {"labels": masks}, {}, None)
-        sources = {"index": index}
-        if params.saliency.kind == "store" and params.saliency.path:
-            sources["store"] = Path(params.saliency.path)
-        yield Job("saliency", "", sources, {"maps": saliency}, {"saliency": asdict(params.saliency)}, params.saliency)
+    @property
+    def _dataset(self) -> Path:
+        return self.results / "dataset"
 
-        trained = ("model", "log")
-        for name, classifier in params.classifiers.items():
-            yield self._job(
-                "classifier", "classifiers", name, {"index": index}, classifier, (*trained, "maps", "snapshots"), seed
-            )
-        for name in params.classifiers:
-            files = {"index": index, "model": self._file(f"classifiers/{name}", "model.pt")}
-            home = f"features/{name}"
-            pictures = {"features": self._file(home, "features.h5"), "layers": self._file(home, "layers.json")}
-            yield Job("features", name, files, pictures, {"gallery": params.gallery})
-        for name, learner in params.one_step.items():
-            yield self._job("one_step", "one_step", name, {"index": index}, learner, trained, seed)
-        for reference in references.in_order(params):
-            yield self._made(reference, index, saliency, seed)
-        for name, mixture in params.mixtures.items():
-            files = {"index": index, "labels": self._file(mixture.labels, "labels.h5"), "ground_truth": masks}
-            yield self._job("mixture", "mixtures", name, files, mixture, ("labels",), seed)
-        for name, network in params.segmentations.items():
-            files = {"index": index, "labels": self._file(network.labels, "labels.h5")}
-            yield self._job("segmentation", "segmentations", name, files, network, trained, seed)
-        for name, model in references.rows(params).items():
-            files = {"index": index, "model": self._file(model, "model.pt")}
-            job = self._job("prediction", "predictions", name, files, params.test, ("labels",))
-            yield replace(job, origin=model.split("/")[0])
-        yield from self._evaluations(index, masks)
-
-    def _made(self, reference: str, index: Path, saliency: Path, seed: dict[str, int]) -> Job:
-        """The job of a block between classifiers and segmentations."""
+    def _block(self, reference: str) -> Job:
+        """The job whose settings are a block."""
         section, name = reference.split("/")
-        block = getattr(self.params, section)[name]
-        outputs: tuple[str, ...]
-        match section:
-            case "localizations":
-                files, outputs, extra = {"model": self._file(block.model, "model.pt")}, ("maps",), {}
-            case "refinements":
-                files, outputs, extra = {"maps": self._file(block.source, "maps.h5")}, ("model", "log"), seed
-            case "affinities":
-                files, outputs, extra = {"labels": self._file(block.labels, "labels.h5")}, ("model", "log"), seed
-            case "walks":
-                model, maps = self._file(block.affinity, "model.pt"), self._file(block.maps, "maps.h5")
-                files, outputs, extra = {"model": model, "maps": maps}, ("maps",), {}
-            case _:
-                files = {"maps": self._file(block.source, "maps.h5"), "saliency": saliency}
-                outputs, extra = ("labels",), {}
-        return self._job(STAGES[section], section, name, {"index": index, **files}, block, outputs, extra)
+        stage, block = FOLDERS[section], self._settings(reference)
+        reads = stage.reads.items()
+        files = {key: self.results / getattr(block, read.key) / read.file for key, read in reads if read.key}
+        models = tuple(self._settings(getattr(block, read.key)) for key, read in reads if key == "model")
+        weights = weight_files(block) if stage.trains else {}
+        return self._job(stage, name, files | weights, block, section, models)
 
-    def _evaluations(self, index: Path, masks: Path) -> Iterator[Job]:
-        params = self.params
-        scores: dict[str, Path] = {}
-        rows = references.rows(params)
-        stores: dict[str, Path] = {"saliency": self._file("saliency", "maps.h5"), "ground_truth": masks}
-        for section, kept in [
-            ("classifiers", "maps"),
-            ("localizations", "maps"),
-            ("walks", "maps"),
-            ("pseudo_labels", "labels"),
-            ("mixtures", "labels"),
-            ("predictions", "labels"),
-        ]:
-            for name in rows if section == "predictions" else getattr(params, section):
-                reference = f"{section}/{name}"
-                files = {"index": index, "ground_truth": masks, kept: self._file(reference, f"{kept}.h5")}
-                if section == "classifiers":
-                    files["snapshots"] = self._file(reference, "snapshots.h5")
-                scores[f"scores of {reference}"] = self._file(f"evaluation/{reference}", "scores.json")
-                stores[reference] = files[kept]
-                origin = rows[name].split("/")[0] if section == "predictions" else ""
-                made = {"scores": scores[f"scores of {reference}"]}
-                yield Job("evaluation", reference, files, made, {}, origin=origin)
+    def _about(self, stage: Stage) -> Iterator[Job]:
+        """A job for each of the jobs that the stage is about."""
+        rows = references.rows(self.params)
+        block = getattr(self.params, stage.settings) if stage.settings else None
+        for folder in stage.about:
+            of_section = {name: f"{folder}/{name}" for name in getattr(self.params, folder, ())}
+            for name, source in (of_section if folder in SECTIONS else rows).items():
+                files = {stem: FOLDERS[folder].output(stem) for stem in stage.own}
+                inputs = {stem: self.results / folder / name / file for stem, file in files.items() if file}
+                models = (self._settings(source),) if "model" in inputs else ()
+                called = f"{folder}/{name}" if stage.full_names else name
+                yield self._job(stage, called, inputs, block, source.split("/")[0], models)
+
+    def _report(self) -> Job:
+        """Reads what all other jobs write for it: stores by their reference, JSON files as KEY of REFERENCE."""
+        inputs: dict[str, Path] = {}
+        for job in self.jobs:
+            reference = (
+                job.name if STAGES[job.stage].full_names else f"{STAGES[job.stage].folder}/{job.name}".rstrip("/")
+            )
+            for key in REPORTED:
+                if path := job.outputs.get(key):
+                    inputs[reference if path.suffix == ".h5" else f"{key} of {reference}"] = path
+        values = {"method": self.params.method, "gallery": self.params.gallery, "rows": self._chains()}
         outputs = {
             "report": self.results / "report.html",
             "table": self.results / "metrics.json",
             "metrics": Path("metrics.json"),
         }
-        wanted = {"method": params.method, "gallery": params.gallery, "rows": self._chains()}
-        for section in TRAINED:
-            for name in getattr(params, section):
-                stores[f"log of {section}/{name}"] = self._file(f"{section}/{name}", "log.json")
-        for reference in (f"features/{name}" for name in params.classifiers):
-            stores[reference] = self._file(reference, "features.h5")
-            stores[f"layers of {reference}"] = self._file(reference, "layers.json")
-        yield Job("report", "", {"index": index, **stores, **scores}, outputs, wanted, params)
+        job = self._job(STAGES["report"], "", inputs)
+        rules = tuple(self.params.pseudo_labels.values())  # they describe themselves in the report
+        return replace(job, outputs=outputs, values=values, block=self.params, others=rules)
 
     def _chains(self) -> dict[str, dict[str, str]]:
         """For each row the references that its numbers come from: maps, labels, predictions."""
@@ -254,50 +177,80 @@ class Graph:
                     chains[name]["maps"] = rule.source
         return chains
 
-    def _index_params(self) -> dict[str, Any]:
-        kept = {key: value for key, value in asdict(self.params.dataset).items() if key not in MAKERS}
-        saliency = self.params.saliency
-        return {"dataset": kept, "saliency": saliency.path if saliency.kind == "folder" else None}
-
     def _job(
         self,
-        stage: str,
-        section: str,
-        name: str,
-        inputs: dict[str, Path],
-        block: Any,
-        outputs: tuple[str, ...],
-        extra: dict[str, Any] | None = None,
+        stage: Stage,
+        name: str = "",
+        inputs: Mapping[str, Path] | None = None,
+        block: Any = None,
+        section: str = "",
+        models: tuple[Any, ...] = (),
     ) -> Job:
-        suffix = {"model": "pt", "log": "json", "maps": "h5", "labels": "h5", "snapshots": "h5"}
-        files = {key: self._file(f"{section}/{name}", f"{key}.{suffix[key]}") for key in outputs}
-        return Job(stage, name, inputs | weight_files(block), files, {**(extra or {}), "block": block}, block)
+        """``inputs``: beside those of jobs that run once, and those that the user supplies."""
+        values = {key: getattr(self.params, key) for key in stage.params} | ({} if block is None else {"block": block})
+
+        more = dict(inputs or {})
+        read = {key: self.results / x.job / x.file if x.job else more.pop(key) for key, x in stage.reads.items()}
+        folder = self.results / stage.folder / name
+        outputs = {Path(file).stem: folder / file for file in stage.writes}
+        return Job(stage.name, name, self._external(stage) | read | more, outputs, values, block, None, section, models)
+
+    def _settings(self, reference: str) -> Any:
+        section, name = reference.split("/")
+        return getattr(self.params, section)[name]
+
+    def _external(self, stage: Stage) -> dict[str, Path]:
+        """The files and folders among the stage's inputs that the user supplies."""
+        found: dict[str, Path] = {}
+        for name in stage.external:
+            section, key = EXTERNAL[name].key.split(".")
+            path = getattr(getattr(self.params, section), key)
+            if path and (name != "store" or self.params.saliency.kind == "store"):
+                found[name] = Path(path)
+        return found
 
 
 def weight_files(block: Any) -> dict[str, Path]:
     """The files that a trained block's backbones start from."""
-    given = {key: value.weights for key, value in backbones(block).items() if value.weights not in (None, "imagenet")}
-    return {f"weights of {key}": Path(file) for key, file in given.items() if file is not None}
+    named = {key: value.weights for key, value in backbones(block).items() if value.weights not in (None, "imagenet")}
+    return {f"weights of {key}": Path(file) for key, file in named.items() if file is not None}
+
+
+def _chosen(value: Any) -> Iterator[Path]:
+    """The files of the implementations that a block names: its method, backbone, rule or network."""
+    if isinstance(value, Choice | Backbone):
+        registry = value.registry if isinstance(value, Choice) else BACKBONES
+        if (file := registry.file(value.name)) is not None:
+            yield file
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _chosen(item)
+    elif dataclasses.is_dataclass(value):
+        yield from _chosen(vars(value))
 
 
 def missing(job: Job) -> dict[Path, str]:
-    """The job's inputs that are not there, and a line on each."""
-    return {
-        path: f"{path}: missing ({name} of {job.label}); {GIVEN.get(name.split()[0], 'run the stage that makes it')}"
-        for name, path in job.inputs.items()
-        if not path.exists()
-    }
+    """The job's inputs that do not exist, and a line on each."""
+    lines: dict[Path, str] = {}
+    for name, path in job.inputs.items():
+        if not path.exists():
+            if name.startswith("weights of "):
+                fix = "put the file there"
+            else:
+                fix = EXTERNAL[name].fix if name in EXTERNAL else "run the stage that makes it"
+            lines[path] = f"{path}: missing ({name} of {job.label}); {fix}"
+    return lines
 
 
 def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:
-    """Whether the job's outputs are there and its manifest names these inputs, parameters and code.
+    """Whether the job's outputs exist and its manifest names these inputs, parameters and code.
 
-    ``hashes`` keeps what was already looked up: of a made input its own manifest's word, of any other its bytes.
+    ``hashes`` keeps what was already looked up: of a job's output what its manifest says, of any other file its bytes.
     """
     found = manifest.read(job.folder)
     if found is None or found.get("stage") != job.label or not all(path.exists() for path in job.outputs.values()):
         return False
-    if found["params"] != plain(job.params) or found["code"] != code_hash(job.code):
+    if found["code"] != job.code or found["params"] != job.params:
         return False
     shared = [path for path in job.outputs.values() if path.parent != job.folder and path.is_file()]
     if any(found["outputs"].get(job.key(path)) != fingerprint(path) for path in shared):
@@ -327,13 +280,15 @@ def stale(graph: Graph) -> list[Job]:
 
 
 def main() -> None:
-    """Print the command of every job, in order: ``python -m pipeline.graph [FILE ...] | sh -e`` runs all of them."""
+    """Print the command of every job, in order: ``python -m pipeline.graph [FILE ...] | sh -e`` runs all of them.
+
+    Where the params are wrong, the only command is one that fails, so that the shell's status says so, too.
+    """
     files = sys.argv[1:] or ["params.yaml"]
     try:
-        params = parameters.load([Path(name) for name in files])
-        parameters.check_settings(params)
-        graph = Graph(params)
+        graph = Graph(parameters.load([Path(name) for name in files], resolve=True))
     except PipelineError as error:
+        print("exit 1")
         sys.exit("\n".join(f"error: {line}" for line in error.lines))
     for job in graph.jobs:
         print(shlex.join(["python", "-m", f"stages.{job.stage}", *filter(None, [job.name]), "--params", *files]))

@@ -1,17 +1,18 @@
 """params.yaml -> ``schema.Params``: files merged, checked as a whole, one line a fault."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
 
 from pipeline import references
-from pipeline.contradictions import SECTIONS, contradictions
+from pipeline.contradictions import contradictions, lacking_saliency
 from pipeline.errors import PipelineError
-from pipeline.reader import Faults, build_block, did_you_mean, shown
+from pipeline.reader import Faults, build_block, did_you_mean, prefixed, shown
 from pipeline.registry import CHOICES, Choice
 from pipeline.schema import Params
+from pipeline.stage_table import SECTIONS
 
 _T = TypeVar("_T")
 
@@ -94,17 +95,22 @@ def _read_file(file: Path) -> dict[str, Any]:
     return found
 
 
-def load(files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> Params:
-    """Read, merge, check.
+def load(files: Sequence[Path], overrides: Mapping[str, Any] | None = None, resolve: bool = False) -> Params:
+    """Read, merge, check; see ``validate``."""
+    return validate(read(files, overrides), " + ".join(map(str, files)), resolve)
+
+
+def validate(raw: Mapping[str, Any], origin: str = "params.yaml", resolve: bool = False) -> Params:
+    """Check a raw mapping against ``schema.Params``; each block gets its section's entry of ``defaults`` first.
+
+    Args:
+        origin: what the mapping was read from, in front of each fault.
+        resolve: also check the settings of every block's choices, which imports the methods and networks. Without it,
+            each stage checks those of its own block (``check``).
 
     Raises:
         PipelineError: with every fault found, a line each.
     """
-    return validate(read(files, overrides), " + ".join(map(str, files)))
-
-
-def validate(raw: Mapping[str, Any], origin: str = "params.yaml") -> Params:
-    """Check a raw mapping against ``schema.Params``; each block gets its section's entry of ``defaults`` first."""
     raw = dict(raw)
     faults: Faults = []
     defaults = _defaults(raw.pop("defaults", None), faults)
@@ -119,28 +125,38 @@ def validate(raw: Mapping[str, Any], origin: str = "params.yaml") -> Params:
     params = build_block(Params, raw, "", faults)
     if not faults and params is not None:
         faults.extend(contradictions(params))
+    if resolve and params is not None:
+        sound = not faults
+        for section in SECTIONS:
+            for block in getattr(params, section).values():
+                faults.extend(_unfit(block, sound))
+        if not faults:
+            faults.extend(lacking_saliency(params))
     if faults or params is None:
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
     return params if params.rows is None else references.only(params, params.rows)
 
 
-def check_settings(params: Params) -> None:
-    """Read the settings of everything that a block names in a registry, networks included, which imports torch.
+def check(block: Any, origin: str = "params.yaml") -> None:
+    """Read the settings of a block's choices, and check them against the rest of the block.
 
     Raises:
         PipelineError: with every fault found, a line each.
     """
-    faults: Faults = []
-    for section in SECTIONS:
-        for block in getattr(params, section).values():
-            for choice in vars(block).values():
-                if isinstance(choice, Choice):
-                    try:
-                        _ = choice.settings
-                    except PipelineError as error:
-                        faults.extend(error.lines)
-    if faults:
-        raise PipelineError(*faults)
+    if faults := list(_unfit(block)):
+        raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
+
+
+def _unfit(block: Any, sound: bool = True) -> Iterator[str]:
+    """The faults of the settings of a block's choices and, where the block is ``sound``, of the two together."""
+    for choice in (value for value in getattr(block, "__dict__", {}).values() if isinstance(value, Choice)):
+        try:
+            settings = choice.settings
+        except PipelineError as error:
+            yield from error.lines
+            continue
+        if sound and (hook := getattr(settings, "faults_in", None)) is not None:
+            yield from prefixed(choice.where.rpartition(".")[0], hook(block))
 
 
 def block(kind: type[_T], raw: Mapping[str, Any], origin: str) -> _T:

@@ -89,7 +89,9 @@ def build(kind: Any, value: Any, where: str, faults: Faults) -> Any:
         if not isinstance(value, Sequence) or isinstance(value, str) or (size and len(value) != size):
             faults.append(f"{where}: must be a list{f' of {size} values' if size else ''}, not {shown(value)}")
             return ()
-        return tuple(build(arguments[0], item, f"{where}[{i}]", faults) for i, item in enumerate(value))
+        kinds = arguments if size else [arguments[0]] * len(value)
+        items = enumerate(zip(kinds, value, strict=True))
+        return tuple(build(kind, item, f"{where}[{i}]", faults) for i, (kind, item) in items)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -119,7 +121,8 @@ def _mapping(kind: Any, value: Any, where: str, faults: Faults) -> dict[str, Any
     for name in value:
         if not (isinstance(name, str) and name.isascii() and name.replace("_", "").isalnum()):
             faults.append(f"{where}.{name}: a block's name consists of ASCII letters, digits and '_'")
-    return {name: build(kind, block, f"{where}.{name}", faults) for name, block in value.items()}
+    given = {name: block for name, block in value.items() if block is not None}  # a null removes a block
+    return {name: build(kind, block, f"{where}.{name}", faults) for name, block in given.items()}
 
 
 def build_block(kind: type[_T], value: Any, where: str, faults: Faults) -> _T | None:

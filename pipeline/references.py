@@ -1,26 +1,43 @@
-"""Which block is made of which: the references between the blocks of params.yaml."""
+"""Which block is derived from which: the references between the blocks of params.yaml."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.schema import Params, PseudoLabels
+from pipeline.stage_table import FOLDERS, SECTIONS
 
-Needs = Mapping[str, tuple[str, ...]]  # SECTION/NAME -> what it is made of
+Needs = Mapping[str, tuple[str, ...]]  # SECTION/NAME -> what the block refers to
 
 
 def sources(params: Params) -> Needs:
-    """Of every block between the classifiers and the labels that segmentation networks learn."""
-    found: dict[str, tuple[str, ...]] = {}
-    found |= {f"localizations/{name}": (block.model,) for name, block in params.localizations.items()}
-    found |= {f"refinements/{name}": (block.source,) for name, block in params.refinements.items()}
-    found |= {f"affinities/{name}": (block.labels,) for name, block in params.affinities.items()}
-    found |= {f"walks/{name}": (block.maps, block.affinity) for name, block in params.walks.items()}
-    found |= {f"pseudo_labels/{name}": (block.source,) for name, block in params.pseudo_labels.items()}
-    return found
+    """What each block of each section refers to; nothing for the networks that learn from tags alone."""
+    keys = {section: [read.key for read in FOLDERS[section].reads.values() if read.key] for section in SECTIONS}
+    return {
+        f"{section}/{name}": tuple(getattr(block, key) for key in keys[section])
+        for section in SECTIONS
+        for name, block in getattr(params, section).items()
+    }
+
+
+def dangling(params: Params) -> Iterator[str]:
+    """A line for each reference to a block that does not exist, or that is not of a section that the key allows."""
+    for section in SECTIONS:
+        for read in FOLDERS[section].reads.values():
+            choices = {
+                reference
+                for target in read.of
+                for reference in (
+                    (f"{target}/{name}" for name in getattr(params, target)) if target in SECTIONS else (target,)
+                )
+            }
+            for name, block in getattr(params, section).items() if read.key else ():
+                if (reference := getattr(block, read.key)) not in choices:
+                    allowed = ", ".join(sorted(choices))
+                    yield f"{section}.{name}.{read.key}: refers to {reference}, which is none of {allowed}"
 
 
 def in_order(params: Params) -> list[str]:
-    """The blocks of ``sources``, each after all that it is made of. Those of a circle are left out."""
+    """All blocks, each after those that it refers to. Those of a circle are left out."""
     waiting = dict(sources(params))
     ready: list[str] = []
     while now := [name for name, needs in waiting.items() if not any(need in waiting for need in needs)]:
@@ -33,7 +50,7 @@ def in_order(params: Params) -> list[str]:
 def rows(params: Params) -> dict[str, str]:
     """The network of each row of the report, SECTION/NAME by the row's name: predictions/NAME are its masks.
 
-    In the order of ``params.rows`` where that is given; else one-step networks after the others, upper bounds last.
+    In the order of ``params.rows`` where it is set; else one-step networks after the others, upper bounds last.
     """
     bounds = {name for name, block in params.segmentations.items() if block.labels == "ground_truth"}
     found = {name: f"segmentations/{name}" for name in params.segmentations if name not in bounds}
@@ -51,10 +68,8 @@ def label_rule(params: Params, labels: str) -> PseudoLabels | None:
 
 
 def only(params: Params, kept: Sequence[str]) -> Params:
-    """The params with these rows alone, and what they are made of."""
-    needs = dict(sources(params))
-    needs |= {f"mixtures/{name}": (block.labels,) for name, block in params.mixtures.items()}
-    needs |= {f"segmentations/{name}": (block.labels,) for name, block in params.segmentations.items()}
+    """The params with these rows alone, and the blocks that they are derived from."""
+    needs = sources(params)
     wanted: set[str] = set()
     queue = [network for name, network in rows(params).items() if name in kept]
     while queue:
@@ -62,16 +77,15 @@ def only(params: Params, kept: Sequence[str]) -> Params:
         if reference not in wanted:
             wanted.add(reference)
             queue.extend(needs.get(reference, ()))
-    sections = {"classifiers", "one_step", *(reference.split("/")[0] for reference in needs)}
     parts = {
         section: {name: block for name, block in getattr(params, section).items() if f"{section}/{name}" in wanted}
-        for section in sections
+        for section in SECTIONS
     }
     return replace(params, **parts)  # type: ignore[arg-type]
 
 
 def circle(params: Params) -> list[str]:
-    """Blocks of which each is made of the next and the last is the first again; empty where there are none."""
+    """Blocks of which each refers to the next, and the last is the first again; empty where there are none."""
     ordered = set(in_order(params))
     waiting = {name: needs for name, needs in sources(params).items() if name not in ordered}
     seen: list[str] = []
@@ -86,6 +100,6 @@ def lineage(params: Params, reference: str) -> list[str]:
     """All that maps come from along their first source: the classifier or one-step network first, the maps last."""
     needs = sources(params)
     chain = [reference]
-    while chain[0] in needs:
-        chain.insert(0, needs[chain[0]][0])
+    while found := needs.get(chain[0]):
+        chain.insert(0, found[0])
     return chain

@@ -34,9 +34,15 @@ class Registry(Generic[T]):
         self._loaded: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """A decorator that enters a class or function under ``name``."""
+        """A decorator that enters a class or function under ``name``.
+
+        Raises:
+            TypeError: the class leaves abstract what its base asks for.
+        """
 
         def enter(entry: T) -> T:
+            if lacking := sorted(getattr(entry, "__abstractmethods__", ())):
+                raise TypeError(f"{self.kind} {name}: {entry} must define {', '.join(lacking)}")
             self._loaded[name] = entry
             return entry
 

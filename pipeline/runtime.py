@@ -1,6 +1,7 @@
 """How to run: nothing here may change a result."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -11,3 +12,8 @@ class Runtime:
     workers: int = 0  # processes beside the main one that load and label images; 0: none
     threads: int = 0  # of the arithmetic; 0: as many as the process may use
     checkpoint_every: float = 60.0  # seconds
+
+
+def gpus() -> int:
+    """The number of NVIDIA cards, without loading CUDA."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))

@@ -1,24 +1,27 @@
 """What may stand in params.yaml: one dataclass a block, each key with its meaning.
 
-``pipeline.params`` reads a file into these and refuses anything else. A new method's block is added here.
+``pipeline.params`` reads a file into these and refuses anything else. Ranges stand beside the numbers;
+contradictions among the keys of one block are reported by its ``faults``. The settings of a method or network
+stand in its own file, and a block names it (``pipeline.registry``).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pipeline.reader import Share
-from pipeline.registry import BACKBONES, RULES, SEGMENTATIONS, Choice, Name
+from pipeline.reader import Count, NonNegative, NonNegativeInt, Positive, Range, Share
+from pipeline.registry import BACKBONES, METHODS, ONE_STEP, REFINEMENTS, RULES, SEGMENTATIONS, Choice, Name
 
 
 @dataclass(frozen=True)
 class Demo:
     """The generated dataset: images and their exact masks, in VOC layout."""
 
-    train: int = 600
-    evaluation: int = 150
-    size: int = 96  # side in pixels
-    seed: int = 0  # of the images, not of the training
+    train: Count = 600
+    evaluation: Count = 150
+    size: Annotated[int, Range(least=24)] = 96  # side in pixels; the shapes in it grow with it
+    seed: NonNegativeInt = 0  # of the images, not of the training
 
 
 MAKERS = ("demo", "download", "coco_stuff")
@@ -46,6 +49,13 @@ class Dataset:
         """The stages that are to make the dataset at ``root``: none, or one."""
         return [key for key in MAKERS if getattr(self, key)]
 
+    def faults(self) -> Iterator[str]:
+        if len(self.makers) > 1:
+            one, other = self.makers[:2]
+            yield f"{one}: makes the dataset, and so does {other}; set one of the two to null"
+        if self.coco_stuff and Path(self.root).is_relative_to(self.coco_stuff):
+            yield f"root: lies in {self.coco_stuff}, of which it is made (coco_stuff); choose a folder outside of it"
+
 
 @dataclass(frozen=True)
 class Saliency:
@@ -54,6 +64,10 @@ class Saliency:
 
     kind: Literal["folder", "store", "spectral_residual", "fine_grained", "none"]
     path: str | None = None
+
+    def faults(self) -> Iterator[str]:
+        if self.kind in ("folder", "store") and self.path is None:
+            yield f"path: is missing; saliency.kind {self.kind} needs it"
 
 
 @dataclass(frozen=True)
@@ -72,44 +86,70 @@ class Backbone:
         if self.frozen and self.weights is None:
             yield "frozen: would keep random weights; name weights, or freeze nothing"
 
+    def describe(self) -> str:
+        """For the report, such as 'vgg16 from ImageNet weights'."""
+        start = {None: "random", "imagenet": "ImageNet"}.get(self.weights) or Path(self.weights or "").name
+        return f"{self.name} from {start} weights"
+
 
 def backbones(block: object) -> dict[str, Backbone]:
-    """The backbones among a block's values, by key."""
-    return {key: value for key, value in vars(block).items() if isinstance(value, Backbone)}
+    """The backbones of a block by key: 'backbone', or 'backbones.NAME' where it has several."""
+    found: dict[str, Backbone] = {}
+    for key, value in vars(block).items():
+        parts = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, Mapping) else {key: value}
+        found |= {name: part for name, part in parts.items() if isinstance(part, Backbone)}
+    return found
+
+
+def without_weights(block: Any) -> Any:
+    """The block with backbones that start from random weights."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: bare(item) for name, item in value.items()}
+        return replace(value, weights=None) if isinstance(value, Backbone) else value
+
+    return replace(block, **{key: bare(value) for key, value in vars(block).items()})
 
 
 @dataclass(frozen=True)
 class Head:
     """``convs`` 3x3 convolutions of ``channels`` with ReLU, then the 1x1 class-aware convolution."""
 
-    convs: int = 3
-    channels: int = 512
+    convs: NonNegativeInt = 3
+    channels: Count = 512
 
 
 @dataclass(frozen=True)
 class Training:
     """How any network is trained. Milestones count epochs, or iterations where ``iterations`` is given."""
 
-    batch_size: int
-    lr: float
-    epochs: int | None = None
-    iterations: int | None = None  # optimizer steps; exactly one of epochs and iterations
-    accumulation: int = 1  # batches an optimizer step
+    batch_size: Count
+    lr: Positive
+    epochs: Count | None = None
+    iterations: Count | None = None  # optimizer steps; exactly one of epochs and iterations
+    accumulation: Count = 1  # batches an optimizer step
     optimizer: Literal["sgd", "adam"] = "sgd"
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(least=0, below=1)] = 0.9
     nesterov: bool = False
-    weight_decay: float = 5e-4
+    weight_decay: NonNegative = 5e-4
     decay_biases: bool = True
-    lr_bias: float = 2.0  # multiplier for biases
-    lr_new: float = 10.0  # multiplier for the layers added to the backbone; of their biases: lr_new * lr_bias
+    lr_bias: NonNegative = 2.0  # multiplier for biases
+    lr_new: NonNegative = 10.0  # multiplier for the layers added to the backbone; of their biases: lr_new * lr_bias
     schedule: Literal["constant", "step", "poly"] = "step"
-    milestones: tuple[float, ...] = ()
-    gamma: float = 0.1
-    power: float = 0.9
-    hold: int = 1  # optimizer steps between two changes of the rate (DeepLab-v2: 10)
-    warmup: int = 0  # optimizer steps with linearly growing learning rate
-    warmup_start: float = 0.0  # share of the rate that it grows from
+    milestones: tuple[NonNegative, ...] = ()
+    gamma: Positive = 0.1
+    power: NonNegative = 0.9
+    hold: Count = 1  # optimizer steps between two changes of the rate (DeepLab-v2: 10)
+    warmup: NonNegativeInt = 0  # optimizer steps with linearly growing learning rate
+    warmup_start: Share = 0.0  # share of the rate that it grows from
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
+
+    def faults(self) -> Iterator[str]:
+        if (self.epochs is None) == (self.iterations is None):
+            yield ": give either epochs or iterations"
+        if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
+            yield "nesterov: needs a momentum; set momentum above 0, or nesterov to false"
 
 
 @dataclass(frozen=True)
@@ -117,11 +157,20 @@ class Augmentation:
     """From a stored image to a training input, in this order: resize, scale, flip, jitter, crop."""
 
     side: Literal["short", "long", "square", "none"] = "none"  # which side gets ``length``; square: both
-    length: tuple[int, int] | None = None  # pixels, drawn uniformly from [low, high]
-    scale: tuple[float, float] | None = None  # factor, drawn uniformly from [low, high]
+    length: tuple[Count, Count] | None = None  # pixels, drawn uniformly from [low, high]
+    scale: tuple[Positive, Positive] | None = None  # factor, drawn uniformly from [low, high]
     flip: bool = True
-    jitter: tuple[float, float, float, float] | None = None  # brightness, contrast, saturation, hue
-    crop: int | None = None  # side of a random square crop, padded where the image is smaller
+    # Of brightness, contrast and saturation: x draws a factor from [1 - x, 1 + x]; of the hue: a shift from [-x, x]
+    jitter: tuple[NonNegative, NonNegative, NonNegative, Annotated[float, Range(least=0, most=0.5)]] | None = None
+    crop: Count | None = None  # side of a random square crop, padded where the image is smaller
+
+    def faults(self) -> Iterator[str]:
+        if self.side != "none" and self.length is None:
+            yield f"length: is missing; side {self.side} needs it"
+        for key in ("length", "scale"):
+            bounds = getattr(self, key)
+            if bounds and bounds[0] > bounds[1]:
+                yield f"{key}: {list(bounds)} must be [low, high]"
 
 
 @dataclass(frozen=True)
@@ -130,8 +179,8 @@ class Accumulate:
 
     fusion: Literal["max", "average"] = "max"  # OAA Eq. 5 or Eq. 10
     gate: Literal["top_n", "strict", "none"] = "top_n"  # rank within the number of tags; above all non-targets
-    skip_epochs: int = 1  # epochs before accumulation begins; the last one always accumulates
-    cells: int = 28  # cells on the short side of a stored map
+    skip_epochs: NonNegativeInt = 1  # epochs before accumulation begins; the last one always accumulates
+    cells: Count = 28  # cells on the short side of a stored map
     snapshots: bool = False  # keep the maps of every epoch, for the attention evolution curve (OAA Fig. 11)
 
 
@@ -140,46 +189,22 @@ class AttentionDrop:
     """The attention drop layer (OAA Alg. 1)."""
 
     target: Literal["image", "features"] = "image"
-    beta: float = 0.5  # probability that a sample is occluded
-    delta: float = 0.6  # attention above which it is occluded
+    beta: Share = 0.5  # probability that a sample is occluded
+    delta: Share = 0.6  # attention above which it is occluded
 
 
 @dataclass(frozen=True)
 class Suppression:
     """Discriminative region suppression (DRS Alg. 1), plugged into the layers of a classifier."""
 
-    delta: float = 0.0  # what of a channel's maximum is left (the non-learnable controller); 0: learnable
+    # Share of a channel's maximum that is left (the non-learnable controller); 0: learnable
+    delta: Annotated[float, Range(least=0, below=1)] = 0.0
     layers: tuple[str, ...] | None = None  # taps of the backbone, and 'head'; null: all of them
 
-
-@dataclass(frozen=True)
-class Amr:
-    """Activation modulation and recalibration (AMR): its modules and its joint training."""
-
-    channel: bool = True  # channel attention modulation in the compensation branch (Table 3: AMM_c)
-    spatial: bool = True  # spatial attention modulation (AMM_s)
-    layers: tuple[str, ...] | None = None  # taps of the backbone whose layers are modulated; null: all (the code)
-    # Of the modulation (Table 4); density: a Gaussian of the density's height, 1 / (sqrt(2 pi) sigma) (the code)
-    function: Literal["gaussian", "density", "threshold"] = "gaussian"
-    statistics: Literal["sample", "batch"] = "sample"  # what the Gaussian's mean and deviation are taken over
-    reduction: int = 16  # channels over those between the two linear layers of the channel modulation
-    consistency: float = 0.05  # weight of cross pseudo supervision, L_cps (the code; the paper: 1); 0: none
-    xi: float = 0.5  # share of the spotlight branch in the recalibrated maps (Table 5)
-    shared: Literal["nothing", "stem"] = "nothing"  # what both branches have in common
-
-
-@dataclass(frozen=True)
-class Edam:
-    """The discriminative activation layer and the collaborative multi-attention module (EDAM). They take the place of
-    the classifier's ``head``; ``training.batch_size`` is a multiple of ``group``."""
-
-    channels: int = 128  # of the class-specific activation maps, the width of the attention
-    heads: int = 2
-    hidden: int = 512  # of the feed-forward layer
-    dropout: float = 0.1
-    collaborative: bool = True  # the collaborative multi-attention module; without it, plain pooling (Table 5)
-    group: int = 2  # images that attend to each other, 1 to 4 (Table 6)
-    pairing: Literal["shared_class", "random"] = "shared_class"  # what a group's images have in common
+    def describe(self) -> str:
+        """For the report, such as 'DRS, delta 0.55, in conv6, head'."""
+        kind = f"DRS, delta {self.delta:g}" if self.delta else "DRS, learnable"
+        return kind if self.layers is None else f"{kind}, in {', '.join(self.layers) or 'no layer'}"
 
 
 @dataclass(frozen=True)
@@ -188,33 +213,24 @@ class Classifier:
 
     backbone: Backbone
     training: Training
-    method: Literal["cam", "amr", "edam"] = "cam"
+    method: Annotated[Choice, METHODS] = field(default_factory=lambda: Choice(METHODS, "cam"))
     head: Head = field(default_factory=Head)
     augmentation: Augmentation = field(default_factory=Augmentation)
     accumulate: Accumulate = field(default_factory=Accumulate)
     attention_drop: AttentionDrop | None = None
     suppression: Suppression | None = None
-    amr: Amr | None = None  # of method amr; null: its defaults
-    edam: Edam | None = None  # of method edam; null: its defaults
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """A network trained on maps. ``integral``: the integral attention model (OAA Sec. 3.4); ``regression``:
-    localization map refinement learning (DRS Sec. "Localization Map Refinement Learning")."""
+    """A network trained on maps."""
 
     source: str  # classifiers/NAME (cumulative attention), localizations/NAME or walks/NAME
     backbone: Backbone
     training: Training
-    kind: Literal["integral", "regression"] = "integral"
+    network: Annotated[Choice, REFINEMENTS] = field(default_factory=lambda: Choice(REFINEMENTS, "integral"))
     head: Head = field(default_factory=Head)
     augmentation: Augmentation = field(default_factory=Augmentation)
-    loss: Literal["hybrid", "cross_entropy", "enhance"] = "hybrid"  # OAA Eq. 9, 6, 7 (Table 4: HL, MCE, EP)
-    # integral: mean per class, summed (paper), or all tagged classes pooled (code); regression: the mean over all
-    # classes (paper and code), or over the tagged ones
-    reduction: Literal["class", "pooled"] = "class"
-    threshold: float = 0.0  # attention above which a pixel belongs to N+ (OAA Table 5)
-    target: Literal["strongest", "full"] = "strongest"  # of regression: a pixel's strongest class (code); all (paper)
 
 
 @dataclass(frozen=True)
@@ -222,10 +238,10 @@ class Climbing:
     """Anti-adversarial climbing (AdvCAM): the image is changed step by step so that its tag's score grows, and the maps
     of all steps are added up. AMR's public numbers contain it, its paper does not name it."""
 
-    iterations: int = 27
-    step: float = 0.08  # by which a step changes the value it changes most, in units of the normalised input
-    weight: float = 7.0  # of the term that holds back what is attended already
-    threshold: float = 0.5  # share of a map's maximum above which a place counts as attended already
+    iterations: NonNegativeInt = 27
+    step: Positive = 0.08  # by which a step changes the value it changes most, in units of the normalised input
+    weight: NonNegative = 7.0  # of the term that holds back what is attended already
+    threshold: Share = 0.5  # share of a map's maximum above which a place counts as attended already
 
 
 @dataclass(frozen=True)
@@ -234,13 +250,21 @@ class Localization:
 
     model: str  # classifiers/NAME, refinements/NAME or one_step/NAME
     side: Literal["short", "long", "square", "none"] = "none"
-    length: int | None = None  # pixels
-    scales: tuple[float, ...] = (1.0,)
+    length: Count | None = None  # pixels
+    scales: tuple[Positive, ...] = (1.0,)
     flip: bool = False
     fusion: Literal["mean", "max"] = "mean"
     normalise: Literal["max", "none"] = "max"  # divide by the maximum; or cut at 1, for networks that regress values
-    stride: int = 4  # image pixels a stored cell
+    stride: Count = 4  # image pixels a stored cell
     climbing: Climbing | None = None  # of a classifier
+
+    def faults(self) -> Iterator[str]:
+        if self.side != "none" and self.length is None:
+            yield f"length: is missing; side {self.side} needs it"
+        if not self.scales:
+            yield "scales: is empty; name one at least"
+        if self.climbing is not None and not self.model.startswith("classifiers/"):
+            yield f"climbing: {self.model} is no classifier; set climbing to null"
 
 
 @dataclass(frozen=True)
@@ -251,9 +275,13 @@ class Affinity:
     backbone: Backbone
     training: Training
     frozen_backbone: bool = True  # only the branch learns (IRN's code); one without trained weights has to learn, too
-    channels: int = 32  # of each level's edge features
-    radius: int = 10  # cells: pairs that are nearer are compared
+    channels: Annotated[int, Range(least=4)] = 32  # of each level's edge features
+    radius: Annotated[int, Range(least=2)] = 10  # cells: pairs that are nearer are compared
     augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def faults(self) -> Iterator[str]:
+        if self.channels % 4:
+            yield f"channels: {self.channels} is no multiple of 4, the groups of its norms"
 
 
 @dataclass(frozen=True)
@@ -262,10 +290,11 @@ class Walk:
 
     affinity: str  # affinities/NAME
     maps: str  # classifiers/NAME (cumulative attention), localizations/NAME or walks/NAME
-    radius: int = 5  # cells: a step leads to those that are nearer; at 5 each cell begins 34 pairs
-    beta: float = 10.0  # power of the affinities
-    times: int = 8  # the walk has 2^times steps
-    power: float = 1.0  # of the maps before the walk (AMR: 1.5)
+    # Cells: a step leads to those that are nearer; at 5 each cell begins 34 pairs
+    radius: Annotated[int, Range(least=2)] = 5
+    beta: Positive = 10.0  # power of the affinities
+    times: NonNegativeInt = 8  # the walk has 2^times steps
+    power: Positive = 1.0  # of the maps before the walk (AMR: 1.5)
     edge_weighting: bool = True  # maps times (1 - edge) before the walk
 
 
@@ -273,12 +302,12 @@ class Walk:
 class Crf:
     """Dense CRF; sigmas in pixels and grey levels."""
 
-    iterations: int = 10
-    gaussian_xy: float = 3.0
-    gaussian_weight: float = 3.0
-    bilateral_xy: float = 67.0
-    bilateral_rgb: float = 3.0
-    bilateral_weight: float = 4.0
+    iterations: NonNegativeInt = 10
+    gaussian_xy: Positive = 3.0
+    gaussian_weight: NonNegative = 3.0
+    bilateral_xy: Positive = 67.0
+    bilateral_rgb: Positive = 3.0
+    bilateral_weight: NonNegative = 4.0
 
 
 @dataclass(frozen=True)
@@ -315,35 +344,11 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class OneStep:
-    """A network that learns masks from tags in one training: the attention guided enhancement network (AGEN).
+    """A network that learns masks from tags in one training."""
 
-    Branch A classifies; branch B segments and learns from labels that the class-aware maps of A and of the attention
-    guided modules (AGM) give while all of them train. Stages are counted as in the paper, 3 to 5.
-    """
-
-    classification: Backbone  # of branch A
-    segmentation: Backbone  # of branch B
+    network: Annotated[Choice, ONE_STEP]
+    backbones: dict[str, Backbone]  # by the names that the network gives them; null removes one of ``defaults``
     training: Training
-    shared: tuple[str, str]  # tap of A whose features both branches go on from, and the tap of B that they stand for
-    classification_taps: tuple[str, str, str] | None = None  # of stages 3 to 5; null: the three after ``shared``
-    segmentation_taps: tuple[str, str, str] | None = None
-    head: Head = Head(2, 1024)  # of branch A
-    channels: int = 512  # of branch B's last 3x3 convolution
-    rate: int = 12  # its dilation
-    agm: tuple[int, ...] = (3, 4, 5)  # stages with an attention guided module (Table 2)
-    agm_channels: tuple[int, int] = (256, 512)  # of the AGMs' classification and segmentation branches (C and D)
-    coam: tuple[int, ...] = (3, 4, 5)  # stages whose AGM has a context attention module (Table 3)
-    # Which pixels a class or the background labels: 'value': score > delta; 'share': score >= (1 - delta) of the
-    # class's maximum; 'rank': the pixels of the highest scores, delta of all. The paper can be read in all three ways.
-    confident: Literal["value", "share", "rank"] = "value"
-    delta: tuple[float, float, float, float] = (0.4, 0.4, 0.3, 0.3)  # of AGM-3, AGM-4, AGM-5 and branch A
-    background_power: float = 8.0  # background score: (1 - strongest class)^power (Eq. 4)
-    loss_size: Literal["input", "output"] = "input"  # logits upsampled to the image; or labels at the logits' size
-    classification_weight: float = 1.0  # of L_cls, the mean over classes; the sum of Eq. 10 is that times their number
-    boundary_weight: float = 1.0  # of L_boundary; 0: no CRF
-    grid: int = 41  # cells on the long side of what the boundary loss compares (SEC)
-    crf: Crf = Crf(10, 0.25, 3.0, 80 / 12, 13.0, 10.0)  # of the boundary loss, xy in its cells; SEC's
-    delay: int = 0  # epochs that train the classification branches alone
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
@@ -351,9 +356,13 @@ class OneStep:
 class Test:
     """How every segmentation network is tested: one protocol for all rows."""
 
-    scales: tuple[float, ...] = (1.0,)
+    scales: tuple[Positive, ...] = (1.0,)
     flip: bool = False
     crf: Crf | None = None
+
+    def faults(self) -> Iterator[str]:
+        if not self.scales:
+            yield "scales: is empty; name one at least"
 
 
 @dataclass(frozen=True)
@@ -361,7 +370,7 @@ class Params:
     """The whole of params.yaml, defaults merged into the blocks."""
 
     experiment: str  # results/EXPERIMENT holds the outputs
-    seed: int
+    seed: NonNegativeInt
     method: str  # the row whose numbers metrics.json carries
     dataset: Dataset
     saliency: Saliency
@@ -375,6 +384,6 @@ class Params:
     walks: dict[str, Walk] = field(default_factory=dict)
     mixtures: dict[str, Mixture] = field(default_factory=dict)
     test: Test = field(default_factory=Test)
-    gallery: int = 12  # images in the report
-    # In a profile or by --config: these rows alone, and what they are made of; null: all. dvc.yaml states all blocks.
+    gallery: NonNegativeInt = 12  # images in the report
+    # These rows alone, and the blocks that they are derived from; null: all
     rows: tuple[str, ...] | None = None

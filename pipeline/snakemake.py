@@ -12,22 +12,21 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
 
+from pipeline import dvc, runtime
 from pipeline import params as parameters
-from pipeline import references
 from pipeline.errors import PipelineError
-from pipeline.graph import Graph, Job, stale, weight_files
-from pipeline.schema import Params
+from pipeline.graph import Graph, Job, stale
+from pipeline.stage_table import STAGES, Stage
 from pipeline.stores import locks, manifest
 
 PARAMS = "params.yaml"
-DVC_RUNS = "DVC_STAGE"  # DVC sets it for its commands: they force their one rule and record it themselves
 SECOND = 10**9  # nanoseconds
 FIXES = {  # of what DVC may say
     "not a git repository": "run: dvc config --local core.no_scm true",
@@ -39,60 +38,74 @@ _alive: list[IO[str]] = []  # the lock of this process, held until it ends
 
 @dataclass(frozen=True)
 class Plan:
-    """What the rules need to know of the params."""
+    """What the Snakefile asks: which rules there are, and what is in them."""
 
     graph: Graph
-    options: str  # the stages' arguments that repeat how this run was given its params
-    threads: int  # of a stage that trains or infers
+    options: list[str]  # the stages' arguments that repeat how this run was given its params
+    ample: bool  # a GPU is at hand, or the nodes of a cluster are
 
     @property
-    def params(self) -> Params:
-        return self.graph.params
+    def stages(self) -> list[Stage]:
+        """Those that have a job."""
+        return [STAGES[name] for name in dict.fromkeys(job.stage for job in self.graph.jobs)]
 
     @property
     def targets(self) -> list[str]:
         """The manifest of every job."""
-        return [str(made(job)[-1]) for job in self.graph.jobs]
+        return [str(rule_files(job)[-1]) for job in self.graph.jobs]
 
-    def blocks(self, *sections: str) -> list[str]:
-        """SECTION/NAME of every block; each segmentation and one-step network has its predictions."""
-        rows = references.rows(self.params)
-        of = {section: rows if section == "predictions" else getattr(self.params, section) for section in sections}
-        return [f"{section}/{name}" for section, names in of.items() for name in names]
+    def inputs(self, stage: Stage) -> Any:
+        """Of a rule's jobs, by their wildcards; a dataset stands for its manifest."""
+        homes = {job.outputs["root"]: rule_files(job)[-1] for job in self.graph.jobs if job.home}
 
-    def network(self, wildcards: Any) -> str:
-        """SECTION/NAME of the network that makes predictions/NAME."""
-        return references.rows(self.params)[wildcards.name]
+        def of(wildcards: Any) -> list[str]:
+            job = self.graph.find(stage.name, getattr(wildcards, "name", ""))
+            # What reads nothing still has a time to compare with: its program's.
+            return [str(homes.get(path, path)) for path in job.inputs.values()] or [str(program(job))]
 
-    def weights(self, section: str) -> Callable[[Any], list[str]]:
-        """Of a rule that trains: the files that the block's backbones start from."""
-        blocks = getattr(self.params, section)
-        return lambda wildcards: list(map(str, weight_files(blocks[wildcards.name]).values()))
+        return of
 
-    def runtime(self, wildcards: Any, threads: int) -> str:
-        """Arguments of a training stage: with more than two threads, all but two load images beside it."""
-        return f"--threads {threads} --workers {max(0, threads - 2)}"
+    def outputs(self, stage: Stage) -> list[str]:
+        """Of a rule, with the block's name as a wildcard."""
+        job = next(job for job in self.graph.jobs if job.stage == stage.name)
+        return [self._pattern(stage, path, job) for path in rule_files(job)]
+
+    def log(self, stage: Stage) -> str:
+        name = stage.folder or stage.name
+        return str(self.graph.results / "logs" / (f"{name}/{{name}}.log" if stage.several else f"{name}.log"))
+
+    def threads(self, stage: Stage) -> int:
+        """On a plain processor most stages get a single thread, and their jobs run side by side: a second one saves a
+        quarter to a third of a training's time, not half."""
+        return stage.threads if self.ample else stage.local_threads
+
+    def command(self, stage: Stage) -> Any:
+        """Of a rule's jobs, by their wildcards and threads."""
+
+        def of(wildcards: Any, threads: int) -> str:
+            name = [wildcards.name] if stage.several else []
+            return shlex.join(["python", "-m", f"stages.{stage.name}", *name, *stage.arguments(threads), *self.options])
+
+        return of
 
     def record(self) -> None:
         """Tell DVC what is fresh, so that ``dvc repro`` does not do it again.
 
-        Only of a run of params.yaml as it stands, since that is what dvc.yaml describes; DVC records its own runs.
+        Only of a run of params.yaml as it stands, since that is what dvc.yaml describes.
         """
-        if (
-            _interrupted
-            or self.options
-            or DVC_RUNS in os.environ
-            or not Path(".dvc").is_dir()
-            or not shutil.which("dvc")
-        ):
+        if _interrupted or self.options or not Path(".dvc").is_dir() or not shutil.which("dvc"):
             return
         behind = stale(self.graph)
         fresh = [job for job in self.graph.jobs if job not in behind]
-        stages = [stage_of(job) for job in fresh if job.stage not in ("download", "coco_stuff")]
-        if not stages:
+        names = [dvc.name_of(job) for job in fresh if job.stage not in dvc.UNKNOWN]
+        if not names:
             return
-        # Without names DVC records all that dvc.yaml states, and reads it once, not once a name: 18 s, not 4 minutes.
-        names = stages if behind or self.params.dataset.demo is None else []
+        dvc.write_rows()
+        names.append(dvc.ROWS)
+        if not behind and self.graph.params.dataset.demo:
+            # Without names DVC records all that dvc.yaml states, and reads it once, not once a name: 18 s, not 4 min.
+            dvc.stand_in(self.graph)
+            names = []
         done = subprocess.run(["dvc", "commit", "--force", *names], capture_output=True, text=True)
         if done.returncode:
             reason = next(
@@ -101,55 +114,49 @@ class Plan:
             fix = next((f"; {text}" for part, text in FIXES.items() if part in reason), "")
             print(f"note: DVC did not record this run: {reason.removeprefix('ERROR: ')}{fix}", file=sys.stderr)
 
+    def _pattern(self, stage: Stage, path: Path, job: Job) -> str:
+        folder = self.graph.results / stage.folder
+        return str(folder / "{name}" / path.relative_to(folder / job.name)) if stage.several else str(path)
 
-def made(job: Job) -> list[Path]:
+
+def program(job: Job) -> Path:
+    return Path("stages") / f"{job.stage}.py"
+
+
+def rule_files(job: Job) -> list[Path]:
     """The files that the job's rule names. Of a dataset its manifest alone: Snakemake deletes what a rule is to make,
     and nobody's images may go that way."""
     return [*(() if job.home else job.outputs.values()), job.folder / manifest.NAME]
 
 
-def stage_of(job: Job) -> str:
-    """The job's name in dvc.yaml."""
-    if job.origin == "one_step":
-        verb = {"prediction": "predict", "evaluation": "evaluate"}[job.stage]
-        return f"{verb}_one_step@{job.name.removeprefix('predictions/')}"
-    if job.stage == "evaluation":
-        return "evaluate_{}@{}".format(*job.name.split("/"))
-    return f"{job.stage}@{job.name}" if job.name else job.stage
-
-
 def plan(workflow: Any) -> Plan:
     """Check the params; make the files' times follow the manifests.
 
-    Ends the process with status 1 and a line a fault where the params are wrong, or a file that a person brings is
+    Ends the process with status 1 and a line a fault where the params are wrong, or a file that the user supplies is
     missing, whichever part of the graph is asked for.
     """
     files, overrides = _sources(workflow.config_settings)
     try:
         # Not Snakemake's own merger of the files: it mixes the settings of two implementations that a key can name.
-        params = parameters.load([Path(name) for name in files], overrides)
-        parameters.check_settings(params)
-        graph = Graph(params)
+        graph = Graph(parameters.load([Path(file) for file in files], overrides, resolve=True))
     except PipelineError as error:
         _refuse(error.lines)
-    # Snakemake would not tell the mend, with --quiet nothing at all.
+    # Snakemake would not say how to fix it, and with --quiet nothing at all.
     if faults := graph.missing():
         _refuse(faults)
-    cards = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    cards = runtime.gpus()
     if workflow.is_main_process:
         _note_interrupts()
         if not workflow.output_settings.dryrun:
             _drop_dead_locks(Path(".snakemake"))
-        if DVC_RUNS not in os.environ:
-            _set_times(graph)
+        _set_times(graph)
         if cards and workflow.resource_settings.nodes is None:
             workflow.global_resources.setdefault("gpu", cards)
     given = files != [PARAMS] or overrides
-    arguments = ["--params", *files, "--set", json.dumps(overrides)] if given else []
-    # On a processor two trainings of one thread each are done before one after the other with two: a second thread
-    # saves a quarter to a third of a training's time, not half. DVC runs a stage at a time.
-    threads = 8 if cards else 2 if DVC_RUNS in os.environ else 1
-    return Plan(graph, shlex.join(arguments), threads)
+    options = ["--params", *files, "--set", json.dumps(overrides)] if given else []
+    return Plan(
+        graph, options, ample=bool(cards or workflow.remote_exec or workflow.resource_settings.nodes is not None)
+    )
 
 
 def _note_interrupts() -> None:
@@ -185,9 +192,11 @@ def _set_times(graph: Graph) -> None:
     behind = stale(graph)
     makers = {path: job for job in graph.jobs for path in job.outputs.values()}
     for job in graph.jobs:
-        sources = [file for path in job.inputs.values() for file in (made(makers[path]) if path in makers else [path])]
-        newest = max(map(_time, sources or [Path(job.code[0])]))
-        for path in made(job):
+        sources = [
+            file for path in job.inputs.values() for file in (rule_files(makers[path]) if path in makers else [path])
+        ]
+        newest = max(map(_time, sources or [program(job)]))
+        for path in rule_files(job):
             time = _time(path)
             if time and newest and (time < newest) != (job in behind):
                 time = newest - SECOND if job in behind else newest

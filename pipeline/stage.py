@@ -18,7 +18,7 @@ from pipeline.graph import Graph, Job, is_fresh, missing
 from pipeline.registry import plain
 from pipeline.runtime import Runtime
 from pipeline.stores import locks, manifest
-from pipeline.stores.files import code_hash, fingerprint, partial, publish
+from pipeline.stores.files import fingerprint, partial, publish
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
     try:
         files = [Path(name) for name in options.params]
         graph = Graph(parameters.load(files, _overrides(options.set)))
+        job = graph.find(stage, options.name)
+        parameters.check(job.block, " + ".join(options.params))
         runtime = Runtime(options.device, options.workers, options.threads, options.checkpoint_every)
-        execute(graph.find(stage, options.name), work, runtime, options.force)
+        execute(job, work, runtime, options.force)
     except PipelineError as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
@@ -84,7 +86,7 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
             print(f"{job.label}: up to date", flush=True)
             return
         inputs = _check_inputs(job)
-        code = code_hash(job.code)
+        code = job.code
         key = _key(job, inputs, code)
         temporary = {name: partial(path) for name, path in job.outputs.items()}
         for path in temporary.values():

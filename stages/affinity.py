@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from pipeline.data.loading import Batch
 from pipeline.refinement.affinity import AffinityNetwork, affinity_loss
+from pipeline.schema import Affinity
 from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore
 from pipeline.training.fit import fit
@@ -16,9 +17,13 @@ from pipeline.training.segmentation import reduced
 class AffinityTask(Stateless):
     """An affinity network and the label maps of a batch, each cell with the label under its centre."""
 
-    def __init__(self, network: AffinityNetwork, radius: int) -> None:
+    def __init__(self, network: AffinityNetwork, settings: Affinity) -> None:
         self.network = network
-        self.radius = radius
+        self.settings = settings
+
+    def about(self) -> dict[str, str]:
+        frozen = ", frozen" if self.settings.frozen_backbone else ""
+        return {"text": self.settings.backbone.describe() + frozen}
 
     def new_layers(self) -> Iterable[nn.Module]:
         return self.network.new_layers()
@@ -26,12 +31,12 @@ class AffinityTask(Stateless):
     def loss(self, batch: Batch, epoch: int) -> Tensor:
         assert batch.labels is not None
         logits = self.network(batch.images)
-        return affinity_loss(logits, reduced(batch.labels, logits.shape[2:]), self.radius)
+        return affinity_loss(logits, reduced(batch.labels, logits.shape[2:]), self.settings.radius)
 
 
 def main(work: Work) -> None:
-    radius: int = work.job.block.radius
-    fit(work, lambda network, _dataset: AffinityTask(network, radius), RasterStore(work.inputs["labels"]))
+    settings: Affinity = work.job.block
+    fit(work, lambda network, _dataset: AffinityTask(network, settings), RasterStore(work.inputs["labels"]))
 
 
 if __name__ == "__main__":

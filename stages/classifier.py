@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.data.index import Image
 from pipeline.data.loading import Batch, TrainingSet
-from pipeline.methods import Method
-from pipeline.methods.edam import companions
+from pipeline.methods.base import Method
 from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
 from pipeline.schema import Classifier
 from pipeline.stage import Work, run
@@ -29,6 +28,9 @@ class ClassifierTask:
         self.drop = AttentionDropLayer(drop, self.accumulator, seed) if drop else None
         self.work = work
 
+    def about(self) -> dict[str, str]:
+        return self.network.about()
+
     def new_layers(self) -> Iterable[nn.Module]:
         return self.network.new_layers()
 
@@ -41,9 +43,9 @@ class ClassifierTask:
                 images = images.masked_fill(mask, 0)  # the mean colour
             else:
                 occluded = mask
-        output = self.network(images, occluded)
+        loss, output = self.network.training_step(images, batch.tags, epoch, occluded)
         self.accumulator.update(output.maps, output.logits, batch.tags, batch.ids, batch.windows, epoch)
-        return self.network.loss(output, batch.tags)
+        return loss
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         if self.settings.accumulate.snapshots:
@@ -83,7 +85,7 @@ def main(work: Work) -> None:
         epochs = extent(settings.training, len(dataset)).epochs
         return ClassifierTask(network, dataset.images, epochs, dataset.seed, work)
 
-    task = fit(work, task_of, group=companions(settings))
+    task = fit(work, task_of, group=lambda network: network.companions)
     task.accumulator.dump(work.outputs["maps"])
     join_snapshots(work, task.accumulator.last_epoch + 1)
 

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from pipeline import stage_table
 from pipeline.data.index import Image, Index
 from pipeline.errors import PipelineError
 from pipeline.evaluation.confusion import ConfusionMatrix
@@ -12,14 +13,6 @@ from pipeline.stage import Work, progress, run
 from pipeline.stores.blocks import listed
 from pipeline.stores.raster import RasterStore
 
-KINDS = {
-    "classifiers": ("maps", "train"),
-    "localizations": ("maps", "train"),
-    "walks": ("maps", "train"),
-    "pseudo_labels": ("labels", "train"),
-    "mixtures": ("labels", "train"),
-    "predictions": ("predictions", "evaluation"),
-}
 COVERAGE_IMAGES = 300  # the list's first with masks: every epoch reads them all again
 
 
@@ -27,7 +20,8 @@ def main(work: Work) -> None:
     """Score the split's images that have a mask; where none has one, say so in ``images: 0``."""
     index = Index(work.inputs["index"])
     masks = RasterStore(work.inputs["ground_truth"])
-    kind, split = KINDS[work.job.name.split("/")[0]]
+    kind = stage_table.kind(work.job.name.split("/")[0])
+    split = stage_table.KINDS[kind].split
     images = [image for image in index.images(split) if image.id in masks and masks.classes(image.id)]
     scores: dict[str, Any] = {"kind": kind, "split": split, "images": len(images), "classes": index.classes}
     if images and kind == "maps":

@@ -7,7 +7,7 @@ from pipeline.data.index import Index
 from pipeline.data.sample import choose
 from pipeline.inference import models
 from pipeline.inference.features import feature_maps
-from pipeline.methods import Method
+from pipeline.methods.base import Method
 from pipeline.stage import Work, progress, run
 from pipeline.stores.blocks import write_blocks
 from pipeline.stores.raster import RasterWriter

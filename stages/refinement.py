@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pipeline.data.geometry import to_window
 from pipeline.data.loading import Batch
-from pipeline.refinement import RefinementNetwork
+from pipeline.refinement.base import RefinementNetwork
 from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore
 from pipeline.training.fit import fit
@@ -20,6 +20,9 @@ class RefinementTask(Stateless):
     def __init__(self, network: RefinementNetwork, maps: RasterStore) -> None:
         self.network = network
         self.maps = maps
+
+    def about(self) -> dict[str, str]:
+        return self.network.about()
 
     def new_layers(self) -> Iterable[nn.Module]:
         return self.network.new_layers()

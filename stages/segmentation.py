@@ -24,6 +24,9 @@ class SegmentationTask(Stateless):
         self.network = network
         self.settings = settings
 
+    def about(self) -> dict[str, str]:
+        return {"text": f"{self.settings.network.settings.describe()}, {self.settings.backbone.describe()}"}
+
     def new_layers(self) -> Iterable[nn.Module]:
         return [self.network.head]
 

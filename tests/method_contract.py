@@ -1,7 +1,7 @@
-"""What every method promises: a method's test is a subclass of ``MethodContract`` with its settings and its formula.
+"""What every method promises: a method's test is a subclass of ``MethodContract`` with its block and its formula.
 
     class TestCam(MethodContract):
-        settings = small_classifier(method="cam")
+        block = small_classifier(method="cam")
 
         def expected(self, weights, images):
             return ...  # logits and maps of ``images`` by plain arithmetic in float64
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.inference import models
-from pipeline.methods import METHODS, Method, Output, build_method
+from pipeline.methods.base import Method, Output
+from pipeline.registry import METHODS, Choice, plain
 from pipeline.schema import Backbone, Classifier, Head, Training
 from pipeline.training.settings import build_optimizer, parameter_groups
 
@@ -29,9 +30,16 @@ Array = NDArray[np.float64]
 K = 5
 
 
-def small_classifier(**settings: Any) -> Classifier:
-    """A method's settings on the light backbone, from scratch, at stride 8."""
-    return Classifier(Backbone("small"), Training(4, 0.05, epochs=1, lr_new=1.0), head=Head(1, 16), **settings)
+def small_classifier(method: str = "cam", settings: Any = None, **others: Any) -> Classifier:
+    """A block with the light backbone, from scratch, at stride 8. ``settings``: the method's, null its defaults."""
+    choice = Choice(METHODS, method, None if settings is None else plain(settings))
+    return Classifier(Backbone("small"), Training(4, 0.05, epochs=1, lr_new=1.0), choice, head=Head(1, 16), **others)
+
+
+def build_method(block: Classifier, num_classes: int) -> Method:
+    method = models.build(block, num_classes)
+    assert isinstance(method, Method)
+    return method
 
 
 class Arithmetic:
@@ -75,9 +83,9 @@ class Arithmetic:
 
 
 class MethodContract:
-    """Inherit it, give ``settings`` and ``expected``."""
+    """Inherit it, and define ``block`` and ``expected``."""
 
-    settings: Classifier
+    block: Classifier
 
     def expected(self, weights: dict[str, Array], images: Array) -> tuple[Array, Array]:
         """Logits B x K and maps B x K x h x w of ``images`` by the paper's formulas, in evaluation mode."""
@@ -87,7 +95,7 @@ class MethodContract:
     def method(self) -> Method:
         """With weights and statistics that a wrong order or a forgotten layer would show in."""
         torch.manual_seed(0)
-        method = build_method(self.settings, K)
+        method = build_method(self.block, K)
         for module in method.modules():
             if isinstance(module, nn.BatchNorm2d):
                 assert module.running_mean is not None
@@ -106,13 +114,21 @@ class MethodContract:
         return torch.randn(4, 3, 40, 56, generator=torch.Generator().manual_seed(1))
 
     def test_it_is_known_by_name(self, method: Method) -> None:
-        assert type(method) is METHODS[self.settings.method]
-        assert method.settings == self.settings
+        assert type(method) is METHODS[self.block.method.name]
+        assert method.block == self.block
+        assert method.settings == self.block.method.settings
         assert method.num_classes == K
+
+    def test_the_report_can_name_it_and_its_maps(self, method: Method) -> None:
+        about = method.about()
+        assert about["text"].startswith(method.describe())
+        assert "small from random weights" in about["text"]
+        assert about["map_name"] == method.map_name
+        assert all(isinstance(text, str) and text.strip() for text in (*about.values(), method.describe()))
 
     @pytest.mark.parametrize(("height", "width"), [(40, 56), (33, 47), (64, 64)])
     def test_forward_gives_logits_and_maps(self, method: Method, height: int, width: int) -> None:
-        stride = self.settings.backbone.output_stride
+        stride = self.block.backbone.output_stride
         output = method(torch.randn(2, 3, height, width))
         assert isinstance(output, Output)
         assert output.logits.shape == (2, K)
@@ -141,14 +157,16 @@ class MethodContract:
         self, method: Method, images: Tensor, precision: torch.dtype
     ) -> None:
         """A few steps on one batch by the settings' own optimizer; every parameter that learns is reached."""
-        settings = replace(self.settings.training, weight_decay=0.0)
+        settings = replace(self.block.training, weight_decay=0.0)
         optimizer = build_optimizer(parameter_groups(method, method.new_layers(), settings), settings)
         tags = torch.eye(K)[[0, 1, 1, 4]] + torch.eye(K)[[2, 1, 3, 4]]
         losses = []
         for step in range(25):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-                loss = method.loss(method(images), tags.clamp(max=1))
+                loss, output = method.training_step(images, tags.clamp(max=1), 0)
             assert loss.shape == ()
+            assert output.logits.shape == (4, K)
+            assert output.maps.shape[:2] == (4, K)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             if step == 0:
@@ -173,7 +191,7 @@ class MethodContract:
         method.eval()
         with torch.inference_mode():
             found = method.localize(images)
-        stride = self.settings.backbone.output_stride
+        stride = self.block.backbone.output_stride
         assert found.shape == (4, K, -(-40 // stride), -(-56 // stride))
         assert found.dtype == torch.float32
         assert found.min() >= 0
@@ -198,10 +216,10 @@ class MethodContract:
 
     def test_saved_it_comes_back(self, method: Method, images: Tensor, tmp_path: Path) -> None:
         method.eval()
-        models.save(tmp_path / "model.pt", method, self.settings, K)
+        models.save(tmp_path / "model.pt", method, self.block, K)
         loaded = models.load(tmp_path / "model.pt", K, torch.device("cpu"))
         assert isinstance(loaded, Method)
-        assert loaded.settings == self.settings
+        assert loaded.block == self.block
         with torch.no_grad():
             one, other = method(images), loaded(images)
         torch.testing.assert_close(other.logits, one.logits)
@@ -211,6 +229,6 @@ class MethodContract:
         states = []
         for seed in (3, 3, 4):
             torch.manual_seed(seed)
-            states.append(build_method(self.settings, K).state_dict())
+            states.append(build_method(self.block, K).state_dict())
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
         assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])

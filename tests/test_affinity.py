@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,7 @@ def test_it_learns_where_classes_meet(frozen: bool, norms: bool) -> None:
 def test_the_task_reduces_labels_to_the_grid() -> None:
     made = network()
     images, labels = two_halves()
-    task: Task = affinity.AffinityTask(made, 3)
+    task: Task = affinity.AffinityTask(made, replace(settings(), radius=3))
     whole = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
     batch = Batch(images, torch.ones(2, K), ["a", "b"], [Window()] * 2, whole)
     assert float(task.loss(batch, 0).detach()) == float(affinity_loss(made(images), labels, 3).detach())

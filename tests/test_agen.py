@@ -13,6 +13,7 @@ from pipeline.errors import PipelineError
 from pipeline.inference import models
 from pipeline.methods.agen import FINAL, Agen, ContextAttention
 from pipeline.methods.agen_losses import BoundaryLoss
+from pipeline.registry import ONE_STEP, Choice, plain
 from pipeline.schema import Backbone, Head, OneStep, Training
 from pipeline.training.settings import build_optimizer, parameter_groups
 from tests.method_contract import Arithmetic, Array
@@ -21,12 +22,18 @@ from tests.test_agen_losses import FEW, SIZE, TAGS, K, labelled, padded_images, 
 
 
 def settings(
-    one: str = "small", other: str = "small", shared: tuple[str, str] = ("conv2", "conv2"), **more: Any
+    one: Any = "small", other: Any = "small", shared: tuple[str, str] = ("conv2", "conv2"), **more: Any
 ) -> OneStep:
-    small: dict[str, Any] = {
-        "head": Head(1, 16), "channels": 16, "rate": 2, "agm_channels": (8, 12), "grid": 7, "crf": FEW, **more
-    }  # fmt: skip
-    return OneStep(Backbone(one), Backbone(other), Training(2, 0.02, epochs=1, lr_new=1.0), shared, **small)  # type: ignore[arg-type]
+    """A block with two backbones, by name or as such."""
+    small = {"head": Head(1, 16), "channels": 16, "rate": 2, "agm_channels": (8, 12), "grid": 7, "crf": FEW, **more}
+    return block_of(one, other, shared=shared, **small)
+
+
+def block_of(one: Any, other: Any, **own: Any) -> OneStep:
+    """A block with AGEN's own settings, defaults elsewhere."""
+    backbones = zip(("classification", "segmentation"), (one, other), strict=True)
+    bodies = {key: Backbone(body) if isinstance(body, str) else body for key, body in backbones}
+    return OneStep(Choice(ONE_STEP, "agen", plain(own)), bodies, Training(2, 0.02, epochs=1, lr_new=1.0))
 
 
 def network(*names: Any, **more: Any) -> Agen:
@@ -176,15 +183,15 @@ class TestAgen:
             labels = labelled(maps[stage], target, out, delta, 2.0, "value")
             labels[1, :, (np.arange(out[1]) + 0.5) * 40 / out[1] > 30] = 255  # the padding
             segmented += seeded(resize(masks[stage], *out), labels)
-        assert found.classification.item() == pytest.approx(classified, rel=1e-4)
-        assert found.segmentation.item() == pytest.approx(segmented, rel=2e-3)
+        assert found["classification"].item() == pytest.approx(classified, rel=1e-4)
+        assert found["segmentation"].item() == pytest.approx(segmented, rel=2e-3)
         boundary = BoundaryLoss(logits, images, 7, FEW, map).value()
-        assert found.boundary.item() == pytest.approx(0.5 * boundary.item(), rel=1e-5)
+        assert found["boundary"].item() == pytest.approx(0.5 * boundary.item(), rel=1e-5)
 
     def test_only_branch_b_and_what_it_shares_learn_from_masks(self, images: Tensor, tags: Tensor) -> None:
         made = network()
         losses = made.losses(images, tags, 0)
-        (losses.segmentation + losses.boundary).backward()  # type: ignore[no-untyped-call]
+        (losses["segmentation"] + losses["boundary"]).backward()  # type: ignore[no-untyped-call]
         reached = {name for name, parameter in made.named_parameters() if parameter.grad is not None}
         wanted = ("classification.stages.conv2.", "segmentation.", "guides.1.", "masks.")
         assert reached == {name for name, _ in made.named_parameters() if name.startswith(wanted)}
@@ -192,10 +199,10 @@ class TestAgen:
     def test_a_delay_trains_the_classification_branches_alone(self, images: Tensor, tags: Tensor) -> None:
         made = network(delay=2)
         early, late = made.losses(images, tags, 1), made.losses(images, tags, 2)
-        assert early.classification == late.classification
-        assert early.segmentation == early.boundary == 0
-        assert late.segmentation > 0
-        assert late.boundary > 0
+        assert early["classification"] == late["classification"]
+        assert early["segmentation"] == early["boundary"] == 0
+        assert late["segmentation"] > 0
+        assert late["boundary"] > 0
 
     def test_localization_maps_are_probabilities_of_classes(self, images: Tensor) -> None:
         made = network()
@@ -224,12 +231,12 @@ class TestAgen:
         widths = (made.classification.taps[shared[0]].channels, made.segmentation.taps[shared[1]].channels)
         assert isinstance(made.adapter, nn.Identity if widths[0] == widths[1] else nn.Conv2d)
         losses = made.losses(torch.randn(2, 3, 33, 40), tags[:2], 0)
-        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         assert [name for name, parameter in made.named_parameters() if parameter.grad is None] == []
         assert made.eval()(torch.randn(1, 3, 33, 40)).shape == (1, K + 1, 5, 5)
 
     def test_it_is_the_papers(self) -> None:
-        published = OneStep(Backbone("vgg16"), Backbone("resnet38"), Training(15, 1e-3, epochs=35), ("conv2_2", "b2"))
+        published = block_of("vgg16", "resnet38", shared=("conv2_2", "b2"))
         made = on_meta(lambda: Agen(published, 20))
         a, b = 9 * 256, 9 * 512
         branch_c = (256 + 512 + 512) * a + a * 256 + 4 * 256 + 256 * 20 + 20
@@ -258,8 +265,8 @@ class TestAgen:
                 above = whole.coam[str(stage)](raw, above) if stage in coam else raw
                 assert torch.equal(found[stage], above)
         assert len(made.guides) == (2 if agm else 0)
-        assert set(made.lambdas()) == set(map(str, coam))
-        losses = torch.stack(made.losses(images, tags, 0))
+        assert set(made.logged()) == {f"lambda_{stage}" for stage in coam}
+        losses = torch.stack(list(made.losses(images, tags, 0).values()))
         losses.sum().backward()  # type: ignore[no-untyped-call]
         assert all(parameter.grad is not None for parameter in made.parameters())
 
@@ -267,14 +274,13 @@ class TestAgen:
         def refuse(*_: Any) -> Any:
             raise AssertionError
 
-        assert network(boundary_weight=0.0).losses(images, tags, 0, refuse).boundary == 0
+        assert network(boundary_weight=0.0).losses(images, tags, 0, refuse)["boundary"] == 0
         with pytest.raises(AssertionError):
             network().losses(images, tags, 0, refuse)
 
     def test_foreign_features_train_the_first_batch_norm(self) -> None:
         frozen = partial(Backbone, frozen_batch_norm=True)
-        base = settings("vgg16", "resnet38", ("conv2_2", "b2"))
-        block = OneStep(frozen("vgg16"), frozen("resnet38"), base.training, base.shared, head=base.head, channels=8)
+        block = settings(frozen("vgg16"), frozen("resnet38"), ("conv2_2", "b2"), channels=8)
         norms = {
             name: part for name, part in Agen(block, K).train().named_modules() if isinstance(part, nn.BatchNorm2d)
         }
@@ -287,18 +293,18 @@ class TestAgen:
     def test_steps_lower_the_loss(self, images: Tensor, tags: Tensor) -> None:
         torch.manual_seed(0)
         made = Agen(settings(), K).train()
-        groups = parameter_groups(made, made.new_layers(), made.settings.training)
-        optimizer = build_optimizer(groups, made.settings.training)
+        groups = parameter_groups(made, made.new_layers(), made.block.training)
+        optimizer = build_optimizer(groups, made.block.training)
         totals = []
         for _ in range(20):
-            losses = torch.stack(made.losses(images, tags, 0))
+            losses = torch.stack(list(made.losses(images, tags, 0).values()))
             optimizer.zero_grad()
             losses.sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             totals.append(losses.detach())
         assert torch.stack(totals).isfinite().all()
         assert (torch.stack(totals[-3:]).mean(0)[:2] < 0.7 * totals[0][:2]).all()
-        assert all(value != 0 for value in made.lambdas().values())
+        assert all(value != 0 for value in made.logged().values())
 
     def test_new_layers_are_all_but_the_backbones(self) -> None:
         made = network("mobilenet_v2", "small", ("stage1", "conv2"))
@@ -310,10 +316,10 @@ class TestAgen:
 
     def test_saved_it_comes_back(self, images: Tensor, tmp_path: Path) -> None:
         made = network("mobilenet_v2", "small", ("stage1", "conv2"), agm=(4, 5), coam=(5,))
-        models.save(tmp_path / "model.pt", made, made.settings, K)
+        models.save(tmp_path / "model.pt", made, made.block, K)
         loaded = models.load(tmp_path / "model.pt", K, torch.device("cpu"))
         assert isinstance(loaded, Agen)
-        assert loaded.settings == made.settings
+        assert loaded.block == made.block
         with torch.no_grad():
             torch.testing.assert_close(loaded(images), made(images))
 

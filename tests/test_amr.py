@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.inference import models
-from pipeline.methods import Method, build_method
 from pipeline.methods.amr import Amr, AmrOutput
-from pipeline.methods.base import Output
+from pipeline.methods.base import Method, Output
 from pipeline.methods.cam import Cam
-from pipeline.schema import Amr as Settings
 from pipeline.schema import Backbone, Classifier, Suppression
 from pipeline.training.settings import parameter_groups
-from tests.method_contract import Arithmetic, Array, K, MethodContract, small_classifier
+from tests.method_contract import Arithmetic, Array, K, MethodContract, build_method, small_classifier
+
+Settings = Amr.Settings
 
 
 def made(settings: Classifier, seed: int = 0) -> Amr:
@@ -29,13 +29,13 @@ def made(settings: Classifier, seed: int = 0) -> Amr:
 
 
 def amr(**settings: Any) -> Classifier:
-    return small_classifier(method="amr", amr=Settings(**settings))
+    return small_classifier("amr", Settings(**settings))
 
 
 class Formula:
     """AMR in NumPy float64, sample by sample."""
 
-    def __init__(self, settings: Settings, weights: dict[str, Array]) -> None:
+    def __init__(self, settings: Amr.Settings, weights: dict[str, Array]) -> None:
         self.settings, self.weights = settings, weights
 
     def gates(self, values: Array) -> Array:
@@ -92,9 +92,9 @@ class AmrContract(MethodContract):
     """AMR's own way through the contract; each subclass is a setting of it."""
 
     def expected(self, weights: dict[str, Array], images: Array) -> tuple[Array, Array]:
-        assert self.settings.amr is not None
-        spotlight, compensation = Formula(self.settings.amr, weights).maps(images)
-        maps = self.settings.amr.xi * spotlight + (1 - self.settings.amr.xi) * compensation  # AMR Eq. 2
+        spotlight, compensation = Formula(self.block.method.settings, weights).maps(images)
+        xi = self.block.method.settings.xi
+        maps = xi * spotlight + (1 - xi) * compensation  # AMR Eq. 2
         return maps.mean((2, 3)), maps
 
     def test_extreme_logits_leave_the_loss_finite(self, method: Method) -> None:
@@ -111,12 +111,11 @@ class AmrContract(MethodContract):
     def test_localization_is_recalibrated(self, method: Method, images: Tensor) -> None:
         """Each branch's positive part over its maximum, then the weighted sum."""
         method.eval()
-        assert self.settings.amr is not None
         weights = {name: value.double().numpy() for name, value in method.state_dict().items()}
         expected = np.zeros(())
         for share, maps in zip(
-            (self.settings.amr.xi, 1 - self.settings.amr.xi),
-            Formula(self.settings.amr, weights).maps(images.double().numpy()),
+            (self.block.method.settings.xi, 1 - self.block.method.settings.xi),
+            Formula(self.block.method.settings, weights).maps(images.double().numpy()),
             strict=True,
         ):
             positive = np.maximum(maps, 0)
@@ -128,7 +127,7 @@ class AmrContract(MethodContract):
 
 
 class TestAmr(AmrContract):
-    settings = amr()
+    block = amr()
 
     def test_no_settings_are_the_defaults(self, method: Method, images: Tensor) -> None:
         plain = made(small_classifier(method="amr")).eval()
@@ -145,19 +144,19 @@ class TestAmr(AmrContract):
 
 
 class TestAmrOverASharedStem(AmrContract):
-    settings = amr(shared="stem", function="density", xi=0.3, consistency=1.0)
+    block = amr(shared="stem", function="density", xi=0.3, consistency=1.0)
 
 
 class TestAmrWithThresholds(AmrContract):
-    settings = amr(function="threshold", spatial=False)
+    block = amr(function="threshold", spatial=False)
 
 
 class TestAmrInPositionsAlone(AmrContract):
-    settings = amr(channel=False, reduction=4, consistency=0.0)
+    block = amr(channel=False, reduction=4, consistency=0.0)
 
 
 class TestAmrOverTheBatch(AmrContract):
-    settings = amr(statistics="batch", reduction=8)
+    block = amr(statistics="batch", reduction=8)
 
     def test_samples_of_a_batch_are_apart(self, method: Method, images: Tensor) -> None:
         """They are not: the public code's statistics are the whole batch's."""
@@ -261,10 +260,10 @@ class TestSettings:
     def test_the_compensation_backbone_learns_at_the_new_layers_rate(self) -> None:
         """METHODS: spotlight branch and both heads 0.01, compensation backbone and its modulation 0.1."""
         for shared in ("nothing", "stem"):
-            settings = amr(shared=shared)
-            settings = replace(settings, training=replace(settings.training, lr_new=10.0, lr_bias=1.0))
-            method = made(settings)
-            groups = parameter_groups(method, method.new_layers(), settings.training)
+            block = amr(shared=shared)
+            settings = replace(block.training, lr_new=10.0, lr_bias=1.0)
+            method = made(block)
+            groups = parameter_groups(method, method.new_layers(), settings)
             rates = {id(parameter): group["multiplier"] for group in groups for parameter in group["params"]}  # type: ignore[attr-defined]
             names = dict(method.named_parameters())
             assert set(rates) == {id(parameter) for parameter in names.values()}
@@ -273,8 +272,8 @@ class TestSettings:
                 assert rates[id(parameter)] == (10 if fast else 1), name
 
     def test_frozen_batch_norms_are_the_backbones_alone(self, images: Tensor) -> None:
-        settings = amr()
-        method = made(replace(settings, backbone=replace(settings.backbone, frozen_batch_norm=True))).train()
+        block = amr()
+        method = made(replace(block, backbone=replace(block.backbone, frozen_batch_norm=True))).train()
         norms = {name: m for name, m in method.named_modules() if isinstance(m, nn.BatchNorm2d)}
         assert {name for name, norm in norms.items() if norm.training} == {
             f"modulations.{number}.1.sensitivity.1" for number in range(6)

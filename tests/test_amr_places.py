@@ -14,10 +14,9 @@ from pipeline.data.index import Image
 from pipeline.data.loading import normalise
 from pipeline.errors import PipelineError
 from pipeline.inference.features import feature_maps
-from pipeline.methods import build_method
 from pipeline.methods.amr import Amr
 from pipeline.schema import Backbone, Suppression
-from tests.method_contract import K, small_classifier
+from tests.method_contract import K, build_method, small_classifier
 from tests.test_amr import amr, made
 
 PLACES = {"vgg16": 13, "resnet50": 16, "resnet101": 33, "resnet38": 17, "mobilenet_v2": 17, "small": 6}

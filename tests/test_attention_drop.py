@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.data.geometry import Window
 from pipeline.data.loading import Batch
 from pipeline.graph import Job
-from pipeline.methods import Method, Output
+from pipeline.methods.base import Method, Output
 from pipeline.methods.cam import Cam
 from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
 from pipeline.runtime import Runtime
@@ -128,7 +128,7 @@ class TestDropLayer:
         assert 0.3 < (seeded == together).float().mean() < 0.7
 
 
-class Recorder(Method):
+class Recorder(Cam):
     """Keeps what it was given."""
 
     def forward(self, images: Tensor, occluded: Tensor | None = None) -> Output:

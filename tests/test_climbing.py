@@ -16,9 +16,9 @@ from pipeline.data.index import Image
 from pipeline.inference import climbing
 from pipeline.inference.climbing import climb
 from pipeline.inference.localize import localization_maps
-from pipeline.methods import Method, Output, build_method
+from pipeline.methods.base import Method, Output
 from pipeline.schema import Climbing, Localization, Suppression
-from tests.method_contract import small_classifier
+from tests.method_contract import build_method, small_classifier
 
 CPU = torch.device("cpu")
 K = 3
@@ -40,6 +40,8 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 class Linear(Method):
     """A class's map is a weighted sum of the image's colours, pixel by pixel; its logit is the map's mean."""
 
+    map_name = "Linear"
+
     def __init__(self) -> None:
         super().__init__(small_classifier(), K)
         self.classifier = nn.Conv2d(3, K, 1)
@@ -49,6 +51,12 @@ class Linear(Method):
 
     def new_layers(self) -> Iterable[nn.Module]:
         return [self.classifier]
+
+    def layers(self) -> dict[str, list[nn.Module]]:
+        return {"all": [self.classifier]}
+
+    def describe(self) -> str:
+        return self.map_name
 
     def forward(self, images: Tensor, occluded: Tensor | None = None) -> Output:
         self.seen.append(images.detach().clone())

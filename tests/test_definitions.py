@@ -1,9 +1,10 @@
-"""Three statements of one graph: pipeline/graph.py, the Snakefile, dvc.yaml."""
+"""What is derived from the table of stages agrees: the jobs, Snakemake's rules, dvc.yaml."""
 
 import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,11 +12,13 @@ import yaml
 from dvc.dependency import ParamsDependency
 from dvc.repo import Repo
 
+from pipeline import dvc
 from pipeline import params as parameters
 from pipeline.errors import PipelineError
-from pipeline.graph import CODE, Graph, Job
+from pipeline.graph import Graph, Job
 from pipeline.registry import CHOICES
-from pipeline.snakemake import made, stage_of
+from pipeline.snakemake import Plan, program, rule_files
+from pipeline.stage_table import FOLDERS, KINDS, SECTIONS, STAGES, TRAINED, kind, sections
 from tests import project
 
 PARAMS = Path("params.yaml")
@@ -29,7 +32,7 @@ RUNS = {
 
 
 class Rule(NamedTuple):
-    """One run of a rule or stage: what it is called, reads and makes."""
+    """One run of a rule: its name, what it reads and writes."""
 
     stage: str
     inputs: frozenset[str]
@@ -45,13 +48,13 @@ def names(paths: Any) -> frozenset[str]:
 
 
 def planned(graph: Graph) -> set[Rule]:
-    """The graph as Snakemake should state it: a dataset stands for its manifest, and is made of its stage's program."""
-    home = {job.outputs["root"]: made(job)[0] for job in graph.jobs if job.home}
+    """The graph as Snakemake should state it: a dataset stands for its manifest, and comes from its stage's program."""
+    home = {job.outputs["root"]: rule_files(job)[0] for job in graph.jobs if job.home}
     return {
         Rule(
             job.stage,
-            names(home.get(path, path) for path in job.inputs.values()) or names([job.code[0]]),
-            names(made(job)),
+            names(home.get(path, path) for path in job.inputs.values()) or names([program(job)]),
+            names(rule_files(job)),
         )
         for job in graph.jobs
     }
@@ -93,7 +96,7 @@ def test_snakemake_watches_extra_images(tmp_path: Path) -> None:
     assert snakemake_rules(folder, files) == planned(graph_of(files))
 
 
-def test_snakemake_names_each_file_that_a_person_must_bring(tmp_path: Path) -> None:
+def test_snakemake_names_each_file_that_the_user_must_supply(tmp_path: Path) -> None:
     folder = project.copy(tmp_path / "project", git=False)
     (folder / "lacking.yaml").write_text(
         "dataset: {root: data/none, demo: null}\n"
@@ -124,7 +127,7 @@ def dvc_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
     stages = {}
     for stage in Repo(str(folder)).index.stages:
         files = {dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)}
-        code = {path for path in files if path.startswith(("stages/", "pipeline/"))}
+        code = {path for path in files if path.startswith(("stages/", "pipeline"))}
         keys = {key for dep in stage.deps if isinstance(dep, ParamsDependency) for key in dep.params}
         outputs = names(out.def_path for out in stage.outs)
         stages[stage.name] = Stage(stage.cmd, names(files - code), names(code), names(keys), outputs)
@@ -136,37 +139,75 @@ def graph() -> Graph:
     return graph_of([PARAMS])
 
 
+def test_dvc_yaml_is_what_the_table_says() -> None:
+    assert (project.ROOT / "dvc.yaml").read_text() == dvc.document(), "python -m pipeline.dvc > dvc.yaml"
+
+
 def test_dvc_states_the_graph(graph: Graph, dvc_stages: dict[str, Stage]) -> None:
-    assert dvc_stages.keys() == {stage_of(job) for job in graph.jobs}
+    assert dvc_stages.keys() == {dvc.ROWS, *map(dvc.name_of, graph.jobs)}
+    rows = f"{graph.results}/{dvc.ROWS}"
+    assert dvc_stages[dvc.ROWS].outputs == {rows}
     for job in graph.jobs:
-        stage = dvc_stages[stage_of(job)]
-        assert stage.outputs == names({*job.outputs.values(), *made(job)}), job.label
+        stage = dvc_stages[dvc.name_of(job)]
+        assert stage.outputs == names({*job.outputs.values(), *rule_files(job)}), job.label
+        assert stage.code == names([program(job), "pipeline"]), job.label
+        assert stage.command == " ".join(filter(None, ("python -m pipeline.dvc run", job.stage, job.name)))
         if job.stage != "report":
-            assert stage.data == names(job.inputs.values()), job.label
-            assert stage.code == names(job.code), job.label
-
-
-def test_every_dvc_command_runs_one_rule(graph: Graph, dvc_stages: dict[str, Stage]) -> None:
-    for job in graph.jobs:
-        command = dvc_stages[stage_of(job)].command
-        match = re.fullmatch(r"snakemake --cores all --quiet all --force --allowed-rules (\w+) -- (\S+)", command)
-        assert match, command
-        assert match[1] == job.stage
-        assert match[2] in names(made(job))
+            own = {f"{rows}/{job.section}/{job.name.rpartition('/')[2]}"} if job.section else set()
+            assert stage.data == names(job.inputs.values()) | own, job.label
 
 
 def test_dvc_report_depends_on_all_that_the_graph_names(graph: Graph, dvc_stages: dict[str, Stage]) -> None:
-    """By its path, by a folder above it, by a manifest in such a folder, or by the program that writes it."""
+    """By its path, by a folder above it, or by a manifest in such a folder; a log, by the model written with it."""
     stage, job = dvc_stages["report"], graph.find("report")
 
     def below(path: Path) -> bool:
         return not stage.data.isdisjoint(names([path, *path.parents]))
 
-    witnessed = {path for other in graph.jobs if below(made(other)[-1]) for path in other.inputs.values()}
+    witnessed = {path for other in graph.jobs if below(rule_files(other)[-1]) for path in other.inputs.values()}
     loose = [path for path in job.inputs.values() if not below(path) and path not in witnessed]
-    makers = {CODE[other.stage][0] for other in graph.jobs if not set(other.outputs.values()).isdisjoint(loose)}
-    assert {path.name for path in loose} <= {"log.json"}
-    assert stage.code == {*job.code, *makers}
+    assert {path.name for path in loose} == {"log.json"}
+
+
+def test_every_gpu_stage_gets_its_threads_where_there_are_enough(graph: Graph) -> None:
+    plan = Plan(graph, [], ample=True)
+    shown = {
+        stage.name: plan.command(stage)(SimpleNamespace(name="base"), plan.threads(stage)).split("base ")[1]
+        for stage in plan.stages
+        if stage.gpu
+    }
+    loads = "--threads 8 --workers 6"
+    assert shown == dict.fromkeys(shown, loads) | {"prediction": "--threads 8 --workers 8"}
+    trained = {FOLDERS[section].name for section in TRAINED}
+    assert shown.keys() == {*trained, "localization", "walk", "features", "prediction"}
+    assert plan.threads(STAGES["pseudo_labels"]) == 16
+    assert {Plan(graph, [], ample=False).threads(stage) for stage in plan.stages if stage.gpu} == {1}
+
+
+def test_the_table_agrees_with_itself() -> None:
+    for stage in STAGES.values():
+        assert (project.ROOT / "stages" / f"{stage.name}.py").is_file()
+        assert stage.trains == ("model.pt" in stage.writes and "log.json" in stage.writes)
+        assert stage.threads >= stage.local_threads >= 1
+        for read in stage.reads.values():
+            writers = [FOLDERS.get(name) or STAGES[name] for name in (read.of or (read.job,))]
+            assert all(read.file in writer.writes for writer in writers), stage.name
+    evaluated = {section: kind(section) for section in STAGES["evaluation"].about}
+    assert set(evaluated.values()) == set(KINDS)
+    assert {section for _, section in sections(STAGES["prediction"])} == {"segmentations", "one_step"}
+    scored = {section for section in SECTIONS if {"maps.h5", "labels.h5"} & set(FOLDERS[section].writes)}
+    assert evaluated.keys() == scored | {"predictions"}
+
+
+@pytest.mark.parametrize("files", [["nonesuch.yaml"], ["params.yaml", "wrong.yaml"]])
+def test_the_commands_of_wrong_params_fail_in_the_shell(files: list[str], tmp_path: Path) -> None:
+    folder = project.copy(tmp_path / "project", git=False)
+    (folder / "wrong.yaml").write_text("sede: 1\n")
+    line = f"python -m pipeline.graph {' '.join(files)} | sh -e; echo status $?"
+    text = project.run(folder, "sh", "-c", line)
+    assert text.endswith("status 1\n"), text
+    assert re.search(r"^error: .*(no such file|did you mean seed)", text, re.MULTILINE), text
+    assert "demo" not in text
 
 
 def leaves(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -205,7 +246,7 @@ def changed(raw: dict[str, Any], where: tuple[str, ...]) -> Graph | None:
         other = copy.deepcopy(raw)
         at(other, where[:-1])[where[-1]] = value
         try:
-            graph = Graph(parameters.validate(other))
+            graph = Graph(parameters.validate(other, resolve=True))
         except PipelineError:
             continue
         if value != at(raw, where):
@@ -218,8 +259,8 @@ def followers(graph: Graph, first: set[str]) -> set[str]:
     reached: set[str] = set()
     files: set[Path] = set()
     for job in graph.jobs:
-        if stage_of(job) in first or not files.isdisjoint(job.inputs.values()):
-            reached.add(stage_of(job))
+        if dvc.name_of(job) in first or not files.isdisjoint(job.inputs.values()):
+            reached.add(dvc.name_of(job))
             files.update(job.outputs.values())
     return reached
 
@@ -247,14 +288,14 @@ def essence(job: Job) -> tuple[Any, ...]:
 def test_a_changed_param_touches_the_same_jobs(graph: Graph, dvc_stages: dict[str, Stage]) -> None:
     """DVC's keys cover all params that a job depends on, and reach no job that the graph would not run again."""
     raw = yaml.safe_load((project.ROOT / PARAMS).read_text())
-    before = {stage_of(job): job for job in graph.jobs}
+    before = {dvc.name_of(job): job for job in graph.jobs}
     tried, everything = 0, list(leaves(raw))
     for where in everything:
         other = changed(raw, where)
         if where == ("experiment",) or other is None:
             continue
         tried += 1
-        after = {stage_of(job): job for job in other.jobs}
+        after = {dvc.name_of(job): job for job in other.jobs}
         moved = {name for name in before if essence(before[name]) != essence(after[name])}
         depend = {name for name in moved if before[name].params != after[name].params}
         path = ".".join(where)

@@ -6,11 +6,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import PipelineError
-from pipeline.methods import build_method
 from pipeline.methods.drs import Suppressor
 from pipeline.registry import BACKBONES
 from pipeline.schema import Backbone, Classifier, Head, Suppression, Training
 from pipeline.training.settings import parameter_groups
+from tests.method_contract import build_method
 
 TRAINING = Training(5, 0.001, epochs=15, milestones=(5, 10), nesterov=True)
 

@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.methods import Method, build_method
+from pipeline.methods.base import Method
 from pipeline.methods.collaboration import CollaborativeAttention, sinusoid
-from pipeline.methods.edam import Edam, companions
+from pipeline.methods.edam import Edam
 from pipeline.schema import Backbone, Suppression
-from pipeline.schema import Edam as Settings
 from pipeline.training.settings import parameter_groups
-from tests.method_contract import Arithmetic, Array, K, MethodContract, small_classifier
+from tests.method_contract import Arithmetic, Array, K, MethodContract, build_method, small_classifier
 
+Settings = Edam.Settings
 SMALL = Settings(channels=16, heads=2, hidden=24)
 
 
 class TestEdam(MethodContract):
-    settings = small_classifier(method="edam", edam=SMALL)
+    block = small_classifier("edam", SMALL)
 
     def expected(self, weights: dict[str, Array], images: Array) -> tuple[Array, Array]:
         """K + 1 scores over their norm, without sign (EDAM Eq. 1); these times features, averaged, weighed."""
@@ -48,7 +48,7 @@ class TestEdam(MethodContract):
         assert background.max() > 1e-3
 
     def test_in_training_the_images_of_a_group_see_each_other(self, images: Tensor) -> None:
-        method = build_method(replace(self.settings, edam=replace(SMALL, dropout=0.0)), K)
+        method = build_method(small_classifier("edam", replace(SMALL, dropout=0.0)), K)
         for norm in (module for module in method.modules() if isinstance(module, torch.nn.BatchNorm2d)):
             norm.eval()
         other = images.clone()
@@ -67,7 +67,7 @@ class TestEdam(MethodContract):
         assert all(value.grad is None or value.grad.isfinite().all() for value in method.parameters())
 
     def test_new_convolutions_learn_faster_and_the_attention_at_the_base_rate(self, method: Method) -> None:
-        groups = parameter_groups(method, method.new_layers(), replace(self.settings.training, lr_new=10, lr_bias=1))
+        groups = parameter_groups(method, method.new_layers(), replace(self.block.training, lr_new=10, lr_bias=1))
         rate = {id(value): group["multiplier"] for group in groups for value in group["params"]}  # type: ignore[attr-defined]
         for name, parameter in method.named_parameters():
             new = name.split(".")[0] in ("activation", "reduction", "classifier")
@@ -77,11 +77,11 @@ class TestEdam(MethodContract):
 class TestWithoutCollaboration(TestEdam):
     """The discriminative activation layer alone (EDAM Table 5): what it does in training, too."""
 
-    settings = small_classifier(method="edam", edam=replace(SMALL, collaborative=False))
+    block = small_classifier("edam", replace(SMALL, collaborative=False))
 
     def test_in_training_the_images_of_a_group_see_each_other(self, images: Tensor) -> None:
         """Here they do not: the logits are those of evaluation."""
-        method = build_method(replace(self.settings, backbone=Backbone("small", frozen_batch_norm=True)), K)
+        method = build_method(replace(self.block, backbone=Backbone("small", frozen_batch_norm=True)), K)
         with torch.no_grad():
             assert torch.equal(method(images).logits, method.eval()(images).logits)
 
@@ -89,7 +89,7 @@ class TestWithoutCollaboration(TestEdam):
 class TestSuppressedEdam(MethodContract):
     """DRS in the backbone's layers, and groups of three."""
 
-    settings = small_classifier(method="edam", edam=replace(SMALL, group=3), suppression=Suppression(0.55))
+    block = small_classifier("edam", replace(SMALL, group=3), suppression=Suppression(0.55))
 
     def expected(self, weights: dict[str, Array], images: Array) -> tuple[Array, Array]:
         def suppressed(number: int, features: Array) -> Array:
@@ -252,7 +252,7 @@ def test_dropout_is_of_the_training_alone() -> None:
 def test_the_trained_method_is_collaborative() -> None:
     """In training mode the logits are each class's classifier on what the plain blocks give."""
     torch.manual_seed(0)
-    method = build_method(small_classifier(method="edam", edam=replace(SMALL, dropout=0.0)), K)
+    method = build_method(small_classifier("edam", replace(SMALL, dropout=0.0)), K)
     assert isinstance(method, Edam)
     assert method.collaboration is not None
     images = torch.randn(3, 3, 32, 40)
@@ -266,13 +266,13 @@ def test_the_trained_method_is_collaborative() -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"method": "cam"}, 1),
-        ({"method": "cam", "edam": Settings(group=3)}, 1),
-        ({"method": "edam"}, 2),
-        ({"method": "edam", "edam": Settings(group=4)}, 4),
-        ({"method": "edam", "edam": Settings(pairing="random")}, 1),
-        ({"method": "edam", "edam": Settings(collaborative=False)}, 1),
+        (Settings(), 2),
+        (Settings(group=4), 4),
+        (Settings(group=1), 1),
+        (Settings(pairing="random"), 1),
+        (Settings(collaborative=False), 1),
     ],
 )
-def test_who_lies_together_in_a_batch(settings: dict[str, Any], expected: int) -> None:
-    assert companions(small_classifier(**settings)) == expected
+def test_how_many_images_of_a_batch_share_a_class(settings: Edam.Settings, expected: int) -> None:
+    assert build_method(small_classifier("edam", settings), K).companions == expected
+    assert build_method(small_classifier(), K).companions == 1

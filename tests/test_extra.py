@@ -198,7 +198,7 @@ def test_the_supervised_row_trains_on_the_images_with_masks(params: dict[str, An
     run("ground_truth", ground_truth.main, [])
     run("segmentation", segmentation.main, ["supervised", "--device", "cpu"])
     log = json.loads(Path("results/test/segmentations/supervised/log.json").read_text())
-    assert len(log) == 2  # steps of two of the four images; of all seven there would be four
+    assert len(log["steps"]) == 2  # steps of two of the four images; of all seven there would be four
 
 
 def test_a_training_list_without_any_mask_is_refused(

@@ -17,13 +17,14 @@ from pipeline.data.sample import choose
 from pipeline.graph import Job
 from pipeline.inference import models
 from pipeline.inference.features import feature_maps
-from pipeline.methods import Method, build_method
+from pipeline.methods.base import Method
 from pipeline.methods.cam import Cam
 from pipeline.runtime import Runtime
 from pipeline.schema import Backbone, Classifier, Head, Suppression, Training
 from pipeline.stage import Work
 from pipeline.stores.raster import RasterStore
 from stages import features
+from tests.method_contract import build_method
 from tests.voc_tree import make_index
 
 CPU = torch.device("cpu")

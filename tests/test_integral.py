@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.data.geometry import Window
 from pipeline.data.loading import Batch
 from pipeline.refinement.integral import IntegralModel, integral_loss
+from pipeline.registry import REFINEMENTS, Choice
 from pipeline.schema import Backbone, Head, Refinement, Training
 from pipeline.stores.raster import RasterStore, RasterWriter
 from stages.refinement import RefinementTask
@@ -154,7 +155,8 @@ def test_threshold_is_exclusive() -> None:
 
 def settings(**changes: Any) -> Refinement:
     training = Training(batch_size=2, lr=0.1, epochs=1)
-    return Refinement("classifiers/base", Backbone("small"), training, head=Head(1, 8), **changes)
+    choice = Choice(REFINEMENTS, "integral", changes)
+    return Refinement("classifiers/base", Backbone("small"), training, choice, head=Head(1, 8))
 
 
 class TestModel:

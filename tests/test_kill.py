@@ -46,14 +46,16 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     drop = {"attention_drop": {"beta": 0.5, "delta": 0.5}, "accumulate": {"cells": 6, "snapshots": True}}
     head = {"head": {"convs": 1, "channels": 8}}
     slow = {"training": {**small["classifier"]["training"], "lr": 0.005}}
-    edam = {"method": "edam", "edam": {"channels": 8, "hidden": 8, "heads": 1}, **slow}
+    edam = {"method": {"edam": {"channels": 8, "hidden": 8, "heads": 1}}, **slow}
     params["classifiers"] = {
         "base": {**small["classifier"], **drop, **head},
         "drs": {**small["classifier"], **drop, **head, "suppression": {}},
         "edam": {**small["classifier"], **edam, "accumulate": drop["accumulate"]},
     }
     params["localizations"]["drs"] = {"model": "classifiers/drs"}
-    params["refinements"] = {"drs": {**small["refinement"], **head, "kind": "regression", "source": "classifiers/drs"}}
+    params["refinements"] = {
+        "drs": {**small["refinement"], **head, "network": "regression", "source": "classifiers/drs"}
+    }
     v2 = {"network": {"deeplab_v2": {"rates": [1, 2], "extra_scales": [0.5]}}, "self_training": True}
     largefov = {"network": {"deeplab_largefov": {"channels": 8, "rate": 2, "dropout": 0.5}}}
     params["segmentations"] = {
@@ -61,9 +63,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "v2": {**small["segmentation"], **v2, "labels": "ground_truth"},
     }
     body = {"name": "small"}
-    one_step = {"classification": body, "segmentation": body, "shared": ["conv2", "conv2"], "grid": 6, "delay": 10}
-    narrow = {"channels": 8, "rate": 2, "agm_channels": [8, 8], "training": small["one_step"]["training"], **head}
-    params["one_step"] = {"agen": {**one_step, **narrow}}
+    narrow = {"channels": 8, "rate": 2, "agm_channels": [8, 8], **head}
+    params["one_step"] = {
+        "agen": {
+            "network": {"agen": {"shared": ["conv2", "conv2"], "grid": 6, "delay": 10, **narrow}},
+            "backbones": {"classification": body, "segmentation": body},
+            "training": small["one_step"]["training"],
+        }
+    }
     params["pseudo_labels"]["drs"] = {"source": "classifiers/drs", "rule": "threshold"}
     params["affinities"] = {"drs": {**small["affinity"], "channels": 8, "radius": 3, "labels": "pseudo_labels/drs"}}
     params["walks"] = {"drs": {"affinity": "affinities/drs", "maps": "classifiers/drs"}}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.methods.amr import Amr
 from pipeline.methods.modulation import SpatialModulation, _Pool, attention_modulation, modulate
-from pipeline.schema import Amr as Settings
 
 
 class TestModulation:
@@ -124,7 +124,7 @@ class TestModules:
 
     def test_the_batch_norm_follows_train_and_eval(self) -> None:
         torch.manual_seed(0)
-        spatial = SpatialModulation(Settings())
+        spatial = SpatialModulation(Amr.Settings())
         norm = cast(nn.BatchNorm2d, spatial.sensitivity[1])
         assert norm.momentum == 0.01
         assert spatial.sensitivity[0].bias is None
@@ -136,11 +136,11 @@ class TestModules:
         assert not torch.equal(norm.running_mean, before)
 
     def test_parts_can_be_left_out(self) -> None:
-        sizes = {parts: len(attention_modulation(8, Settings(*parts))) for parts in np.ndindex(2, 2)}
+        sizes = {parts: len(attention_modulation(8, Amr.Settings(*parts))) for parts in np.ndindex(2, 2)}
         assert sizes == {(0, 0): 0, (0, 1): 1, (1, 0): 1, (1, 1): 2}
 
     @pytest.mark.parametrize(("channels", "reduction", "middle"), [(64, 16, 4), (64, 4, 16), (8, 16, 1)])
     def test_reduction(self, channels: int, reduction: int, middle: int) -> None:
-        modules = attention_modulation(channels, Settings(reduction=reduction)).modules()
+        modules = attention_modulation(channels, Amr.Settings(reduction=reduction)).modules()
         shapes = [tuple(module.weight.shape) for module in modules if isinstance(module, nn.Linear)]
         assert shapes == [(middle, channels), (channels, middle)]

@@ -9,32 +9,34 @@ import pytest
 import torch
 import yaml
 
+from pipeline import dvc, references
 from pipeline import params as parameters
-from pipeline import references
 from pipeline.errors import PipelineError
 from pipeline.graph import Graph
 from pipeline.methods.agen import Agen
+from pipeline.registry import ONE_STEP, Choice
 from pipeline.report import metrics, protocol
-from pipeline.schema import Backbone, Head, OneStep, Training
-from pipeline.snakemake import Plan, stage_of
+from pipeline.schema import Backbone, OneStep, Training
 from pipeline.stage import run
 from pipeline.stores.files import sha256
 from pipeline.stores.raster import RasterStore
 from stages import evaluation, ground_truth, index, localization, one_step, prediction, pseudo_labels
 from tests.project import ROOT
-from tests.test_report import RAW, experiment
+from tests.test_report import RAW, experiment, training_logs
 from tests.voc_tree import make_tree, minimal_params
 
-LEARNER: dict[str, Any] = {
-    "classification": {"name": "small"},
-    "segmentation": {"name": "small"},
+AGEN: dict[str, Any] = {
     "shared": ["conv2", "conv2"],
-    "training": {"batch_size": 2, "lr": 0.02, "epochs": 2, "lr_new": 1.0},
     "head": {"convs": 1, "channels": 8},
     "channels": 8,
     "rate": 2,
     "agm_channels": [8, 8],
     "grid": 6,
+}
+LEARNER: dict[str, Any] = {
+    "network": {"agen": AGEN},
+    "backbones": {"classification": {"name": "small"}, "segmentation": {"name": "small"}},
+    "training": {"batch_size": 2, "lr": 0.02, "epochs": 2, "lr_new": 1.0},
 }
 
 
@@ -103,11 +105,10 @@ def test_the_model_does_not_depend_on_who_computes_the_crf(raw: dict[str, Any]) 
 
 def test_an_epochs_terms_are_part_of_the_checkpoint() -> None:
     torch.manual_seed(0)
-    block = OneStep(
-        Backbone("small"), Backbone("small"), Training(1, 0.1, epochs=1), ("conv2", "conv2"), head=Head(0), channels=8,
-        agm=(), coam=(), boundary_weight=0,
-    )  # fmt: skip
-    network = Agen(block, 2)
+    own = {"shared": ["conv2", "conv2"], "head": {"convs": 0}, "channels": 8, "agm": [], "coam": []}
+    backbones = {name: Backbone("small") for name in ("classification", "segmentation")}
+    choice = Choice(ONE_STEP, "agen", own | {"boundary_weight": 0})
+    network = Agen(OneStep(choice, backbones, Training(1, 0.1, epochs=1)), 2)
     unbroken, first, second = (one_step.OneStepTask(network, map) for _ in range(3))
 
     class Part:
@@ -124,7 +125,7 @@ def test_an_epochs_terms_are_part_of_the_checkpoint() -> None:
     wanted = unbroken.end_epoch(0)
     assert second.end_epoch(0) == pytest.approx(wanted, rel=1e-5)
     assert wanted.keys() == {"classification", "segmentation", "boundary"}
-    assert unbroken.state() == {"terms": None}
+    assert unbroken.state()["terms"] is None
 
 
 def test_its_jobs_stand_in_the_graph(raw: dict[str, Any]) -> None:
@@ -136,18 +137,20 @@ def test_its_jobs_stand_in_the_graph(raw: dict[str, Any]) -> None:
     assert graph.find("localization", "agen").inputs["model"] == learner.outputs["model"]
     order = [job.label for job in graph.jobs]
     assert order.index("one_step agen") < order.index("localization agen") < order.index("pseudo_labels agen")
-    names = {stage_of(job) for job in graph.jobs}
-    assert {"one_step@agen", "predict_one_step@agen", "evaluate_one_step@agen"} < names
-    assert {"prediction@cam", "prediction@agen_two_step", "evaluate_predictions@cam", "localization@agen"} < names
+    names = {dvc.name_of(job) for job in graph.jobs}
+    assert {"one_step@agen", "prediction_one_step@agen", "evaluation_one_step@agen"} < names
+    assert {
+        "prediction_segmentations@cam",
+        "prediction_segmentations@agen_two_step",
+        "evaluation_segmentations@cam",
+        "localization@agen",
+    } < names
     assert len(names) == len(graph.jobs)
     report = graph.find("report")
     assert report.params["rows"]["agen"] == {"predictions": "predictions/agen"}
     assert report.params["rows"]["agen_two_step"]["maps"] == "localizations/agen"
     assert report.inputs["log of one_step/agen"] == learner.outputs["log"]
     assert report.inputs["scores of predictions/agen"] == graph.find("evaluation", "predictions/agen").outputs["scores"]
-    plan = Plan(graph, "", 1)
-    assert plan.blocks("one_step") == ["one_step/agen"]
-    assert set(plan.blocks("predictions")) == {"predictions/cam", "predictions/agen_two_step", "predictions/agen"}
 
 
 def test_params_name_it_everywhere(raw: dict[str, Any]) -> None:
@@ -158,29 +161,44 @@ def test_params_name_it_everywhere(raw: dict[str, Any]) -> None:
         "agen": "one_step/agen",
     }
     assert references.lineage(params, "localizations/agen") == ["one_step/agen", "localizations/agen"]
-    laid = {**raw, "defaults": {"one_step": {"delay": 3}}}
-    assert parameters.validate(laid).one_step["agen"].delay == 3
+    laid = {**raw, "defaults": {"one_step": {"network": {"agen": {"delay": 3}}}}}
+    assert parameters.validate(laid).one_step["agen"].network.settings.delay == 3
 
 
 @pytest.mark.parametrize(
     ("changes", "faults"),
     [
-        ({"agm": [4, 6], "coam": [4, 5]}, ["agm: stage 6 is none of 3, 4, 5", "coam: stage 5 is none of 4, 6"]),
-        ({"agm": [], "coam": [4]}, ["coam: stage 4 is none of agm, which is empty"]),
-        ({"delta": [0.4, 1, 0.3, 0]}, ["delta: 1.0 is not within 0 and 1", "delta: 0.0 is not within 0 and 1"]),
-        ({"background_power": 0.5}, ["background_power: 0.5 is below 1"]),
-        ({"boundary_weight": -1, "grid": 0}, ["boundary_weight: -1.0 is below 0", "grid: 0 is below 1"]),
-        ({"shared": ["conv2"]}, ["shared: must be a list of 2 numbers, not ['conv2']"]),
-        ({"training": {"batch_size": 2, "lr": 0.1}}, ["training: give either epochs or iterations"]),
+        ({"agm": [4, 6]}, ["network.agen.agm[1]: 6 must be at least 3 and at most 5"]),
+        ({"agm": [4], "coam": [4, 5]}, ["network.agen.coam: stage 5 is none of agm, which has 4"]),
+        ({"agm": [], "coam": [4]}, ["network.agen.coam: stage 4 is none of agm, which has none"]),
+        (
+            {"delta": [0.4, 1, 0.3, 0]},
+            [f"network.agen.delta[{at}]: {value} must be above 0 and below 1" for at, value in ((1, 1.0), (3, 0.0))],
+        ),
+        ({"shared": ["conv2"]}, ["network.agen.shared: must be a list of 2 values, not ['conv2']"]),
+        ({"grdi": 4}, ["network.agen.grdi: unknown key; did you mean grid?"]),
     ],
-)  # fmt: skip
+)
 def test_a_fault_is_one_line_that_names_the_key(
     raw: dict[str, Any], changes: dict[str, Any], faults: list[str]
 ) -> None:
-    raw["one_step"]["agen"] |= changes
+    raw["one_step"]["agen"]["network"] = {"agen": AGEN | changes}
     with pytest.raises(PipelineError) as caught:
-        parameters.validate(raw, "p.yaml")
+        parameters.validate(raw, "p.yaml", resolve=True)
     assert list(caught.value.lines) == [f"p.yaml: one_step.agen.{fault}" for fault in faults]
+
+
+def test_backbones_are_those_that_the_network_asks_for(raw: dict[str, Any]) -> None:
+    raw["one_step"]["agen"]["backbones"] = {"classification": {"name": "small"}, "body": {"name": "small"}}
+    with pytest.raises(PipelineError) as caught:
+        parameters.validate(raw, "p.yaml", resolve=True)
+    assert list(caught.value.lines) == [
+        "p.yaml: one_step.agen.backbones.segmentation: is missing",
+        "p.yaml: one_step.agen.backbones.body: is none of classification, segmentation; remove it, or set it to null",
+    ]
+    raw["defaults"] = {"one_step": {"backbones": raw["one_step"]["agen"]["backbones"]}}
+    raw["one_step"]["agen"]["backbones"] = {"body": None, "segmentation": {"name": "small"}}
+    assert set(parameters.validate(raw, resolve=True).one_step["agen"].backbones) == {"classification", "segmentation"}
 
 
 def test_names_that_would_collide_are_refused(raw: dict[str, Any]) -> None:
@@ -211,14 +229,15 @@ def test_the_report_shows_its_row_as_weak(tmp_path: Path, monkeypatch: pytest.Mo
     assert {"maps_recall", "labels_miou", "miou"} < set(table["agen_two_step"])
     chains = graph.find("report").params["rows"]
     assert {metrics.supervision(chains[row]) for row in ("agen", "agen_two_step")} == {"weak"}
-    told = protocol.provenance(graph.params, "agen")
+    logs = training_logs(graph)
+    told = protocol.provenance(graph.params, "agen", logs)
     assert told["Segmentation network"] == "AGEN, small from random weights, small from random weights"
-    two_step = protocol.provenance(graph.params, "agen_two_step")
+    two_step = protocol.provenance(graph.params, "agen_two_step", logs)
     assert two_step["Maps"] == "one_step/agen → localizations/agen"
     assert two_step["Map networks"] == told["Segmentation network"]
     assert two_step["Pseudo labels"] == "rule threshold, background (1 - strongest)^1, dense CRF off"
     assert told.keys() == two_step.keys()
-    assert protocol.map_columns(graph.params, "localizations/agen") == {"Probability": "localizations/agen"}
+    assert protocol.map_columns(graph.params, "localizations/agen", logs) == {"Probability": "localizations/agen"}
 
 
 def test_masks_are_never_read(raw: dict[str, Any]) -> None:

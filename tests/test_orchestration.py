@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline import dvc
 from tests.project import copy, environment, run
 
 pytestmark = pytest.mark.slow
@@ -60,20 +61,27 @@ def commit(folder: Path, message: str) -> None:
 
 
 def planned(folder: Path, *arguments: str) -> set[str]:
-    """What a dry run of Snakemake would run, in the words of dvc.yaml."""
+    """What a dry run of Snakemake would run, under the names of dvc.yaml."""
     text = run(folder, "snakemake", "--dry-run", *arguments)
     jobs = set()
     for rule, body in SCHEDULE.findall(text):
-        wildcards = re.search(r"wildcards: (.*)", body)
-        values = [pair.split("=")[1] for pair in wildcards[1].split(", ")] if wildcards else []
-        jobs.add("@".join(["evaluate_" + values[0], values[1]] if rule == "evaluation" else [rule, *values]))
+        wildcards = re.search(r"wildcards: name=(.*)", body)
+        section, _, name = (wildcards[1] if wildcards else "").rpartition("/")
+        section = "segmentations" if rule == "prediction" or section == "predictions" else section
+        jobs.add("@".join(filter(None, ("_".join(filter(None, (rule, section))), name))))
     assert jobs or NOTHING in text, text
     return jobs - {"all"}
 
 
+def worked(text: str) -> set[str]:
+    """The stages that DVC started and that did something: those up to date, and what DVC alone has, are left out."""
+    stages = dict(re.findall(r"Running stage '(.*)':\n> .*\n((?:(?!Running|Updating).*\n)*)", text))
+    return {name for name, output in stages.items() if ": up to date" not in output} - {dvc.ROWS}
+
+
 def reproduced(folder: Path, *arguments: str) -> set[str]:
-    """What ``dvc repro`` ran."""
-    return set(re.findall(r"Running stage '(.*)':", run(folder, "dvc", "repro", *arguments)))
+    """What ``dvc repro`` ran anew."""
+    return worked(run(folder, "dvc", "repro", *arguments))
 
 
 def loosen_oaa(params: dict[str, Any]) -> None:
@@ -83,9 +91,9 @@ def loosen_oaa(params: dict[str, Any]) -> None:
 OF_OAA = {
     "pseudo_labels@oaa",
     "segmentation@oaa",
-    "prediction@oaa",
-    "evaluate_pseudo_labels@oaa",
-    "evaluate_predictions@oaa",
+    "prediction_segmentations@oaa",
+    "evaluation_pseudo_labels@oaa",
+    "evaluation_segmentations@oaa",
     "report",
 }
 
@@ -154,11 +162,13 @@ def test_stale_jobs_that_a_target_does_not_need_are_left_alone(project: Path) ->
     edit(project, loosen_oaa)
     target = "results/demo/predictions/cam/labels.h5"
     assert planned(project, "--", target) == set()
-    assert planned(project, "--force", "--allowed-rules", "prediction", "--", target) == {"prediction@cam"}
+    assert planned(project, "--force", "--allowed-rules", "prediction", "--", target) == {
+        "prediction_segmentations@cam"
+    }
     assert planned(project, "--", "results/demo/predictions/oaa/labels.h5") == {
         "pseudo_labels@oaa",
         "segmentation@oaa",
-        "prediction@oaa",
+        "prediction_segmentations@oaa",
     }
 
 
@@ -167,8 +177,73 @@ def test_changed_code_and_missing_files_are_noticed(project: Path) -> None:
     assert {"localization@cam", "pseudo_labels@cam", "report"} <= planned(project)
     assert "classifier@base" not in planned(project)
     with (project / "stages/demo.py").open("a") as file:
-        file.write("# another line\n")
+        file.write("# a comment\n")
+    assert "demo" not in planned(project)
+    with (project / "stages/demo.py").open("a") as file:
+        file.write("OTHER = 1\n")
     assert {"demo", "index", "classifier@base"} <= planned(project)
+
+
+def test_dvc_starts_what_a_comment_touches_and_trains_nothing(project: Path) -> None:
+    for source in ("stages/segmentation.py", "pipeline/training/loop.py"):
+        with (project / source).open("a") as file:
+            file.write("# a comment\n")
+    assert "segmentation@oaa" in run(project, "dvc", "status")
+    text = run(project, "dvc", "repro")
+    assert "segmentation oaa: up to date" in text
+    assert worked(text) == set()
+    assert CLEAN in run(project, "dvc", "status")
+    assert "done in" not in text  # which a stage says after its work
+
+
+def test_dvc_runs_what_the_rows_need(project: Path) -> None:
+    """From nothing, with fewer rows in params.yaml; then with all of them."""
+    shutil.rmtree(project / "results/demo")
+    (project / "dvc.lock").unlink()
+    edit(project, lambda params: params.update(method="cam", rows=["cam"]))
+    text = run(project, "dvc", "repro")
+    assert text.count("segmentation oaa: no row of params.yaml's rows needs it") == 1
+    assert set(json.loads((project / "results/demo/metrics.json").read_text())) == {"cam"}
+    assert planned(project) == set()
+    assert CLEAN in run(project, "dvc", "status")
+    assert reproduced(project) == set()
+    stand_in = project / "results/demo/segmentations/oaa/model.pt"
+    assert stand_in.read_text() == dvc.STAND_IN
+    edit(project, lambda params: params.pop("rows"))
+    assert {"segmentation@oaa", "prediction_segmentations@oaa"} <= planned(project)
+    ran = reproduced(project)
+    assert {"segmentation@oaa", "report"} <= ran <= OF_OAA
+    assert stand_in.stat().st_size > 1000
+    assert planned(project) == set()
+
+
+def test_an_experiment_may_have_fewer_rows(project: Path) -> None:
+    text = run(project, "dvc", "exp", "run", "--name", "few", "--set-param", "+rows=[oaa]")
+    assert "segmentation cam: no row of params.yaml's rows needs it" in text
+    assert worked(text) <= {"report", *(name for name in worked(text) if name.endswith("@cam"))}
+    assert set(json.loads((project / "results/demo/metrics.json").read_text())) == {"oaa"}
+    assert (project / "results/demo/segmentations/cam/model.pt").stat().st_size > 1000  # what was there stays
+    assert planned(project) == set()
+
+
+def test_what_stands_in_for_results_is_never_read(project: Path) -> None:
+    model = project / "results/demo/segmentations/cam/model.pt"
+    model.unlink()
+    edit(project, lambda params: params.update(method="oaa", rows=["oaa"]))
+    run(project, "dvc", "repro")
+    assert model.read_text() == dvc.STAND_IN
+    edit(project, lambda params: params.pop("rows"))
+    text = run(project, "python", "-m", "stages.prediction", "cam", check=False)
+    assert re.search(r"^error: results/demo/segmentations/cam/model.pt: damaged", text, re.MULTILINE), text
+
+
+def test_a_failing_stage_says_why_under_dvc(project: Path) -> None:
+    edit(project, loosen_oaa)
+    maps = project / "results/demo/classifiers/base/maps.h5"
+    maps.write_bytes(maps.read_bytes()[:-1])
+    text = run(project, "python", "-m", "dvc", "repro", "--single-item", "pseudo_labels@oaa", check=False)
+    assert re.search(r"^error: results/demo/classifiers/base/maps.h5: damaged", text, re.MULTILINE), text
+    assert "failed to reproduce 'pseudo_labels@oaa'" in text
 
 
 def test_snakemake_runs_what_a_param_touches_and_any_commit_checked_out_is_up_to_date(project: Path) -> None:
@@ -187,6 +262,7 @@ def test_a_fresh_clone_trusts_what_it_pulls_and_no_more(project: Path, tmp_path:
     folder = clone(project, tmp_path / "clone")
     assert planned(folder) == set()
     assert CLEAN in run(folder, "dvc", "status")
+    assert "Running stage" not in run(folder, "dvc", "repro")
     edit(folder, loosen_oaa)
     assert planned(folder) == OF_OAA
     assert {"pseudo_labels@oaa", "report"} <= reproduced(folder) <= OF_OAA

@@ -47,9 +47,9 @@ def over(**changes: Any) -> dict[str, Any]:
 
 
 def faults(raw: dict[str, Any]) -> list[str]:
-    """What ``validate`` says of params that are wrong."""
+    """What ``validate`` says of params that are wrong, the settings of their choices included."""
     with pytest.raises(PipelineError) as caught:
-        validate(raw, "p.yaml")
+        validate(raw, "p.yaml", resolve=True)
     return list(caught.value.lines)
 
 
@@ -87,6 +87,14 @@ def left(node: Any, where: str) -> Iterator[str]:
         yield where
 
 
+def without_heads(node: Any) -> Any:
+    """The same without the channels of heads that have no convolution."""
+    if not isinstance(node, dict):
+        return node
+    kept = {key: without_heads(value) for key, value in node.items()}
+    return kept | ({"head": None} if (kept.get("head") or {}).get("convs") == 0 else {})
+
+
 @pytest.mark.parametrize("name", ["voc2012", "voc12_mini"])
 def test_a_profile_on_real_images_leaves_no_number_of_the_demo(name: str) -> None:
     """Learning rates from scratch on 96 pixels, say. What params.yaml names, by other words, may stay."""
@@ -95,9 +103,8 @@ def test_a_profile_on_real_images_leaves_no_number_of_the_demo(name: str) -> Non
     raw = merge(borrowed(yaml.safe_load((ROOT / "params.yaml").read_text())), yaml.safe_load(profile.read_text()))
     for section in parameters.SECTIONS:
         for block in getattr(params, section):
-            settings = merge(raw["defaults"].get(section, {}), raw[section][block])
-            if settings.get("head", {}).get("convs") == 0:
-                settings = merge(settings, {"head": None})  # the channels of no convolution
+            settings = merge(raw["defaults"].get(section, {}), raw[section][block], 2)
+            settings = without_heads(settings)
             assert list(left(settings, f"{section}.{block}")) == []
 
 
@@ -165,11 +172,11 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
         ),
         (
             {"segmentations": {"row": {"training": {"batch_size": 0}}}},
-            "p.yaml: segmentations.row.training.batch_size: 0 is below 1",
+            "p.yaml: segmentations.row.training.batch_size: 0 must be at least 1",
         ),
         (
             {"segmentations": {"row": {"training": {"warmup_start": 1.5}}}},
-            "p.yaml: segmentations.row.training.warmup_start: 1.5 is not within 0 and 1",
+            "p.yaml: segmentations.row.training.warmup_start: 1.5 must be at least 0 and at most 1",
         ),
         (
             {"segmentations": {"row": {"backbone": {"frozen": "conv2"}}}},
@@ -182,6 +189,36 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
         (
             {"mixtures": {"half": {"labels": "pseudo_labels/rule", "share": 1.5}}},
             "p.yaml: mixtures.half.share: 1.5 must be at least 0 and at most 1",
+        ),
+        (
+            {"classifiers": {"base": {"augmentation": {"side": "short", "length": [100, 50]}}}},
+            "p.yaml: classifiers.base.augmentation.length: [100, 50] must be [low, high]",
+        ),
+        (
+            {"classifiers": {"base": {"augmentation": {"scale": [2, 1]}}}},
+            "p.yaml: classifiers.base.augmentation.scale: [2.0, 1.0] must be [low, high]",
+        ),
+        (
+            {"classifiers": {"base": {"augmentation": {"side": "long"}}}},
+            "p.yaml: classifiers.base.augmentation.length: is missing; side long needs it",
+        ),
+        (
+            {"localizations": {"plain": {"side": "short"}}},
+            "p.yaml: localizations.plain.length: is missing; side short needs it",
+        ),
+        (
+            {"localizations": {"plain": {"scales": []}}},
+            "p.yaml: localizations.plain.scales: is empty; name one at least",
+        ),
+        ({"test": {"scales": []}}, "p.yaml: test.scales: is empty; name one at least"),
+        ({"test": {"scales": [-1.0]}}, "p.yaml: test.scales[0]: -1.0 must be above 0"),
+        (
+            {"localizations": {"fine": {"climbing": {}}}},
+            "p.yaml: localizations.fine.climbing: refinements/finer is no classifier; set climbing to null",
+        ),
+        (
+            {"classifiers": {"base": {"training": {"nesterov": True, "momentum": 0}}}},
+            "p.yaml: classifiers.base.training.nesterov: needs a momentum; set momentum above 0, or nesterov to false",
         ),
         ({"method": "other"}, "p.yaml: method: other is none of the rows row"),
         (
@@ -196,7 +233,7 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
             {"dataset": {"demo": None, "coco_stuff": "data", "root": "data/small"}},
             "p.yaml: dataset.root: lies in data, of which it is made (coco_stuff); choose a folder outside of it",
         ),
-        ({"defaults": {"mixtures": {}}}, "p.yaml: defaults.mixtures: unknown section"),
+        ({"defaults": {"saliency": {}}}, "p.yaml: defaults.saliency: unknown section"),
         ({"defaults": ["a"]}, "p.yaml: defaults: must be a mapping of sections to blocks, not ['a']"),
         ({"defaults": {"classifiers": 1}}, "p.yaml: defaults.classifiers: must be a mapping, not 1"),
     ],
@@ -243,7 +280,7 @@ def test_a_reference_to_nothing_is_answered_with_what_there_is(
 
 def test_a_circle_of_references_is_refused() -> None:
     (line,) = faults(over(refinements={"finer": {"source": "localizations/fine"}}))
-    assert line == "p.yaml: goes round in a circle: localizations/fine <- refinements/finer <- localizations/fine"
+    assert line == "p.yaml: goes round in a circle: refinements/finer <- localizations/fine <- refinements/finer"
 
 
 def test_all_faults_are_reported_at_once() -> None:

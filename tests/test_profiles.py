@@ -87,7 +87,11 @@ def test_voc12_mini_learns_from_real_images(tmp_path: Path) -> None:
             "classifiers": {**learn, "accumulate": {"cells": 11}},
             "refinements": {**learn, "training": {"epochs": 1}},
             "affinities": {**learn, "training": {"epochs": 1}},
-            "one_step": {"classification": backbone, "segmentation": backbone, **size, "training": {"epochs": 3}},
+            "one_step": {
+                "backbones": {"classification": backbone, "segmentation": backbone},
+                **size,
+                "training": {"epochs": 3},
+            },
             "localizations": {"length": 161, "scales": [1.0]},
             "segmentations": {"backbone": backbone, "augmentation": {"crop": 161}, "training": {"epochs": 1}},
         },

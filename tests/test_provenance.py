@@ -7,25 +7,24 @@ from typing import Any
 
 import pytest
 
-from pipeline import params as parameters
 from pipeline import references
 from pipeline.report import protocol
-from tests.test_report import LEARNER, RAW, SMALL, experiment
+from tests.test_report import LEARNER, RAW, SMALL, experiment, training_logs
 
 CONFIDENT = {"rule": {"confident": {"high": 0.5, "low": 0.15}}}
 AGEN = {
-    "classification": {"name": "small"},
-    "segmentation": {"name": "small"},
-    "shared": ["conv2", "conv2"],
+    "network": {"agen": {"shared": ["conv2", "conv2"]}},
+    "backbones": {"classification": {"name": "small"}, "segmentation": {"name": "small"}},
     "training": SMALL["training"],
 }
+PLAIN_AGEN = {"network": {"agen": {"shared": ["conv2", "conv2"], "agm": [], "coam": [], "boundary_weight": 0}}}
 WALKED: dict[str, Any] = RAW | {
     "method": "walked",
     "classifiers": {
         "base": SMALL,
-        "amr": {**SMALL, "method": "amr", "amr": {"shared": "stem"}},
+        "amr": {**SMALL, "method": {"amr": {"shared": "stem"}}},
         "edam": {**SMALL, "method": "edam", "suppression": {}},
-        "alone": {**SMALL, "method": "edam", "edam": {"collaborative": False}},
+        "alone": {**SMALL, "method": {"edam": {"collaborative": False}}},
     },
     "localizations": RAW["localizations"]
     | {
@@ -49,7 +48,7 @@ WALKED: dict[str, Any] = RAW | {
         "alone": {"source": "localizations/alone", "rule": {"drs": {"beta": 0.06}}},
         "agen": {"source": "localizations/agen", "rule": {"oaa": {"background": {"power": 8}}}},
     },
-    "one_step": {"agen": AGEN, "plain_agen": AGEN | {"agm": [], "coam": [], "boundary_weight": 0}},
+    "one_step": {"agen": AGEN, "plain_agen": AGEN | PLAIN_AGEN},
     "segmentations": RAW["segmentations"]
     | {name: {"labels": f"pseudo_labels/{name}", **LEARNER} for name in ("walked", "amr", "edam", "alone")}
     | {"two_step": {"labels": "pseudo_labels/agen", **LEARNER}},
@@ -89,9 +88,12 @@ def test_a_one_step_row_is_shown_by_the_row_that_learns_from_it(place: Path, met
     assert f"Train split, the way of {shown}. " in (place / "results/drawn/report.html").read_text()
 
 
-def test_map_columns_say_what_the_maps_are() -> None:
-    params = parameters.validate(WALKED)
-    assert [protocol.map_columns(params, name) for name in ("walks/twice", "walks/climbed", "localizations/edam")] == [
+def test_map_columns_say_what_the_maps_are(place: Path) -> None:
+    graph = experiment(WALKED, train=2, held=1, masks=False)
+    params, logs = graph.params, training_logs(graph)
+    assert [
+        protocol.map_columns(params, name, logs) for name in ("walks/twice", "walks/climbed", "localizations/edam")
+    ] == [
         {
             "CAM": "localizations/cam",
             "Cumulative attention": "classifiers/base",
@@ -103,9 +105,10 @@ def test_map_columns_say_what_the_maps_are() -> None:
     ]
 
 
-def test_provenance_names_every_method_and_rule() -> None:
-    params = parameters.validate(WALKED)
-    told = {row: protocol.provenance(params, row) for row in references.rows(params)}
+def test_provenance_names_every_method_and_rule(place: Path) -> None:
+    graph = experiment(WALKED, train=2, held=1, masks=False)
+    params, logs = graph.params, training_logs(graph)
+    told = {row: protocol.provenance(params, row, logs) for row in references.rows(params)}
     small = "small from random weights"
     affinities = (
         f"along affinities of {small}, frozen, learned from pseudo_labels/confident "

@@ -5,15 +5,20 @@ from typing import Any
 
 import pytest
 
-from pipeline import contradictions, references
+from pipeline import references
 from pipeline.errors import PipelineError
 from pipeline.params import merge, validate
 from pipeline.schema import Params
+from pipeline.stage_table import SECTIONS
 
 TRAINING = {"epochs": 1, "batch_size": 2, "lr": 0.1}
 SMALL = {"name": "small"}
 NETWORK = {"backbone": SMALL, "training": TRAINING}
-JOINT = {"classification": SMALL, "segmentation": SMALL, "shared": ["conv2", "conv2"], "training": TRAINING}
+JOINT = {
+    "network": {"agen": {"shared": ["conv2", "conv2"]}},
+    "backbones": {"classification": SMALL, "segmentation": SMALL},
+    "training": TRAINING,
+}
 SURE = {"rule": "confident"}
 LEARNER = {**NETWORK, "network": "deeplab_largefov"}
 CHAINS: dict[str, Any] = {  # a row of each kind, on two classifiers and a one-step network
@@ -47,7 +52,6 @@ CHAINS: dict[str, Any] = {  # a row of each kind, on two classifiers and a one-s
     },
     "one_step": {"joint": JOINT, "alone": JOINT},
 }
-SECTIONS = (*contradictions.SECTIONS, "mixtures")
 FINER = {"classifiers/base", "localizations/base", "refinements/finer", "localizations/finer", "pseudo_labels/finer"}
 WALKED = {
     "classifiers/base",
@@ -124,5 +128,5 @@ def test_the_method_is_one_of_the_rows() -> None:
 
 
 def test_what_no_row_needs_is_checked_all_the_same() -> None:
-    with pytest.raises(PipelineError, match=r"walks\.walked\.radius: 1 is below 2"):
+    with pytest.raises(PipelineError, match=r"walks\.walked\.radius: 1 must be at least 2"):
         chains(rows=["supervised"], method="supervised", walks={"walked": {"radius": 1}})

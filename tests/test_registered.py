@@ -127,7 +127,9 @@ def test_from_tags_to_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert 0 <= json.loads((results / "evaluation/predictions/cam/scores.json").read_text())["miou"] <= 1
 
     graph = Graph(parameters.load([Path("params.yaml")]))
-    provenance = protocol.provenance(graph.params, "cam")
+    trained = ("classifiers/base", "segmentations/cam")
+    logs = {name: json.loads((results / name / "log.json").read_text()) for name in trained}
+    provenance = protocol.provenance(graph.params, "cam", logs)
     assert provenance["Pseudo labels"] == "rule brightest, the brightest class from 0.6"
     assert provenance["Segmentation network"] == "pointwise network of 5 channels, strided from random weights"
     assert set(map(str, graph.find("pseudo_labels", "cam").inputs)) >= {"saliency"}

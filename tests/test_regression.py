@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pipeline.data.index import Image
 from pipeline.inference.localize import localization_maps
-from pipeline.refinement import RegressionNetwork
-from pipeline.refinement.regression import strongest
+from pipeline.refinement.regression import RegressionNetwork, strongest
+from pipeline.registry import REFINEMENTS, Choice
 from pipeline.schema import Backbone, Head, Localization, Refinement, Training
 
 K = 3
@@ -21,7 +21,8 @@ K = 3
 def network(**settings: Any) -> RegressionNetwork:
     torch.manual_seed(0)
     training = Training(4, 1e-3, epochs=1)
-    block = Refinement("localizations/x", Backbone("small"), training, "regression", Head(1, 32), **settings)
+    choice = Choice(REFINEMENTS, "regression", settings)
+    block = Refinement("localizations/x", Backbone("small"), training, choice, Head(1, 32))
     return RegressionNetwork(block, K)
 
 

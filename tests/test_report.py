@@ -14,12 +14,15 @@ import pytest
 from pipeline import params as parameters
 from pipeline import references
 from pipeline.data.sample import choose
-from pipeline.graph import Graph
+from pipeline.graph import Graph, Job
+from pipeline.inference import models
 from pipeline.report import metrics, pictures, protocol
 from pipeline.runtime import Runtime
 from pipeline.stage import Work
 from pipeline.stores.raster import RasterWriter
 from stages import evaluation, report
+from stages.affinity import AffinityTask
+from stages.segmentation import SegmentationTask
 
 SIDE = 48
 NAMES = ["circle", "square", "cross"]
@@ -113,7 +116,7 @@ def experiment(raw: dict[str, Any], train: int = 8, held: int = 5, masks: bool =
             if key == "index":
                 path.write_text(json.dumps(index))
             elif key == "log":
-                path.write_text(json.dumps(training_log(len(job.name))))
+                path.write_text(json.dumps(training_log(len(job.name)) | {"about": about(job)}))
             elif key == "layers":
                 path.write_text(json.dumps(LAYERS.get(job.name, LAYERS[""])))
             elif path.suffix == ".h5":
@@ -126,6 +129,24 @@ def experiment(raw: dict[str, Any], train: int = 8, held: int = 5, masks: bool =
                 path.parent.mkdir(parents=True, exist_ok=True)
             main(Work(job, job.inputs, job.outputs, Runtime(), "key", Path("checkpoint")))
     return graph
+
+
+def about(job: Job) -> dict[str, str]:
+    """What a training of the job's network writes into its log."""
+    network: Any = models.build(job.block, len(NAMES))
+    match job.stage:
+        case "segmentation":
+            return SegmentationTask(network, job.block).about()
+        case "affinity":
+            return AffinityTask(network, job.block).about()
+        case _:
+            return network.about()
+
+
+def training_logs(graph: Graph) -> dict[str, Any]:
+    """The logs that the report reads, by SECTION/NAME."""
+    inputs = graph.find("report").inputs.items()
+    return {name[7:]: json.loads(path.read_text()) for name, path in inputs if name.startswith("log of ")}
 
 
 def training_log(seed: int) -> dict[str, Any]:
@@ -257,13 +278,22 @@ def test_layers_with_and_without_suppression_side_by_side(place: Path) -> None:
         assert np.array_equal(bright, line(classifier, LAYERS[""].index(layer) + 1) > 0)
 
 
-def test_only_plain_cam_is_shown_as_plain(place: Path) -> None:
+def test_plain_classifiers_of_the_suppressed_method_are_shown(place: Path) -> None:
     amr = {**SMALL, "method": "amr"}
     experiment({**RAW, "classifiers": {"base": SMALL, "amr": amr, "both": {**amr, "suppression": {}}}})
     html = (place / "results/drawn/report.html").read_text()
     section = html.partition("<h2>Feature maps</h2>")[2].partition("</section>")[0]
     rows = [re.sub("<.*?>", "", cell) for cell in re.findall(r'<th scope="row">.*?</th>', section)]
-    assert rows == 4 * ["baseplain", "bothAMR, DRS, learnable"]
+    assert rows == 4 * ["amrplain", "bothDRS, learnable"]
+
+
+def test_several_suppressed_methods_are_named(place: Path) -> None:
+    amr = {**SMALL, "method": "amr", "suppression": {}}
+    experiment({**RAW, "classifiers": {"base": SMALL, "amr": amr, "drs": {**SMALL, "suppression": {}}}})
+    html = (place / "results/drawn/report.html").read_text()
+    section = html.partition("<h2>Feature maps</h2>")[2].partition("</section>")[0]
+    rows = [re.sub("<.*?>", "", cell) for cell in re.findall(r'<th scope="row">.*?</th>', section)]
+    assert rows == 4 * ["baseCAM, plain", "amrAMR, DRS, learnable", "drsCAM, DRS, learnable"]
 
 
 def test_classifiers_of_other_layers_leave_cells_empty(place: Path) -> None:
@@ -294,21 +324,22 @@ def test_best_is_the_best_weak_row() -> None:
     ]
 
 
-def test_map_columns_follow_the_selected_method() -> None:
-    params = parameters.validate(RAW)
+def test_map_columns_follow_the_selected_method(place: Path) -> None:
+    graph = experiment(RAW, train=2, held=1, masks=False)
+    params, logs = graph.params, training_logs(graph)
     assert references.lineage(params, "localizations/refined") == [
         "classifiers/base",
         "refinements/oaa_plus",
         "localizations/refined",
     ]
-    assert protocol.map_columns(params, "localizations/refined") == {
+    assert protocol.map_columns(params, "localizations/refined", logs) == {
         "CAM": "localizations/cam",
         "Cumulative attention": "classifiers/base",
         "Refined map": "localizations/refined",
     }
-    assert "dense CRF on (4 iterations)" in protocol.provenance(params, "oaa")["Pseudo labels"]
-    assert "masks of 10 %" in protocol.provenance(params, "mixed")["Pseudo labels"]
-    assert protocol.provenance(params, "supervised")["Pseudo labels"] == "ground truth"
+    assert "dense CRF on (4 iterations)" in protocol.provenance(params, "oaa", logs)["Pseudo labels"]
+    assert "masks of 10 %" in protocol.provenance(params, "mixed", logs)["Pseudo labels"]
+    assert protocol.provenance(params, "supervised", logs)["Pseudo labels"] == "ground truth"
 
 
 @pytest.mark.parametrize(("method", "shown"), [("oaa", True), ("mixed", True), ("blind", False)])

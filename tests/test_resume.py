@@ -13,7 +13,7 @@ from pipeline.data.index import Index
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.errors import PipelineError
 from pipeline.graph import Job
-from pipeline.methods import Method, Output
+from pipeline.methods.base import Method, Output
 from pipeline.runtime import Runtime
 from pipeline.schema import Accumulate, AttentionDrop, Augmentation, Backbone, Classifier, Training
 from pipeline.stage import Work
@@ -34,6 +34,8 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 class DropoutMethod(Method):
     """A small classifier that draws from the global generator and keeps batch statistics."""
 
+    map_name = "Dropout"
+
     def __init__(self, settings: Classifier, num_classes: int) -> None:
         super().__init__(settings, num_classes)
         self.features = nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.4))
@@ -41,6 +43,12 @@ class DropoutMethod(Method):
 
     def new_layers(self) -> Iterable[nn.Module]:
         return [self.classifier]
+
+    def layers(self) -> dict[str, list[nn.Module]]:
+        return {"all": [self.features]}
+
+    def describe(self) -> str:
+        return self.map_name
 
     def forward(self, images: Tensor, occluded: Tensor | None = None) -> Output:
         maps = self.classifier(self.features(images))

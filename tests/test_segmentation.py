@@ -14,7 +14,7 @@ from pipeline.data.geometry import Window
 from pipeline.data.loading import Batch
 from pipeline.errors import PipelineError
 from pipeline.networks.segmentation import SegmentationNetwork, build_segmentation
-from pipeline.params import check_settings, validate
+from pipeline.params import validate
 from pipeline.registry import SEGMENTATIONS, Choice
 from pipeline.schema import Backbone, Segmentation, Training
 from pipeline.training.loop import extent
@@ -304,19 +304,18 @@ class TestParams:
     ) -> None:
         raw = minimal_params(make_tree(tmp_path))
         raw["segmentations"]["cam"]["network"] = network
-        params = validate(raw)
         with pytest.raises(PipelineError) as caught:
-            check_settings(params)
+            validate(raw, "p.yaml", resolve=True)
         (name,) = network
-        assert caught.value.lines == tuple(f"segmentations.cam.network.{name}.{fault}" for fault in faults)
+        assert caught.value.lines == tuple(f"p.yaml: segmentations.cam.network.{name}.{fault}" for fault in faults)
 
     def test_faults_of_all_networks_are_reported_at_once(self, tmp_path: Path) -> None:
         raw = minimal_params(make_tree(tmp_path))
         for row, rate in (("cam", 0), ("other", -1)):
             raw["segmentations"][row] = raw["segmentations"]["cam"] | {"network": {"deeplab_largefov": {"rate": rate}}}
         with pytest.raises(PipelineError) as caught:
-            check_settings(validate(raw))
-        assert [line.split(":")[0] for line in caught.value.lines] == [
+            validate(raw, "p.yaml", resolve=True)
+        assert [line.split(": ")[1] for line in caught.value.lines] == [
             "segmentations.cam.network.deeplab_largefov.rate",
             "segmentations.other.network.deeplab_largefov.rate",
         ]

@@ -220,26 +220,6 @@ class TestFiles:
         found.append(files.fingerprint(tmp_path))
         assert len(set(found)) == 4
 
-    def test_code_hash_reads_all_sources_and_nothing_else(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "package" / "sub").mkdir(parents=True)
-        (tmp_path / "package" / "sub" / "a.py").write_text("a = 1\n")
-        (tmp_path / "stage.py").write_text("b = 1\n")
-        roots = ("stage.py", "package")
-        first = files.code_hash(roots)
-        (tmp_path / "package" / "notes.txt").write_text("no code")
-        assert files.code_hash(roots) == first
-        (tmp_path / "package" / "sub" / "a.py").write_text("a = 2\n")
-        second = files.code_hash(roots)
-        (tmp_path / "stage.py").write_text("b = 2\n")
-        third = files.code_hash(roots)
-        (tmp_path / "package" / "sub" / "page.html.j2").write_text("{{ title }}\n")
-        fourth = files.code_hash(roots)
-        (tmp_path / "package" / "sub" / "style.css").write_text("p { margin: 0; }\n")
-        assert len({first, second, third, fourth, files.code_hash(roots)}) == 5
-
     def test_atomic_appears_whole_or_not_at_all(self, tmp_path: Path) -> None:
         path = tmp_path / "new" / "a.txt"
         with files.atomic(path) as temporary:

@@ -326,17 +326,17 @@ def test_settings_that_cannot_be_are_named_all_at_once() -> None:
     data = read([ROOT / "params.yaml"])
     training = {"batch_size": 2, "lr": 0.1, "epochs": 1}
     network = {"labels": "pseudo_labels/cam", "backbone": {"name": "small"}, "training": training}
-    data["affinities"]["bad"] = {**network, "radius": 1, "channels": 6}
+    data["affinities"] |= {"bad": {**network, "radius": 1}, "odd": {**network, "channels": 6}}
     maps = {"affinity": "affinities/bad", "maps": "localizations/cam"}
     data["walks"]["bad"] = {**maps, "radius": 1, "times": -1, "beta": 0.0, "power": -1.0}
     with pytest.raises(PipelineError) as caught:
         validate(data)
     assert [line.split(": ")[1] for line in caught.value.lines] == [
         "affinities.bad.radius",
-        "affinities.bad.channels",
+        "affinities.odd.channels",
         "walks.bad.radius",
-        "walks.bad.times",
         "walks.bad.beta",
+        "walks.bad.times",
         "walks.bad.power",
     ]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.inference.batching import pixels_per_batch
-from pipeline.methods import Method
+from pipeline.methods.base import Method
 from pipeline.schema import Climbing
 from pipeline.training.settings import autocast
 

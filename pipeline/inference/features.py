@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.data.index import Image
 from pipeline.data.loading import resized
 from pipeline.inference.batching import batches, pixels_per_batch
-from pipeline.methods import Method
+from pipeline.methods.base import Method
 from pipeline.networks.base import observe
 from pipeline.stores.blocks import Row
 

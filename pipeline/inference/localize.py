@@ -13,7 +13,7 @@ from pipeline.data.index import Image
 from pipeline.data.loading import resized
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.inference.climbing import climb
-from pipeline.methods import Method
+from pipeline.methods.base import Method
 from pipeline.schema import Localization
 from pipeline.stores.blocks import Row
 from pipeline.training.settings import autocast

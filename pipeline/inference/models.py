@@ -1,6 +1,5 @@
 """Trained networks from their files."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,13 +8,10 @@ from torch import nn
 
 from pipeline import params
 from pipeline.errors import PipelineError
-from pipeline.methods import build_method
-from pipeline.methods.agen import Agen
 from pipeline.networks.segmentation import build_segmentation
-from pipeline.refinement import REFINEMENTS
 from pipeline.refinement.affinity import AffinityNetwork
 from pipeline.registry import plain
-from pipeline.schema import Affinity, Classifier, OneStep, Refinement, Segmentation, backbones
+from pipeline.schema import Affinity, Classifier, OneStep, Refinement, Segmentation, without_weights
 from pipeline.training.checkpoint import load_model, save_model
 
 Block = Classifier | Refinement | Affinity | Segmentation | OneStep
@@ -23,16 +19,16 @@ _BLOCKS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Block)
 
 
 def build(block: Block, num_classes: int) -> nn.Module:
-    """The network of a block, with the starting weights that its backbones name."""
+    """The network of a block, with the initial weights that its backbones name.
+
+    Raises:
+        PipelineError: a backbone does not support its settings or weights.
+    """
     if isinstance(block, Classifier):
-        return build_method(block, num_classes)
-    if isinstance(block, Refinement):
-        return REFINEMENTS[block.kind](block, num_classes)
-    if isinstance(block, Affinity):
-        return AffinityNetwork(block)
-    if isinstance(block, OneStep):
-        return Agen(block, num_classes)
-    return build_segmentation(block, num_classes)
+        return block.method.entry.build(block, num_classes)
+    if isinstance(block, Refinement | OneStep):
+        return block.network.entry(block, num_classes)
+    return AffinityNetwork(block) if isinstance(block, Affinity) else build_segmentation(block, num_classes)
 
 
 def save(path: Path, network: nn.Module, block: Block, num_classes: int) -> None:
@@ -50,8 +46,7 @@ def load(path: Path, num_classes: int, device: torch.device) -> nn.Module:
     if model["num_classes"] != num_classes:
         raise PipelineError(f"{path}: was trained on {model['num_classes']} classes, the dataset has {num_classes}")
     block: Block = params.block(_BLOCKS[model["block"]], model["settings"], str(path))
-    bare: Any = {key: replace(value, weights=None) for key, value in backbones(block).items()}
-    network = build(replace(block, **bare), num_classes)
+    network = build(without_weights(block), num_classes)
     network.load_state_dict(model["state"])
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval()

@@ -5,8 +5,9 @@ share are stages 1 and 2, of which the AGMs' numbers 3 to 5 tell; branch B's hea
 one; an AGM's classification score is pooled after its CoAM; ReLU follows every 3x3 convolution.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Self, cast
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +15,17 @@ from torch.nn import functional
 
 from pipeline.data.loading import IGNORE
 from pipeline.errors import PipelineError
-from pipeline.methods.agen_losses import BoundaryLoss, Map, inside, online_labels, seeding_loss
+from pipeline.methods.agen_losses import BoundaryLoss, inside, online_labels, seeding_loss
+from pipeline.methods.one_step import Mapper, OneStepNetwork, wrong_backbones
 from pipeline.networks.backbones import Backbone, Tap, build_backbone
 from pipeline.networks.base import he_normal
 from pipeline.networks.heads import ClassAwareHead, normal
-from pipeline.schema import OneStep
+from pipeline.reader import Count, NonNegative, NonNegativeInt, Range
+from pipeline.registry import ONE_STEP
+from pipeline.schema import Crf, Head, OneStep
 
 STAGES = (3, 4, 5)
 FINAL = 6  # branch A and branch B themselves, after the last stage
-
-
-class Losses(NamedTuple):
-    """The three terms of Eq. 15, weighted; scalars."""
-
-    classification: Tensor
-    segmentation: Tensor
-    boundary: Tensor
 
 
 class ContextAttention(nn.Module):
@@ -91,10 +87,19 @@ class StageScores(nn.Module):
         return cast(Tensor, self.scores(self.shared(self.own[str(stage)](features).relu()).relu()))
 
 
-class Agen(nn.Module):
+Threshold = Annotated[float, Range(above=0, below=1)]
+Stage = Annotated[int, Range(least=STAGES[0], most=STAGES[-1])]
+
+
+@ONE_STEP.register("agen")
+class Agen(OneStepNetwork):
     """Branch A (tags), branch B (masks), and attention guided modules between their stages.
 
-    Both go on from A's features at ``settings.shared``; the stages of B up to there are left out. A 1x1 convolution
+    Branch B learns from labels that the class-aware maps of A and of the attention guided modules (AGM) give while all
+    of them train. Stages are counted as in the paper, 3 to 5.
+
+    The backbones are ``classification``, of A, and ``segmentation``, of B. Both branches go on from A's features at
+    ``settings.shared``; the stages of B up to there are left out. A 1x1 convolution
     stands between where the numbers of channels differ. Where B's next stage was made for another network's features,
     its first batch norm trains even if the backbone's are frozen: its statistics are foreign.
 
@@ -102,11 +107,47 @@ class Agen(nn.Module):
         PipelineError: the backbones cannot have their settings or weights, or a tap does not exist or does not fit.
     """
 
-    def __init__(self, settings: OneStep, num_classes: int) -> None:
-        super().__init__()
-        self.settings = settings
-        self.classification = build_backbone(settings.classification)
-        self.segmentation = build_backbone(settings.segmentation)
+    @dataclass(frozen=True)
+    class Settings:
+        """Of the branches, the modules between them, the labels, and the joint loss."""
+
+        shared: tuple[str, str]  # tap of A whose features both branches go on from, and the tap of B it stands for
+        classification_taps: tuple[str, str, str] | None = None  # of stages 3 to 5; null: the three after ``shared``
+        segmentation_taps: tuple[str, str, str] | None = None
+        head: Head = field(default_factory=lambda: Head(2, 1024))  # of branch A
+        channels: Count = 512  # of branch B's last 3x3 convolution
+        rate: Count = 12  # its dilation
+        agm: tuple[Stage, ...] = STAGES  # stages with an attention guided module (Table 2)
+        agm_channels: tuple[Count, Count] = (256, 512)  # of the AGMs' classification and segmentation branches (C, D)
+        coam: tuple[Stage, ...] = STAGES  # stages whose AGM has a context attention module (Table 3)
+        # Which pixels a class or the background labels: 'value': score > delta; 'share': score >= (1 - delta) of the
+        # class's maximum; 'rank': the pixels of the highest scores, delta of all. The paper can be read in all three
+        # ways.
+        confident: Literal["value", "share", "rank"] = "value"
+        delta: tuple[Threshold, Threshold, Threshold, Threshold] = (0.4, 0.4, 0.3, 0.3)  # of AGM-3 to AGM-5, branch A
+        background_power: Annotated[float, Range(least=1)] = 8.0  # background score: (1 - strongest)^power (Eq. 4)
+        loss_size: Literal["input", "output"] = "input"  # logits upsampled to the image; or labels at the logits' size
+        classification_weight: NonNegative = 1.0  # of L_cls, the mean over classes; Eq. 10 sums: times their number
+        boundary_weight: NonNegative = 1.0  # of L_boundary; 0: no CRF
+        grid: Count = 41  # cells on the long side of what the boundary loss compares (SEC)
+        # Of the boundary loss, xy in its cells; SEC's
+        crf: Crf = field(default_factory=lambda: Crf(10, 0.25, 3.0, 80 / 12, 13.0, 10.0))
+        delay: NonNegativeInt = 0  # epochs that train the classification branches alone
+
+        def faults(self) -> Iterator[str]:
+            if lacking := sorted(set(self.coam) - set(self.agm)):
+                yield f"coam: stage {_listed(lacking)} is none of agm, which has {_listed(self.agm) or 'none'}"
+
+        def faults_in(self, block: OneStep) -> Iterator[str]:
+            return wrong_backbones(block, "classification", "segmentation")
+
+    settings: Settings
+
+    def __init__(self, block: OneStep, num_classes: int) -> None:
+        super().__init__(block, num_classes)
+        settings = self.settings
+        self.classification = build_backbone(block.backbones["classification"])
+        self.segmentation = build_backbone(block.backbones["segmentation"])
         entry = _entries(self.classification, self.segmentation, settings)
         shared_a, shared_b = settings.shared
         self.taps_a = _stage_taps(self.classification, shared_a, settings.classification_taps, "classification_taps")
@@ -141,13 +182,29 @@ class Agen(nn.Module):
             )
         self.coam = nn.ModuleDict({str(stage): ContextAttention() for stage in sorted(settings.coam)})
 
+    @property
+    def uses_mapper(self) -> bool:
+        return self.settings.boundary_weight > 0
+
+    def describe(self) -> str:
+        return "AGEN"
+
+    def describe_labels(self) -> str:
+        """Which maps label the training images, and how."""
+        settings = self.settings
+        modules = f"branch A and AGM {_listed(settings.agm)}" if settings.agm else "branch A alone"
+        context = f", CoAM {_listed(settings.coam)}" if settings.coam else ""
+        boundary = ", boundary loss with dense CRF" if settings.boundary_weight > 0 else ""
+        return f"on the fly, by {modules}{context}, background (1 - strongest)^{settings.background_power:g}{boundary}"
+
     def new_layers(self) -> Iterable[nn.Module]:
         """All but the two backbones."""
         return [self.adapter, self.head, self.masks, self.guides, self.coam]
 
-    def lambdas(self) -> dict[str, float]:
-        """By stage, the weight that its CoAM has learned (Eq. 8)."""
-        return {stage: float(module.get_parameter("weight").detach()) for stage, module in self.coam.items()}
+    def logged(self) -> dict[str, float]:
+        """For each stage with a CoAM the weight that it has learned (Eq. 8), as 'lambda_STAGE'."""
+        weights = {stage: module.get_parameter("weight").detach() for stage, module in self.coam.items()}
+        return {f"lambda_{stage}": float(weight) for stage, weight in weights.items()}
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -157,7 +214,8 @@ class Agen(nn.Module):
 
     def entry_norm(self) -> nn.BatchNorm2d | None:
         """The batch norm where features of A enter B, if B's were those of another network."""
-        if self.settings.classification.name == self.settings.segmentation.name:
+        one, other = self.block.backbones["classification"], self.block.backbones["segmentation"]
+        if one.name == other.name:
             return None
         return next((part for part in self.segmentation.modules() if isinstance(part, nn.BatchNorm2d)), None)
 
@@ -166,12 +224,8 @@ class Agen(nn.Module):
         shared = self.settings.shared[0]
         return self._segment(_run(self.classification, images, end=shared)[shared])[1]
 
-    def localize(self, images: Tensor) -> Tensor:
-        """B x K x h x w: the probability of each object class, for the labels of the two-step form."""
-        return cast(Tensor, self(images)).softmax(1)[:, 1:]
-
-    def losses(self, images: Tensor, tags: Tensor, epoch: int, mapper: Map = map) -> Losses:
-        """The terms of the joint loss (AGEN Eq. 10 to 15).
+    def losses(self, images: Tensor, tags: Tensor, epoch: int, mapper: Mapper = map) -> dict[str, Tensor]:
+        """The terms of the joint loss (AGEN Eq. 10 to 15), weighted: 'classification', 'segmentation', 'boundary'.
 
         Without AGMs this is the paper's baseline: branch B learns from the labels that branch A's own class-aware maps
         give, and from nothing else. Padding is never labelled. Before epoch ``settings.delay`` only A and C learn.
@@ -199,11 +253,11 @@ class Agen(nn.Module):
             for stage, found in maps.items():
                 logits = final if stage == FINAL else self.guides[1](stage, features_b[self.taps_b[stage]])
                 seeded = seeded + self._seeded(logits, found, images, tags, stage)
-        return Losses(
-            settings.classification_weight * torch.stack(pooled).sum(),
-            seeded,
-            none if boundary is None else settings.boundary_weight * boundary.value(),
-        )
+        return {
+            "classification": settings.classification_weight * torch.stack(pooled).sum(),
+            "segmentation": seeded,
+            "boundary": none if boundary is None else settings.boundary_weight * boundary.value(),
+        }
 
     def class_maps(self, features: dict[str, Tensor]) -> dict[int, Tensor]:
         """By stage, from above, the raw class-aware maps B x K x h x w of branch A and of the AGMs, in float32.
@@ -248,7 +302,11 @@ def _run(backbone: Backbone, x: Tensor, start: str | None = None, end: str | Non
     return found
 
 
-def _entries(a: Backbone, b: Backbone, settings: OneStep) -> tuple[Tap, Tap]:
+def _listed(stages: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(stages)))
+
+
+def _entries(a: Backbone, b: Backbone, settings: Agen.Settings) -> tuple[Tap, Tap]:
     """What the two taps of ``settings.shared`` give.
 
     Raises:

@@ -3,7 +3,6 @@
 Where the paper leaves a choice open, the docstrings say which one was taken.
 """
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,10 @@ from torch.nn import functional
 
 from pipeline.data.loading import IGNORE, MEAN, STD
 from pipeline.labels.crf import dense_crf
+from pipeline.methods.one_step import Mapper
 from pipeline.schema import Crf
 
 Size = tuple[int, int]
-Map = Callable[..., Iterable[NDArray[np.float32]]]
 FLOOR = 1e-4  # of a probability in the boundary loss (SEC)
 
 
@@ -102,7 +101,7 @@ class BoundaryLoss:
     where ``mapper`` has any, and ``value`` waits for it. Whatever is computed between the two is computed meanwhile.
     """
 
-    def __init__(self, logits: Tensor, images: Tensor, grid: int, crf: Crf, mapper: Map) -> None:
+    def __init__(self, logits: Tensor, images: Tensor, grid: int, crf: Crf, mapper: Mapper) -> None:
         """
         Args:
             logits: B x (K + 1) x h x w.

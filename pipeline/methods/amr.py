@@ -2,15 +2,17 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline import schema
 from pipeline.methods.base import Method, Output, occlude
 from pipeline.methods.modulation import attention_modulation
 from pipeline.networks.backbones import build_backbone
 from pipeline.networks.base import attach
 from pipeline.networks.heads import ClassAwareHead
+from pipeline.reader import Count, NonNegative, Share
+from pipeline.registry import METHODS
 from pipeline.schema import Classifier
 
 
@@ -25,12 +27,13 @@ class AmrOutput(Output):
 class Branch(nn.Module):
     """A backbone and its class-aware head."""
 
-    def __init__(self, settings: Classifier, num_classes: int) -> None:
+    def __init__(self, block: Classifier, num_classes: int) -> None:
         super().__init__()
-        self.backbone = build_backbone(settings.backbone)
-        self.head = ClassAwareHead(self.backbone.out_channels, settings.head, num_classes)
+        self.backbone = build_backbone(block.backbone)
+        self.head = ClassAwareHead(self.backbone.out_channels, block.head, num_classes)
 
 
+@METHODS.register("amr")
 class Amr(Method):
     """Two classifiers of one image; in the second, the compensation branch, AMMs modulate the features (AMR Fig. 2).
 
@@ -43,17 +46,49 @@ class Amr(Method):
     first stage feeds both branches, without AMMs.
     """
 
-    def __init__(self, settings: Classifier, num_classes: int) -> None:
-        super().__init__(settings, num_classes)
-        self.amr = settings.amr or schema.Amr()
-        self.backbone = build_backbone(settings.backbone)
-        self.head = ClassAwareHead(self.backbone.out_channels, settings.head, num_classes)
-        self.compensation = Branch(settings, num_classes)
+    map_name = "Recalibrated CAM"
+
+    @dataclass(frozen=True)
+    class Settings:
+        """The modules, and the joint training of both branches."""
+
+        channel: bool = True  # channel attention modulation in the compensation branch (Table 3: AMM_c)
+        spatial: bool = True  # spatial attention modulation (AMM_s)
+        layers: tuple[str, ...] | None = None  # taps of the backbone whose layers are modulated; null: all (the code)
+        # Of the modulation (Table 4); density: a Gaussian of the density's height, 1 / (sqrt(2 pi) sigma) (the code)
+        function: Literal["gaussian", "density", "threshold"] = "gaussian"
+        statistics: Literal["sample", "batch"] = "sample"  # what the Gaussian's mean and deviation are taken over
+        reduction: Count = 16  # channels over those between the two linear layers of the channel modulation
+        consistency: NonNegative = 0.05  # weight of cross pseudo supervision, L_cps (the code; the paper: 1); 0: none
+        xi: Share = 0.5  # share of the spotlight branch in the recalibrated maps (Table 5)
+        shared: Literal["nothing", "stem"] = "nothing"  # what both branches have in common
+
+    settings: Settings
+
+    def __init__(self, block: Classifier, num_classes: int) -> None:
+        super().__init__(block, num_classes)
+        self.backbone = build_backbone(block.backbone)
+        self.head = ClassAwareHead(self.backbone.out_channels, block.head, num_classes)
+        self.compensation = Branch(block, num_classes)
         self.modulations = nn.ModuleList()
-        if self.amr.channel or self.amr.spatial:
+        if self.settings.channel or self.settings.spatial:
             self._modulate()
-        if self.amr.shared == "stem":
+        if self.settings.shared == "stem":
             del self.compensation.backbone.stages[self._stem], self.compensation.backbone.taps[self._stem]
+
+    def describe(self) -> str:
+        """Such as 'AMR (Gaussian modulation of channels and positions, consistency 0.05, ...)'."""
+        settings = self.settings
+        places = [place for place, on in (("channels", settings.channel), ("positions", settings.spatial)) if on]
+        function = {"gaussian": "Gaussian", "density": "Gaussian density"}.get(settings.function, settings.function)
+        over = " over the batch" if settings.statistics == "batch" else ""
+        parts = [
+            f"{function} modulation of {' and '.join(places)}{over}" if places else "no modulation",
+            f"consistency {settings.consistency:g}",
+            f"xi {settings.xi:g}",
+            f"branches share {settings.shared if settings.shared == 'nothing' else f'the {settings.shared}'}",
+        ]
+        return f"AMR ({', '.join(parts)})"
 
     @property
     def _stem(self) -> str:
@@ -67,15 +102,15 @@ class Amr(Method):
         """
         backbone = self.compensation.backbone
         increments = backbone.increments()
-        if self.amr.shared == "stem":
+        if self.settings.shared == "stem":
             del increments[self._stem]
         self.modulations.extend(
             attach(
                 backbone,
                 increments,
-                self.amr.layers,
-                "amr.layers",
-                lambda channels: attention_modulation(channels, self.amr),
+                self.settings.layers,
+                "method.amr.layers",
+                lambda channels: attention_modulation(channels, self.settings),
             )
         )
 
@@ -97,7 +132,7 @@ class Amr(Method):
         first, last = self._stem, list(self.backbone.taps)[-1]
         features = self.backbone.features(images, [first, last])
         spotlight = _classify(self.head, features[last], occluded)
-        start = features[first] if self.amr.shared == "stem" else images
+        start = features[first] if self.settings.shared == "stem" else images
         compensation = _classify(self.compensation.head, self.compensation.backbone(start), occluded)
         return AmrOutput(
             self._recalibrate(spotlight.logits, compensation.logits),
@@ -114,9 +149,9 @@ class Amr(Method):
         """
         assert isinstance(output, AmrOutput)
         total = (super().loss(output.spotlight, tags) + super().loss(output.compensation, tags)) / 2
-        if self.amr.consistency > 0:
+        if self.settings.consistency > 0:
             spotlight, compensation = (branch.maps.float().relu() for branch in (output.spotlight, output.compensation))
-            total = total + self.amr.consistency * (spotlight - compensation).abs().mean()
+            total = total + self.settings.consistency * (spotlight - compensation).abs().mean()
         return total
 
     def localization(self, output: Output) -> Tensor:
@@ -128,7 +163,7 @@ class Amr(Method):
         return self._recalibrate(*(_normalised(branch.maps) for branch in (output.spotlight, output.compensation)))
 
     def _recalibrate(self, spotlight: Tensor, compensation: Tensor) -> Tensor:
-        return self.amr.xi * spotlight + (1 - self.amr.xi) * compensation
+        return self.settings.xi * spotlight + (1 - self.settings.xi) * compensation
 
 
 def _layers(branch: Amr | Branch) -> dict[str, list[nn.Module]]:

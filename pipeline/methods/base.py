@@ -1,11 +1,14 @@
 """What a method is: a classifier whose class-aware maps can be read off."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.methods.drs import plug
 from pipeline.schema import Classifier
 
 
@@ -20,37 +23,111 @@ class Output:
     maps: Tensor
 
 
-class Method(nn.Module):
-    """Base of all methods. A new one is a subclass in a file of its own and a line in ``METHODS``."""
+class Step(NamedTuple):
+    """What a training step computes: the scalar loss, and the output whose maps are accumulated (OAA)."""
 
-    def __init__(self, settings: Classifier, num_classes: int) -> None:
+    loss: Tensor
+    output: Output
+
+
+class Method(nn.Module, ABC):
+    """Base of all methods. A new one is a subclass in a file of its own, which registers it in ``METHODS``.
+
+    ``Settings`` is a frozen dataclass of what a classifier's block may set below ``method.NAME``, ranges beside the
+    fields. Its ``faults()`` yields a line for each contradiction among the settings, its ``faults_in(block)`` a line
+    for each one with the rest of the block; a line begins with the key at fault.
+
+    Args:
+        block: of params.yaml.
+        num_classes: K, without background.
+    """
+
+    @dataclass(frozen=True)
+    class Settings:
+        """There are none."""
+
+    settings: Any  # an instance of ``Settings``
+
+    def __init__(self, block: Classifier, num_classes: int) -> None:
         super().__init__()
-        self.settings = settings
+        self.block = block
+        self.settings = block.method.settings
         self.num_classes = num_classes
-        self.suppressors = nn.ModuleList()  # of DRS, where ``settings.suppression`` asks for it
+        self.suppressors = nn.ModuleList()  # of DRS, where ``block.suppression`` asks for it
 
+    @classmethod
+    def build(cls, block: Classifier, num_classes: int) -> Self:
+        """The method with its initial weights, and with DRS plugged in where ``block.suppression`` asks for it.
+
+        Raises:
+            PipelineError: the backbone does not support its settings or weights, or the method has no layer that the
+                suppression names.
+        """
+        method = cls(block, num_classes)
+        if block.suppression is not None:
+            method.suppressors.extend(plug(method, method.layers(), block.suppression))
+        return method
+
+    @property
+    @abstractmethod
+    def map_name(self) -> str:
+        """What the report calls the localization maps; a class attribute will do."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The method and its settings, without the backbone, for the report."""
+
+    def about(self) -> dict[str, str]:
+        """What the report shows of this network; the training writes it into its log."""
+        parts = [self.describe(), self.block.backbone.describe()]
+        if self.block.suppression is not None:
+            parts.append(self.block.suppression.describe())
+        if self.block.attention_drop is not None:
+            parts.append("attention drop layer")
+        return {"text": ", ".join(parts), "map_name": self.map_name}
+
+    @property
+    def companions(self) -> int:
+        """How many images that follow each other in a batch shall have a class in common."""
+        return 1
+
+    @abstractmethod
     def new_layers(self) -> Iterable[nn.Module]:
         """The layers added to the backbone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layers(self) -> dict[str, list[nn.Module]]:
         """By name, shallow to deep, the modules whose outputs are features: those of the backbone's taps, and more."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, images: Tensor, occluded: Tensor | None = None) -> Output:
         """Classify B x 3 x H x W images; features are zeroed where ``occluded`` (B x 1 x H x W, bool) holds."""
-        raise NotImplementedError
+
+    def training_step(self, images: Tensor, tags: Tensor, epoch: int, occluded: Tensor | None = None) -> Step:
+        """The loss of a batch. A method whose loss needs the images, the epoch or several forwards overrides this.
+
+        Args:
+            images: B x 3 x H x W, normalised.
+            tags: B x K, 0 or 1.
+            epoch: counted from 0.
+            occluded: B x 1 x H x W, bool: where the attention drop layer zeroes features (``forward``).
+
+        Returns:
+            The scalar loss, and the output for ``images`` themselves: its maps are accumulated at their places.
+        """
+        output = self(images, occluded)
+        return Step(self.loss(output, tags), output)
 
     def loss(self, output: Output, tags: Tensor) -> Tensor:
         """Scalar classification loss against B x K tags."""
         return functional.binary_cross_entropy_with_logits(output.logits.float(), tags)
 
     def localization(self, output: Output) -> Tensor:
-        """B x K x h x w non-negative maps for localization, from what ``forward`` gave; not normalised."""
+        """B x K x h x w non-negative maps for localization, not normalised, from the output of ``forward``."""
         return output.maps.float().relu()
 
     def localize(self, images: Tensor) -> Tensor:
-        """The same of images, in one pass."""
+        """The localization maps of B x 3 x H x W images, in one pass."""
         return self.localization(self(images))
 
 

@@ -7,16 +7,23 @@ from torch import Tensor, nn
 from pipeline.methods.base import Method, Output, occlude
 from pipeline.networks.backbones import build_backbone
 from pipeline.networks.heads import ClassAwareHead
+from pipeline.registry import METHODS
 from pipeline.schema import Classifier
 
 
+@METHODS.register("cam")
 class Cam(Method):
     """Backbone, 3x3 convolutions, 1x1 class-aware convolution, global average pooling (OAA Eq. 1)."""
 
-    def __init__(self, settings: Classifier, num_classes: int) -> None:
-        super().__init__(settings, num_classes)
-        self.backbone = build_backbone(settings.backbone)
-        self.head = ClassAwareHead(self.backbone.out_channels, settings.head, num_classes)
+    map_name = "CAM"
+
+    def __init__(self, block: Classifier, num_classes: int) -> None:
+        super().__init__(block, num_classes)
+        self.backbone = build_backbone(block.backbone)
+        self.head = ClassAwareHead(self.backbone.out_channels, block.head, num_classes)
+
+    def describe(self) -> str:
+        return "CAM"
 
     def new_layers(self) -> Iterable[nn.Module]:
         return [self.head, self.suppressors]

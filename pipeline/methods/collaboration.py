@@ -6,13 +6,16 @@ classes and 2 heads).
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.methods.attention import attend
-from pipeline.schema import Edam
+
+if TYPE_CHECKING:
+    from pipeline.methods.edam import Edam
 
 
 class ClassLinear(nn.Module):
@@ -58,7 +61,7 @@ class CollaborativeAttention(nn.Module):
         settings: width, heads, hidden width, dropout, and the images of a group.
     """
 
-    def __init__(self, num_classes: int, settings: Edam) -> None:
+    def __init__(self, num_classes: int, settings: "Edam.Settings") -> None:
         super().__init__()
         width = settings.channels
         self.group, self.heads = settings.group, settings.heads

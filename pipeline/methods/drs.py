@@ -1,12 +1,12 @@
 """Discriminative region suppression (DRS Alg. 1), for the layers of any classifier."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.methods.base import Method
 from pipeline.networks.base import attach
 from pipeline.schema import Suppression
 
@@ -76,19 +76,17 @@ class _Suppress(torch.autograd.Function):
         return to_x, to_weight, None
 
 
-def plug(method: Method, settings: Suppression) -> None:
-    """Suppress the outputs of the layers that ``settings`` name; none lies after the class-aware convolution.
+def plug(method: nn.Module, layers: Mapping[str, list[nn.Module]], settings: Suppression) -> list[nn.Module]:
+    """Suppress the outputs of those of a method's ``layers`` that ``settings`` name.
 
-    The suppressors are ``method.suppressors``, new layers of the method.
+    None of them lies after the class-aware convolution.
+
+    Returns:
+        The suppressors, which are new layers of ``method``.
 
     Raises:
-        PipelineError: a named layer is none of the method's.
+        PipelineError: the method has no layer of that name.
     """
-    suppressors = attach(
-        method,
-        method.layers(),
-        settings.layers,
-        "suppression.layers",
-        lambda channels: Suppressor(channels, settings.delta),
+    return attach(
+        method, layers, settings.layers, "suppression.layers", lambda channels: Suppressor(channels, settings.delta)
     )
-    method.suppressors.extend(suppressors)

@@ -1,35 +1,66 @@
 """The embedded discriminative attention mechanism (EDAM): masks are learned in the classifier itself."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline import schema
 from pipeline.methods.base import Method, Output, occlude
 from pipeline.methods.collaboration import CollaborativeAttention
 from pipeline.networks.backbones import build_backbone
+from pipeline.reader import Count, Range
+from pipeline.registry import METHODS
 from pipeline.schema import Classifier
 
 
+@METHODS.register("edam")
 class Edam(Method):
     """Backbone, discriminative activation layer, collaborative multi-attention, a linear classifier for each class.
 
     The masks are the maps, in [0, 1]: each place's scores of the K classes and of the background (last, and used for
     nothing else) over their Euclidean norm, without their sign (EDAM Eq. 1). The backbone's features, reduced to
-    ``edam.channels``, times a class's mask are its activation map (Eq. 2; the reduction is linear, so that it may come
-    first, as in the public code).
+    ``settings.channels``, times a class's mask are its activation map (Eq. 2; the reduction is linear, so that it may
+    come first, as in the public code).
 
     The attention is of the training alone, as in the paper: in evaluation mode the same classifiers judge the plain
     mean of the activation maps, so that an image's answer does not hang on its neighbours in the batch.
     """
 
-    def __init__(self, settings: Classifier, num_classes: int) -> None:
-        super().__init__(settings, num_classes)
-        edam = settings.edam or schema.Edam()
-        self.backbone = build_backbone(settings.backbone)
+    map_name = "Activation mask"
+
+    @dataclass(frozen=True)
+    class Settings:
+        """The discriminative activation layer and the collaborative multi-attention module.
+
+        They take the place of the classifier's ``head``; ``training.batch_size`` is a multiple of ``group``.
+        """
+
+        channels: Count = 128  # of the class-specific activation maps, the width of the attention
+        heads: Count = 2
+        hidden: Count = 512  # of the feed-forward layer
+        dropout: Annotated[float, Range(least=0, below=1)] = 0.1
+        collaborative: bool = True  # the collaborative multi-attention module; without it, plain pooling (Table 5)
+        group: Annotated[int, Range(least=1, most=4)] = 2  # images that attend to each other (Table 6)
+        pairing: Literal["shared_class", "random"] = "shared_class"  # what a group's images have in common
+
+        def faults(self) -> Iterator[str]:
+            if self.channels % self.heads:
+                yield f"channels: {self.channels} is no multiple of heads, {self.heads}"
+
+        def faults_in(self, block: Classifier) -> Iterator[str]:
+            if (size := block.training.batch_size) % self.group:
+                yield f"training.batch_size: {size} is no multiple of method.edam.group, {self.group}"
+
+    settings: Settings
+
+    def __init__(self, block: Classifier, num_classes: int) -> None:
+        super().__init__(block, num_classes)
+        edam = self.settings
+        self.backbone = build_backbone(block.backbone)
         channels = self.backbone.out_channels
         self.activation = nn.Conv2d(channels, num_classes + 1, 3, padding=1, bias=False)
         self.reduction = nn.Conv2d(channels, edam.channels, 1, bias=False)
@@ -39,6 +70,21 @@ class Edam(Method):
         reach = math.sqrt(6 / (edam.channels + 1))  # Xavier's, of one class's layer
         nn.init.uniform_(self.classifier.weight, -reach, reach)
         self.collaboration = CollaborativeAttention(num_classes, edam) if edam.collaborative else None
+
+    def describe(self) -> str:
+        """Such as 'EDAM, collaborative attention over 2 images that share a class'."""
+        settings = self.settings
+        if not settings.collaborative:
+            return "EDAM without collaborative attention"
+        pairing = {"shared_class": "that share a class", "random": "drawn at random"}[settings.pairing]
+        images = f"{settings.group} images {pairing}" if settings.group > 1 else "single images"
+        return f"EDAM, collaborative attention over {images}"
+
+    @property
+    def companions(self) -> int:
+        """The size of a group whose images share a class; 1 where groups are drawn at random or do not attend."""
+        settings = self.settings
+        return settings.group if settings.collaborative and settings.pairing == "shared_class" else 1
 
     def new_layers(self) -> Iterable[nn.Module]:
         """The convolutions; the attention learns at the backbone's rate."""
@@ -66,10 +112,3 @@ class Edam(Method):
         """B x K x h x w float32. Where all scores are 0 (an occluded place), the masks are, and so is the gradient."""
         scores = self.activation(features).float()
         return functional.normalize(scores, dim=1)[:, : self.num_classes].abs()
-
-
-def companions(settings: Classifier) -> int:
-    """Of the images that lie together in a batch, how many shall share a class: those of EDAM's groups, else 1."""
-    edam = settings.edam or schema.Edam()
-    paired = settings.method == "edam" and edam.collaborative and edam.pairing == "shared_class"
-    return edam.group if paired else 1

@@ -1,12 +1,13 @@
 """The attention modulation module of AMR (AMM): features reweighted in their channels, then in their positions."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.schema import Amr
+if TYPE_CHECKING:
+    from pipeline.methods.amr import Amr
 
 EPSILON = 1e-5  # added to a variance, as in batch norm: below a deviation of 0.003 values count as more and more equal
 FARTHEST = 40.0  # squared deviations; exp(-FARTHEST / 2) is no denormal number in any product of two weights
@@ -55,7 +56,7 @@ class ChannelModulation(nn.Module):
     The paper has one convolution H; two layers with 1 / ``reduction`` of the channels between are the public code's.
     """
 
-    def __init__(self, channels: int, settings: Amr) -> None:
+    def __init__(self, channels: int, settings: "Amr.Settings") -> None:
         super().__init__()
         self.settings = settings
         middle = max(1, channels // settings.reduction)
@@ -75,7 +76,7 @@ class SpatialModulation(nn.Module):
     norm also learns in evaluation mode; here it follows ``train`` and ``eval``.
     """
 
-    def __init__(self, settings: Amr) -> None:
+    def __init__(self, settings: "Amr.Settings") -> None:
         super().__init__()
         self.settings = settings
         self.sensitivity = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1, momentum=0.01))
@@ -110,7 +111,7 @@ class _Pool(torch.autograd.Function):
         return total.index_put_(at, to_pooled[:, 0], accumulate=True)
 
 
-def attention_modulation(channels: int, settings: Amr) -> nn.Sequential:
+def attention_modulation(channels: int, settings: "Amr.Settings") -> nn.Sequential:
     """The AMM for features of so many channels: both parts in a row, or those that ``settings`` ask for (Table 3)."""
     parts: list[nn.Module] = []
     if settings.channel:

@@ -1,9 +1,1 @@
-"""The refinement networks by kind."""
-
-from pipeline.refinement.base import RefinementNetwork
-from pipeline.refinement.integral import IntegralModel
-from pipeline.refinement.regression import RegressionNetwork
-
-REFINEMENTS: dict[str, type[RefinementNetwork]] = {"integral": IntegralModel, "regression": RegressionNetwork}
-
-__all__ = ["REFINEMENTS", "IntegralModel", "RefinementNetwork", "RegressionNetwork"]
+"""Networks trained on maps or labels: refinement networks, one a file (``pipeline.registry``), and affinities."""

@@ -1,10 +1,15 @@
 """The integral attention model of OAA+ (OAA Sec. 3.4): a network trained on cumulative attention, pixel by pixel."""
 
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.reader import Range
 from pipeline.refinement.base import RefinementNetwork, Target
+from pipeline.registry import REFINEMENTS
 
 
 def integral_loss(
@@ -50,8 +55,22 @@ def _total(per_item: Tensor) -> Tensor:
     return per_item.sum(1).mean() if per_item.dim() == 2 else torch.mean(per_item)
 
 
+@REFINEMENTS.register("integral")
 class IntegralModel(RefinementNetwork):
     """The classification network of OAA without global average pooling: attention is read from its class-aware maps."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        """Of the loss; see ``integral_loss``."""
+
+        loss: Literal["hybrid", "cross_entropy", "enhance"] = "hybrid"  # OAA Eq. 9, 6, 7 (Table 4: HL, MCE, EP)
+        reduction: Literal["class", "pooled"] = "class"  # mean per class, summed (paper); all tagged ones pooled (code)
+        threshold: Annotated[float, Range(least=0, below=1)] = 0.0  # attention above which a pixel is in N+ (Table 5)
+
+    settings: Settings
+
+    def describe(self) -> str:
+        return "integral"
 
     def loss(self, images: Tensor, target: Target, tags: Tensor) -> Tensor:
         logits = self(images)

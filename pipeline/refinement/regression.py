@@ -1,10 +1,14 @@
 """Localization map refinement learning (DRS, section of that name): a network that regresses maps."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.networks.heads import normal
 from pipeline.refinement.base import RefinementNetwork, Target
+from pipeline.registry import REFINEMENTS
 from pipeline.schema import Refinement
 
 
@@ -13,6 +17,7 @@ def strongest(maps: Tensor) -> Tensor:
     return maps * (maps == maps.amax(1, keepdim=True))
 
 
+@REFINEMENTS.register("regression")
 class RegressionNetwork(RefinementNetwork):
     """The refinement network of DRS: linear outputs and the mean squared error over classes and pixels.
 
@@ -24,11 +29,23 @@ class RegressionNetwork(RefinementNetwork):
     weak.
     """
 
-    def __init__(self, settings: Refinement, num_classes: int) -> None:
-        super().__init__(settings, num_classes)
+    @dataclass(frozen=True)
+    class Settings:
+        """Of the loss."""
+
+        reduction: Literal["class", "pooled"] = "class"  # the mean over all classes (paper, code), or the tagged ones
+        target: Literal["strongest", "full"] = "strongest"  # a pixel's strongest class (code), or all (paper)
+
+    settings: Settings
+
+    def __init__(self, block: Refinement, num_classes: int) -> None:
+        super().__init__(block, num_classes)
         for conv in self.head.convs:
             if isinstance(conv, nn.Conv2d):
                 normal(conv)
+
+    def describe(self) -> str:
+        return "regression"
 
     def loss(self, images: Tensor, target: Target, tags: Tensor) -> Tensor:
         height, width = images.shape[2:]

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.stage_table import KINDS
+
 Scores = Mapping[str, Mapping[str, Any]]  # reference of a store -> its scores.json
 Chains = Mapping[str, Mapping[str, str]]  # row -> references of its maps and labels, if it has any, and predictions
 Metrics = dict[str, dict[str, float]]
@@ -33,7 +35,7 @@ COLUMNS = (
     Column("miou", "predictions", "miou", "mIoU", 1),
     Column("pixel_accuracy", "predictions", "pixel_accuracy", "accuracy", 1),
 )
-STEPS = {"maps": "Maps", "labels": "Pseudo labels", "predictions": "Segmentation"}
+STEPS = {step: kind.title for step, kind in KINDS.items()}
 CELL = 10  # characters of a number in the plain text
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from pipeline import references
 from pipeline.data.index import Index
 from pipeline.labels.crf import describe_crf
-from pipeline.report import words
+from pipeline.report import describe
+from pipeline.report.describe import Logs
 from pipeline.schema import Params
-
-LOCALIZED = {"cam": "CAM", "amr": "Recalibrated CAM", "edam": "Activation mask"}  # by a classifier of each method
 
 
 def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -31,7 +30,7 @@ def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple
     ]
 
 
-def map_columns(params: Params, reference: str) -> dict[str, str]:
+def map_columns(params: Params, reference: str, logs: Logs) -> dict[str, str]:
     """Heading and reference of each map store on the way to ``reference``.
 
     Before cumulative attention comes the localization of the same classifier, where it has one: not on the way, but
@@ -42,7 +41,7 @@ def map_columns(params: Params, reference: str) -> dict[str, str]:
     if _accumulated(chain):
         plain = [f"localizations/{name}" for name, block in params.localizations.items() if block.model == chain[0]]
         names = [*plain[:1], chain[0], *names]
-    headings = [_heading(params, name) for name in names]
+    headings = [_heading(params, name, logs) for name in names]
     counts, numbers = Counter(headings), Counter[str]()
     columns = {}
     for heading, name in zip(headings, names, strict=True):
@@ -56,23 +55,20 @@ def _accumulated(chain: list[str]) -> bool:
     return chain[0].startswith("classifiers/") and not (len(chain) > 1 and chain[1].startswith("localizations/"))
 
 
-def _heading(params: Params, reference: str) -> str:
+def _heading(params: Params, reference: str, logs: Logs) -> str:
     section, name = reference.split("/")
     if section != "localizations":
         return {"classifiers": "Cumulative attention", "walks": "Walked map"}[section]
     localization = params.localizations[name]
-    section, model = localization.model.split("/")
-    if section != "classifiers":
-        return {"refinements": "Refined map", "one_step": "Probability"}[section]
-    return LOCALIZED[params.classifiers[model].method] + (", climbed" if localization.climbing else "")
+    return describe.network(logs, localization.model, "map_name") + (", climbed" if localization.climbing else "")
 
 
-def provenance(params: Params, row: str) -> dict[str, str]:
+def provenance(params: Params, row: str, logs: Logs) -> dict[str, str]:
     """Where a row's numbers come from: maps, label rule, networks and their initial weights."""
     told = {"Maps": "none", "Map networks": "none", "Pseudo labels": "ground truth"}
     if row in params.one_step:
-        learner = params.one_step[row]
-        return told | {"Pseudo labels": words.on_the_fly(learner), "Segmentation network": words.one_step(learner)}
+        labels, text = (describe.network(logs, f"one_step/{row}", key) for key in ("labels", "text"))
+        return told | {"Pseudo labels": labels, "Segmentation network": text}
     network = params.segmentations[row]
     section, _, name = network.labels.partition("/")
     mixed = f"; masks of {100 * params.mixtures[name].share:g} % of the images" if section == "mixtures" else ""
@@ -80,24 +76,19 @@ def provenance(params: Params, row: str) -> dict[str, str]:
         chain = references.lineage(params, rule.source)
         first = f"{chain[0]} (cumulative attention)" if _accumulated(chain) else chain[0]
         told["Maps"] = " → ".join([first, *chain[1:]])
-        told["Map networks"] = "; ".join(dict.fromkeys(filter(None, (_step(params, name) for name in chain))))
-        told["Pseudo labels"] = words.labels(rule) + mixed
-    told["Segmentation network"] = f"{network.network.settings.describe()}, {words.backbone(network.backbone)}"
+        told["Map networks"] = "; ".join(dict.fromkeys(filter(None, (_step(params, name, logs) for name in chain))))
+        told["Pseudo labels"] = describe.labels(rule) + mixed
+    told["Segmentation network"] = describe.network(logs, f"segmentations/{row}")
     return told
 
 
-def _step(params: Params, reference: str) -> str:
+def _step(params: Params, reference: str, logs: Logs) -> str:
     """What a block on the way to maps is or does; '' of a localization that only reads a network's maps."""
     section, name = reference.split("/")
     match section:
-        case "classifiers":
-            return words.classifier(params.classifiers[name])
-        case "refinements":
-            refinement = params.refinements[name]
-            return f"{refinement.kind} {words.backbone(refinement.backbone)}"
         case "localizations":
-            return words.climbing(params.localizations[name].climbing)
+            return describe.climbing(params.localizations[name].climbing)
         case "walks":
-            return words.walk(params, params.walks[name])
+            return describe.walk(params, params.walks[name], logs)
         case _:
-            return words.one_step(params.one_step[name])
+            return describe.network(logs, reference)

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import references
-from pipeline.contradictions import TRAINED
 from pipeline.data.index import Image, Index
 from pipeline.data.sample import choose
-from pipeline.report import protocol, tables, words
+from pipeline.report import protocol, tables
 from pipeline.report.charts import LineChart, dot_chart, line_chart, thin
 from pipeline.report.gallery import Gallery, Network, Step, gallery, holds, layer_gallery
 from pipeline.report.metrics import Chains, Metrics, Scores, supervision
 from pipeline.report.page import Section, page
 from pipeline.report.published import PUBLISHED
 from pipeline.schema import Classifier, Params
+from pipeline.stage_table import TRAINED
 from pipeline.stores.raster import RasterStore
 
 Content = dict[str, Any]  # what a section's template reads; empty where there is nothing to show
@@ -103,7 +103,7 @@ def conditions(results: Results) -> Content:
     scored = {split: len(results.masked(split)) for split in ("train", "evaluation")}
     return {
         "facts": protocol.facts(params, results.index, scored),
-        "rows": {row: protocol.provenance(params, row) for row in results.rows},
+        "rows": {row: protocol.provenance(params, row, results.logs) for row in results.rows},
     }
 
 
@@ -167,7 +167,7 @@ def train_gallery(results: Results) -> Content:
         labels = references.label_rule(params, chain["labels"])
         if labels and labels.rule.settings.needs_saliency:
             steps.append(Step("Saliency", params.saliency.kind, "saliency", stores["saliency"]))
-        for heading, name in protocol.map_columns(params, chain["maps"]).items():
+        for heading, name in protocol.map_columns(params, chain["maps"], results.logs).items():
             if name.startswith("walks/"):
                 walk = params.walks[name.split("/")[1]]
                 learned = params.affinities[walk.affinity.split("/")[1]].labels
@@ -188,14 +188,16 @@ def _row_with_maps(results: Results) -> str | None:
 
 
 def feature_gallery(results: Results) -> Content:
-    """The layers of every classifier with suppression, and of each plain CAM with the same layers (DRS Fig. 5)."""
+    """The layers of every classifier with suppression, and of plain ones of the same method and layers (DRS Fig. 5)."""
     blocks, layers = results.params.classifiers, results.layers
+    kinds = {name: (block.method.name, tuple(layers[f"features/{name}"])) for name, block in blocks.items()}
     suppressed = [name for name, block in blocks.items() if block.suppression]
-    kinds = [layers[f"features/{name}"] for name in suppressed]
-    cams = [name for name, block in blocks.items() if block.method == "cam" and not block.attention_drop]
-    plain = [name for name in cams if not blocks[name].suppression and layers[f"features/{name}"] in kinds]
+    compared = {kinds[name] for name in suppressed}
+    plain = [name for name, block in blocks.items() if not (block.suppression or block.attention_drop)]
+    plain = [name for name in plain if kinds[name] in compared]
+    several = len({method for method, _ in compared}) > 1
     networks = [
-        Network(name, _remark(blocks[name]), layers[f"features/{name}"], results.stores[f"features/{name}"])
+        Network(name, _remark(blocks[name], several), layers[f"features/{name}"], results.stores[f"features/{name}"])
         for name in [*plain, *suppressed]
     ]
     held = [image for image in results.index.images("train") if all(holds(row.store, image) for row in networks)]
@@ -204,9 +206,10 @@ def feature_gallery(results: Results) -> Content:
     return {"gallery": layer_gallery(choose(held, LAYERED), networks, results.names)}
 
 
-def _remark(block: Classifier) -> str:
-    method = "" if block.method == "cam" else f"{block.method.upper()}, "
-    return method + words.suppression(block.suppression) if block.suppression else "plain"
+def _remark(block: Classifier, several: bool) -> str:
+    """The suppression, after the method where ``several`` are compared."""
+    method = f"{block.method.name.upper()}, " if several else ""
+    return method + (block.suppression.describe() if block.suppression else "plain")
 
 
 def evaluation_gallery(results: Results) -> Content:

@@ -40,18 +40,6 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
                 yield prefix + entry.name, entry.stat().st_size
 
 
-def code_hash(paths: tuple[str, ...]) -> str:
-    """sha256 over the sources (``SOURCES``) below these files and folders, in a stable order."""
-    digest = hashlib.sha256()
-    for root in paths:
-        path = Path(root)
-        found = sorted(file for file in path.rglob("*") if file.suffix in SOURCES) if path.is_dir() else [path]
-        for source in found:
-            digest.update(f"{source.as_posix()}\0".encode())
-            digest.update(source.read_bytes())
-    return digest.hexdigest()
-
-
 def partial(path: Path) -> Path:
     """The temporary name under which ``path`` is written until it is whole."""
     return path.with_name(f".{path.name}.partial")

@@ -21,15 +21,15 @@ def fit(
     work: Work,
     make: Callable[[Any, TrainingSet], _Task],
     labels: RasterStore | None = None,
-    group: int = 1,
+    group: Callable[[Any], int] = lambda network: 1,
     skip_unlabelled: bool = False,
 ) -> _Task:
     """Train the network of the job's block on the training images; write ``model`` and ``log``.
 
     Args:
-        make: the task of the network and the images, which it is told once.
+        make: returns the task, from the network and the training images.
         labels: label maps that go with the images.
-        group: images that are to share a class (``TrainingSet``).
+        group: of the network, the images that shall share a class (``TrainingSet``).
         skip_unlabelled: train on the images that have a label map; where none has, they are refused all the same.
 
     Returns:
@@ -44,12 +44,13 @@ def fit(
     images = index.images("train")
     if labels is not None and skip_unlabelled:
         images = [image for image in images if image.id in labels] or images
-    dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed, labels, group)
     torch.manual_seed(seed)
     network = models.build(settings, index.num_classes)
+    dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed, labels, group(network))
     task = make(network, dataset)
     training, label = settings.training, work.job.label
-    log = Loop(task, dataset, training, device, runtime=runtime, path=work.checkpoint, label=label).run()
+    log = {"about": task.about()}
+    log |= Loop(task, dataset, training, device, runtime=runtime, path=work.checkpoint, label=label).run()
     models.save(work.outputs["model"], network, settings, index.num_classes)
     work.outputs["log"].write_text(json.dumps(log, indent=1) + "\n")
     return task

@@ -33,6 +33,9 @@ class Task(Protocol):
     @property
     def network(self) -> nn.Module: ...
 
+    def about(self) -> dict[str, str]:
+        """What the report shows of the network: a description as 'text', and more where ``pipeline.report`` asks."""
+
     def new_layers(self) -> Iterable[nn.Module]:
         """The layers added to the backbone: they learn at ``lr_new`` times the rate."""
 

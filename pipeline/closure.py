@@ -1,0 +1,117 @@
+"""The project's code behind a file: all that it imports, and a hash that comments and docstrings do not change.
+
+The imports are read from the syntax trees, those within functions included, those under ``if TYPE_CHECKING`` not. What
+is looked up by name at run time (``pipeline.registry``) is no import: whoever asks adds the files of these names.
+"""
+
+import ast
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("pipeline", "stages")
+DATA = (".css", ".html", ".j2", ".js")  # files of these kinds belong to the modules of their folder
+TEMPLATES = "templates"  # and so do those of this folder below it
+
+
+@functools.cache
+def digest(roots: tuple[Path, ...]) -> str:
+    """sha256 of the code of these files and of all that they import, in hexadecimal."""
+    whole = hashlib.sha256()
+    for file in sorted(files(roots)):
+        content = _code(file) if file.suffix == ".py" else hashlib.sha256(file.read_bytes()).hexdigest()
+        whole.update(f"{file.relative_to(ROOT).as_posix()} {content}\n".encode())
+    return whole.hexdigest()
+
+
+def files(roots: Iterable[Path]) -> set[Path]:
+    """These files, the files of the project that they import, directly or not, and the data files beside them."""
+    found: set[Path] = set()
+    waiting = {file for root in roots for file in (root, *_packages(root))}
+    while waiting:
+        found |= waiting
+        waiting = {other for file in waiting for other in _imports(file)} - found
+    return found | {data for folder in {file.parent for file in found} for data in _data(folder)}
+
+
+@functools.cache
+def _data(folder: Path) -> tuple[Path, ...]:
+    return tuple(file for part in (folder, folder / TEMPLATES) for file in part.glob("*") if file.suffix in DATA)
+
+
+@functools.cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_bytes(), str(file))
+
+
+@functools.cache
+def _imports(file: Path) -> frozenset[Path]:
+    modules: set[str] = set()
+    for node in _statements(_tree(file)):
+        if isinstance(node, ast.Import):
+            modules.update(name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(file.relative_to(ROOT).parts[: -node.level]) if node.level else ""
+            source = ".".join(filter(None, (package, node.module)))
+            modules.update((source, *(f"{source}.{name.name}" for name in node.names)))
+    sources = (_source(module) for module in modules)
+    return frozenset(part for source in sources if source for part in (source, *_packages(source)))
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only a type checker reads."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in child.orelse:
+                yield other
+                yield from _statements(other)
+        else:
+            yield child
+            yield from _statements(child)
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module of the project; None for all others, and for what is no module but a name in one."""
+    parts = module.split(".")
+    if parts[0] not in PACKAGES:
+        return None
+    path = ROOT.joinpath(*parts)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def _packages(file: Path) -> list[Path]:
+    """The ``__init__.py`` of the packages around a file, which Python runs first."""
+    folders = [parent for parent in file.parents if parent != ROOT and parent.is_relative_to(ROOT)]
+    return [init for folder in folders if (init := folder / "__init__.py").is_file()]
+
+
+@functools.cache
+def _code(file: Path) -> str:
+    parts: list[str] = []
+    _flatten(_tree(file), parts)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _flatten(node: ast.AST, parts: list[str]) -> None:
+    """Append the node in a form without positions and without strings that stand alone, as docstrings do.
+
+    Empty fields are left out, so that Python versions whose trees differ only by new, unused fields agree.
+    """
+    parts.append(type(node).__name__)
+    for name in node._fields:
+        value = getattr(node, name, None)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if items := [item for item in items if not _is_docstring(item)]:
+            parts.append(f"{name}[")
+            for item in items:
+                if isinstance(item, ast.AST):
+                    _flatten(item, parts)
+                else:
+                    parts.append(repr(item))
+            parts.append("]")
+
+
+def _is_docstring(node: object) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
