@@ -4,7 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+
+from pipeline.graph import Graph
+from pipeline.params import load
+from pipeline.runtime import Runtime
+from pipeline.stage import execute
 
 ROOT = Path(__file__).parent.parent
 PARTS = [
@@ -53,3 +59,12 @@ def run(folder: Path, *command: str, check: bool = True) -> str:
     )
     assert not check or done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}"
     return done.stdout
+
+
+def run_stages(files: list[str]) -> None:
+    """Run every job of the params files in this process, in the working folder.
+
+    A process a job would spend most of its time importing torch: a profile has hundreds of jobs.
+    """
+    for job in Graph(load([Path(file) for file in files])).jobs:
+        execute(job, import_module(f"stages.{job.stage}").main, Runtime(device="cpu", threads=1))

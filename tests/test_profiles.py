@@ -12,7 +12,7 @@ import yaml
 
 from pipeline.data.voc import CLASSES
 from pipeline.stores.raster import RasterStore
-from tests.project import ROOT, copy, run
+from tests.project import ROOT, copy, run_stages
 
 pytestmark = pytest.mark.slow
 SHARED = ROOT.parent / "shared"
@@ -42,14 +42,15 @@ def metrics(project: Path, experiment: str) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.skipif(not FULL_SIZE.is_dir() or not MINI.is_dir(), reason="needs ../shared/data/voc12_fullsize_48")
-def test_voc2012_runs_whole_at_native_image_size(tmp_path: Path) -> None:
+def test_voc2012_runs_whole_at_native_image_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = copy(tmp_path / "project", git=False)
-    real_tree(project / "data" / "voc2012_small", train=6, evaluation=2)
+    real_tree(project / "data" / "voc2012_small", train=5, evaluation=1)
     files = ["params.yaml", "profiles/voc2012.yaml", "profiles/voc2012_small.yaml"]
-    output = run(project, "snakemake", "--cores", "2", "--quiet", "all", "--configfile", *files)
+    monkeypatch.chdir(project)
+    run_stages(files)
     rows = metrics(project, "voc2012_small")
     wanted = yaml.safe_load((project / "profiles" / "voc2012.yaml").read_text())["rows"]
-    assert set(rows) == set(wanted), output
+    assert set(rows) == set(wanted)
     assert all(math.isfinite(row["miou"]) for row in rows.values())
     for name in ("oaa_plus", "drs_refined", "amr_as_run", "edam_saliency", "agen_two_step"):
         labels = RasterStore(project / f"results/voc2012_small/pseudo_labels/{name}/labels.h5")
@@ -57,14 +58,14 @@ def test_voc2012_runs_whole_at_native_image_size(tmp_path: Path) -> None:
         assert all(set(np.unique(labels.get(image))) <= {*range(21), 255} for image in labels), name
     mixed = RasterStore(project / "results/voc2012_small/mixtures/mixed_20/labels.h5")
     masks = RasterStore(project / "results/voc2012_small/ground_truth/labels.h5")
-    assert sum(np.array_equal(mixed.get(name), masks.get(name)) for name in mixed) == 1  # 20 % of 6
+    assert sum(np.array_equal(mixed.get(name), masks.get(name)) for name in mixed) == 1  # 20 % of 5
 
 
 @pytest.mark.skipif(
     not MINI.is_dir() or not WEIGHTS.is_file(), reason="needs ../shared/data/voc12_mini and its weights"
 )
-def test_voc12_mini_learns_from_real_images(tmp_path: Path) -> None:
-    """With 160 images and three epochs, pseudo labels already beat the all-background score by far."""
+def test_voc12_mini_learns_from_real_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 160 images and three epochs, CAM's pseudo labels already beat the all-background score by far."""
     project = copy(tmp_path / "project", git=False)
     data = project / "data" / "mini"
     (data / "lists").mkdir(parents=True)
@@ -75,7 +76,7 @@ def test_voc12_mini_learns_from_real_images(tmp_path: Path) -> None:
     (data / "lists" / "val.txt").write_text("\n".join((lists / "val.txt").read_text().split()[:24]))
     backbone = {"weights": os.path.relpath(WEIGHTS, project)}
     size = {"augmentation": {"length": [161, 161]}}
-    learn = {"backbone": backbone, **size, "training": {"epochs": 3}}
+    learn = {"backbone": backbone, **size, "training": {"epochs": 1}}
     weak = ["cam", "oaa", "oaa_plus", "oaa_drop", "drs_learnable", "drs_fixed", "drs_refined", "drs_oaa"]
     weak += ["amr_irn", "edam_saliency"]
     small = {
@@ -85,18 +86,20 @@ def test_voc12_mini_learns_from_real_images(tmp_path: Path) -> None:
         "saliency": {"path": "data/mini/Saliency"},
         "defaults": {
             "classifiers": {**learn, "accumulate": {"cells": 11}},
-            "refinements": {**learn, "training": {"epochs": 1}},
-            "affinities": {**learn, "training": {"epochs": 1}},
-            "one_step": {"classification": backbone, "segmentation": backbone, **size, "training": {"epochs": 3}},
+            "refinements": learn,
+            "affinities": learn,
+            "one_step": {"classification": backbone, "segmentation": backbone, **size, "training": {"epochs": 1}},
             "localizations": {"length": 161, "scales": [1.0]},
             "segmentations": {"backbone": backbone, "augmentation": {"crop": 161}, "training": {"epochs": 1}},
         },
-        "classifiers": {"amr": {"training": {"epochs": 3}}},
+        "classifiers": {"base": {"training": {"epochs": 3}}, "amr": {"training": {"epochs": 1}}},
         "test": {"flip": False},
+        "gallery": 2,
     }
     (project / "small.yaml").write_text(yaml.safe_dump(small))
     files = ["params.yaml", "profiles/voc12_mini.yaml", "small.yaml"]
-    run(project, "snakemake", "--cores", "2", "--quiet", "all", "--configfile", *files)
+    monkeypatch.chdir(project)
+    run_stages(files)
     rows = metrics(project, "mini")
     assert set(rows) == {*weak, "agen", "supervised"}
     background = 0.04  # the mIoU of an all-background label map: about 0.7 / 21
