@@ -18,7 +18,7 @@ reproduce: $(INSTALLED)
 	@echo && cat results/demo/logs/report.log && echo "The pictures: results/demo/report.html"
 
 test: lint
-	python -m pytest
+	python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(INSTALLED)
 	ruff check

@@ -4,7 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+
+from pipeline.graph import Graph, Job
+from pipeline.params import load
+from pipeline.runtime import Runtime
+from pipeline.stage import execute
 
 ROOT = Path(__file__).parent.parent
 PARTS = [
@@ -52,3 +58,27 @@ def run(folder: Path, *command: str, check: bool = True) -> str:
     )
     assert not check or done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}"
     return done.stdout
+
+
+def run_stages(files: list[str], until: str = "report") -> None:
+    """Run the jobs of the params files in this process, in the working folder, without Snakemake.
+
+    A process a job would spend most of its time importing torch: a profile has hundreds of jobs.
+
+    Args:
+        until: the label of the job to run, with all that it is made of.
+    """
+    graph = Graph(load([Path(file) for file in files]))
+    makers = {path: job for job in graph.jobs for path in job.outputs.values()}
+    done: set[str] = set()
+
+    def run_after_inputs(job: Job) -> None:
+        if job.label in done:
+            return
+        done.add(job.label)
+        for path in job.inputs.values():
+            if path in makers:
+                run_after_inputs(makers[path])
+        execute(job, import_module(f"stages.{job.stage}").main, Runtime(device="cpu", threads=1))
+
+    run_after_inputs(next(job for job in graph.jobs if job.label == until))

@@ -12,7 +12,7 @@ import yaml
 
 from pipeline.data.voc import CLASSES
 from pipeline.stores.raster import RasterStore
-from tests.project import ROOT, copy, run
+from tests.project import ROOT, copy, run_stages
 
 pytestmark = pytest.mark.slow
 SHARED = ROOT.parent / "shared"
@@ -42,14 +42,15 @@ def metrics(project: Path, experiment: str) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.skipif(not FULL_SIZE.is_dir() or not MINI.is_dir(), reason="needs ../shared/data/voc12_fullsize_48")
-def test_voc2012_runs_whole_at_native_image_size(tmp_path: Path) -> None:
+def test_voc2012_runs_whole_at_native_image_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = copy(tmp_path / "project", git=False)
-    real_tree(project / "data" / "voc2012_small", train=6, evaluation=2)
+    real_tree(project / "data" / "voc2012_small", train=5, evaluation=1)
     files = ["params.yaml", "profiles/voc2012.yaml", "profiles/voc2012_small.yaml"]
-    output = run(project, "snakemake", "--cores", "2", "--quiet", "all", "--configfile", *files)
+    monkeypatch.chdir(project)
+    run_stages(files)
     rows = metrics(project, "voc2012_small")
     wanted = yaml.safe_load((project / "profiles" / "voc2012.yaml").read_text())["rows"]
-    assert set(rows) == set(wanted), output
+    assert set(rows) == set(wanted)
     assert all(math.isfinite(row["miou"]) for row in rows.values())
     for name in ("oaa_plus", "drs_refined", "amr_as_run", "edam_saliency", "agen_two_step"):
         labels = RasterStore(project / f"results/voc2012_small/pseudo_labels/{name}/labels.h5")
@@ -57,53 +58,71 @@ def test_voc2012_runs_whole_at_native_image_size(tmp_path: Path) -> None:
         assert all(set(np.unique(labels.get(image))) <= {*range(21), 255} for image in labels), name
     mixed = RasterStore(project / "results/voc2012_small/mixtures/mixed_20/labels.h5")
     masks = RasterStore(project / "results/voc2012_small/ground_truth/labels.h5")
-    assert sum(np.array_equal(mixed.get(name), masks.get(name)) for name in mixed) == 1  # 20 % of 6
+    assert sum(np.array_equal(mixed.get(name), masks.get(name)) for name in mixed) == 1  # 20 % of 5
 
 
-@pytest.mark.skipif(
+needs_mini = pytest.mark.skipif(
     not MINI.is_dir() or not WEIGHTS.is_file(), reason="needs ../shared/data/voc12_mini and its weights"
 )
-def test_voc12_mini_learns_from_real_images(tmp_path: Path) -> None:
-    """With 160 images and three epochs, pseudo labels already beat the all-background score by far."""
-    project = copy(tmp_path / "project", git=False)
+
+
+def mini(project: Path, train: int, evaluation: int, rows: list[str]) -> list[str]:
+    """profiles/voc12_mini.yaml with fewer images of half the size and one epoch: the params files, in order."""
     data = project / "data" / "mini"
     (data / "lists").mkdir(parents=True)
     for name in ("JPEGImages", "SegmentationClass", "Saliency", "tags.json"):
         (data / name).symlink_to(MINI / name)
-    lists = MINI / "ImageSets" / "Segmentation"
-    (data / "lists" / "train.txt").write_text("\n".join((lists / "train.txt").read_text().split()[:160]))
-    (data / "lists" / "val.txt").write_text("\n".join((lists / "val.txt").read_text().split()[:24]))
+    for name, images in (("train", train), ("val", evaluation)):
+        listed = (MINI / "ImageSets" / "Segmentation" / f"{name}.txt").read_text().split()
+        (data / "lists" / f"{name}.txt").write_text("\n".join(listed[:images]))
     backbone = {"weights": os.path.relpath(WEIGHTS, project)}
-    size = {"augmentation": {"length": [161, 161]}}
-    learn = {"backbone": backbone, **size, "training": {"epochs": 3}}
-    weak = ["cam", "oaa", "oaa_plus", "oaa_drop", "drs_learnable", "drs_fixed", "drs_refined", "drs_oaa"]
-    weak += ["amr_irn", "edam_saliency"]
+    learn = {"backbone": backbone, "augmentation": {"length": [161, 161]}, "training": {"epochs": 1}}
+    agen = {
+        "network": {"agen": {"delay": 0}},
+        "backbones": {"classification": backbone, "segmentation": backbone},
+        **{key: learn[key] for key in ("augmentation", "training")},
+    }
     small = {
         "experiment": "mini",
-        "rows": [*weak, "agen", "supervised"],
+        "rows": rows,
+        "method": rows[0],
         "dataset": {"root": "data/mini", "train": "lists/train.txt", "evaluation": "lists/val.txt"},
         "saliency": {"path": "data/mini/Saliency"},
         "defaults": {
             "classifiers": {**learn, "accumulate": {"cells": 11}},
-            "refinements": {**learn, "training": {"epochs": 1}},
-            "affinities": {**learn, "training": {"epochs": 1}},
-            "one_step": {
-                "backbones": {"classification": backbone, "segmentation": backbone},
-                **size,
-                "training": {"epochs": 3},
-            },
+            "refinements": learn,
+            "affinities": learn,
+            "one_step": agen,
             "localizations": {"length": 161, "scales": [1.0]},
             "segmentations": {"backbone": backbone, "augmentation": {"crop": 161}, "training": {"epochs": 1}},
         },
-        "classifiers": {"amr": {"training": {"epochs": 3}}},
+        "classifiers": {"amr": {"training": {"epochs": 1}}},
         "test": {"flip": False},
+        "gallery": 2,
     }
     (project / "small.yaml").write_text(yaml.safe_dump(small))
-    files = ["params.yaml", "profiles/voc12_mini.yaml", "small.yaml"]
-    run(project, "snakemake", "--cores", "2", "--quiet", "all", "--configfile", *files)
-    rows = metrics(project, "mini")
+    return ["params.yaml", "profiles/voc12_mini.yaml", "small.yaml"]
+
+
+@needs_mini
+def test_every_row_of_voc12_mini_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy(tmp_path / "project", git=False))
+    weak = ["cam", "oaa", "oaa_plus", "oaa_drop", "drs_learnable", "drs_fixed", "drs_refined", "drs_oaa"]
+    weak += ["amr_irn", "edam_saliency"]
+    run_stages(mini(Path.cwd(), train=12, evaluation=4, rows=[*weak, "agen", "supervised"]))
+    rows = metrics(Path.cwd(), "mini")
     assert set(rows) == {*weak, "agen", "supervised"}
-    background = 0.04  # the mIoU of an all-background label map: about 0.7 / 21
-    assert rows["cam"]["labels_miou"] > background + 0.25, rows
     assert all(0 < rows[name]["maps_recall"] < 1 for name in weak), rows
     assert all(math.isfinite(row["miou"]) for row in rows.values()), rows
+
+
+@needs_mini
+def test_pseudo_labels_of_voc12_mini_are_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 160 images and three epochs, CAM's pseudo labels already beat the all-background score by far."""
+    monkeypatch.chdir(copy(tmp_path / "project", git=False))
+    files = mini(Path.cwd(), train=160, evaluation=1, rows=["cam"])
+    Path("three.yaml").write_text("classifiers: {base: {training: {epochs: 3}}}\n")
+    run_stages([*files, "three.yaml"], until="evaluation pseudo_labels/cam")
+    scores = json.loads(Path("results/mini/evaluation/pseudo_labels/cam/scores.json").read_text())
+    background = 0.04  # the mIoU of an all-background label map: about 0.7 / 21
+    assert scores["miou"] > background + 0.25, scores
