@@ -56,11 +56,17 @@ def resized(height: int, width: int, side: str, length: int | None) -> tuple[int
 
 
 def resize(rgb: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Area filter when shrinking, cubic when growing: no aliasing, whatever the factor."""
-    if rgb.shape[:2] == size:
-        return rgb
-    shrinks = size[0] < rgb.shape[0]
-    return cv2.resize(rgb, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC).astype(np.uint8)
+    """Resize H x W x 3 to ``size`` (height, width): area filter along an axis that shrinks, cubic along one that grows.
+
+    The shrinking axes come first. OpenCV's area filter averages only where no axis grows; else it interpolates
+    bilinearly between two neighbours and aliases.
+    """
+    smaller = min(rgb.shape[0], size[0]), min(rgb.shape[1], size[1])
+    return _filtered(_filtered(rgb, smaller, cv2.INTER_AREA), size, cv2.INTER_CUBIC)
+
+
+def _filtered(rgb: NDArray[np.uint8], size: tuple[int, int], interpolation: int) -> NDArray[np.uint8]:
+    return rgb if rgb.shape[:2] == size else cv2.resize(rgb, size[::-1], interpolation=interpolation).astype(np.uint8)
 
 
 def augment(
