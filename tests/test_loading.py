@@ -186,6 +186,45 @@ class TestAugment:
         assert classes.tolist() == label.tolist()
 
 
+class TestCropFirst:
+    """Jitter and normalisation after the crop, where few pixels are left, against the crop of the whole result."""
+
+    @pytest.mark.parametrize("crop", [1, 17, 40, 90])
+    @pytest.mark.parametrize("jitter", [None, (0.3, 0.3, 0.3, 0.0), (0.4, 0.9, 0.5, 0.2)])
+    def test_a_crop_is_that_of_the_whole_image_to_the_byte(
+        self, crop: int, jitter: tuple[float, float, float, float] | None
+    ) -> None:
+        """Without a crop the generator draws the same jitter: offsets are drawn last."""
+        noise = np.random.default_rng(0)
+        starts = set()
+        for seed in range(10):
+            height, width = noise.integers(20, 100, 2).tolist()
+            rgb, label = noise.integers(0, 256, (height, width, 3)).astype(np.uint8), blocks(height, width)[1]
+            settings = Augmentation(scale=(0.8, 1.2), jitter=jitter)
+            whole, classes, _ = augment(rgb, label, settings, np.random.default_rng(seed))
+            settings = Augmentation(scale=(0.8, 1.2), jitter=jitter, crop=crop)
+            found, found_classes, window = augment(rgb, label, settings, np.random.default_rng(seed))
+            assert classes is not None
+            assert found_classes is not None
+            rows, columns = whole.shape[1:]
+            top, left = round(window.top * rows), round(window.left * columns)
+            canvas, labels = torch.zeros(3, 400, 400), torch.full((400, 400), IGNORE)
+            canvas[:, 100 : 100 + rows, 100 : 100 + columns] = whole
+            labels[100 : 100 + rows, 100 : 100 + columns] = classes
+            at = np.s_[100 + top : 100 + top + crop, 100 + left : 100 + left + crop]
+            assert torch.equal(found, canvas[(slice(None), *at)])
+            assert torch.equal(found_classes, labels[at])
+            starts.add((top, left))
+        assert len(starts) > 5
+
+    def test_each_level_is_normalised_as_by_the_formula(self) -> None:
+        rgb = np.arange(256 * 3).reshape(16, 16, 3).astype(np.uint8)
+        expected = ((rgb.astype(np.float32) / 255 - MEAN) / STD).transpose(2, 0, 1)
+        for view in (np.s_[:], np.s_[3:9, 2:7], np.s_[:, ::-1]):
+            assert np.array_equal(normalise(rgb[view]).numpy(), expected[(slice(None), *np.index_exp[view])])
+        assert {*rgb.flat} == {*range(256)}
+
+
 class TestJitter:
     GREY = np.full((6, 7, 3), 100, np.uint8)
 
