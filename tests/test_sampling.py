@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.data.index import Index
 from pipeline.data.loading import Batch, Batches, TrainingSet, loader
 from pipeline.data.sampling import epoch_order
+from pipeline.data.streams import Purpose, rng
 from pipeline.runtime import Runtime
 from pipeline.schema import Augmentation, Training
 from pipeline.training.loop import Loop, Stateless
@@ -36,7 +37,7 @@ def shared(tags: Tags, members: list[int]) -> set[int]:
 
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_a_group_of_one_is_the_plain_shuffle(epoch: int) -> None:
-    expected = np.random.default_rng([7, epoch]).permutation(50).tolist()
+    expected = rng(7, Purpose.ORDER, epoch).permutation(50).tolist()
     assert epoch_order(many(50, 4), 1, 7, epoch).tolist() == expected
 
 
@@ -113,7 +114,7 @@ def test_groups_lie_together_in_a_batch(index: Index) -> None:
         assert [len(batch.ids) for batch in batches] == [4, 4, 1]
         pairs = [batch.tags[i : i + 2] for batch in batches[:2] for i in (0, 2)]
         assert sum(bool(pair.prod(0).any()) for pair in pairs) >= 3
-    plain = np.random.default_rng([5, 0]).permutation(9).tolist()
+    plain = rng(5, Purpose.ORDER).permutation(9).tolist()
     assert [number for batch in Batches(dataset(index, 1), 4, 0) for _, number in batch] == plain
 
 

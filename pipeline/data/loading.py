@@ -16,6 +16,7 @@ from pipeline.data.geometry import Window
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
 from pipeline.data.sampling import epoch_order
+from pipeline.data.streams import Purpose, rng
 from pipeline.errors import PipelineError
 from pipeline.schema import Augmentation
 from pipeline.stores.raster import Raster, RasterStore
@@ -200,7 +201,7 @@ class TrainingSet(Dataset[tuple[Any, ...]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         epoch, number = key
         image = self.images[number]
-        random = np.random.default_rng([self.seed, epoch, number])
+        random = rng(self.seed, Purpose.AUGMENTATION, epoch, number)
         label = None if self.labels is None else self.labels.get(image.id)
         tensor, classes, window = augment(read_rgb(image), label, self.settings, random)
         return tensor, self.tags[number], image.id, window, classes

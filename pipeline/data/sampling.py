@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.streams import Purpose, rng
+
 
 def epoch_order(tags: Sequence[tuple[int, ...]], group: int, seed: int, epoch: int) -> NDArray[np.intp]:
     """Each image's number once, in an order that seed and epoch decide.
@@ -16,7 +18,7 @@ def epoch_order(tags: Sequence[tuple[int, ...]], group: int, seed: int, epoch: i
     Args:
         tags: class ids of each image.
     """
-    random = np.random.default_rng([seed, epoch])
+    random = rng(seed, Purpose.ORDER, epoch)
     order = random.permutation(len(tags))
     if group == 1:
         return order
