@@ -34,8 +34,8 @@ def _share_a_class(
 ) -> tuple[list[list[int]], list[int]]:
     """Disjoint groups whose images share a class, and the images left over, too few of any class for another group.
 
-    In their order, images choose one of their tags by lot and are joined by the next ones that have it, too. Tags
-    without enough images are passed over.
+    In their order, images choose one of their tags by lot and are joined by the next ones that have it, too. A tag
+    without enough images is passed over; its images are then forgotten, as it can never get more.
     """
     left: dict[int, list[int]] = {}  # of each class, those without a group: the first in order at the end
     for number in order[::-1].tolist():
@@ -53,5 +53,4 @@ def _share_a_class(
                 groups.append(members)
                 taken.update(members)
                 break
-            left[tag] = members[::-1]
     return groups, [number for number in order.tolist() if number not in taken]
