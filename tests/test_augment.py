@@ -300,6 +300,7 @@ class TestSizes:
             ("long", 300, (225, 300)),
             ("square", 320, (320, 320)),
             ("none", None, (375, 500)),
+            ("none", 300, (375, 500)),
         ],
     )
     def test_sides(self, side: str, length: int | None, expected: tuple[int, int]) -> None:
@@ -307,6 +308,7 @@ class TestSizes:
 
     def test_a_thin_image_keeps_a_pixel(self) -> None:
         assert resized(1, 900, "long", 100) == (1, 100)
+        assert resized(900, 1, "long", 100) == (100, 1)
 
     def test_shrinking_averages(self) -> None:
         """A chequerboard of single pixels becomes its mean: nothing is skipped (aliasing)."""

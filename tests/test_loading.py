@@ -91,6 +91,7 @@ class TestTrainingSet:
 
     def test_the_number_of_workers_changes_nothing(self, index: Index, labels: RasterStore) -> None:
         dataset = TrainingSet(index.images("train"), 3, SETTINGS, 5, labels)
+        assert loader(dataset, 2, 3, 1, 2).num_workers == 2
         alone, together = (list(loader(dataset, 2, 3, 1, workers)) for workers in (0, 2))
         assert len(alone) == 3
         assert all(self.same(one, other) for one, other in zip(alone, together, strict=True))
@@ -109,6 +110,7 @@ class TestTrainingSet:
         assert [len(batch) for batch in Batches(dataset, 3, 0)] == [3, 3, 1]
         assert Batches(dataset, 3, 2, first=1).batches == Batches(dataset, 3, 2).batches[1:]
         assert len(Batches(dataset, 3, 2, first=2)) == 1
+        assert dataset.group == 1
 
     def test_tags_are_the_indexs(self, index: Index) -> None:
         """Image n of the tree has class n mod 3 + 1, every second one the next class too."""
@@ -118,7 +120,10 @@ class TestTrainingSet:
 
     def test_sizes_that_differ_in_a_batch_are_refused(self, index: Index) -> None:
         dataset = TrainingSet(index.images("train"), 3, Augmentation(scale=(0.5, 2.0)), 5)
-        with pytest.raises(PipelineError, match="differ in size; set crop, side: square, or batch_size: 1"):
+        with pytest.raises(
+            PipelineError,
+            match=r"^augmentation: the images of a batch differ in size; set crop, side: square, or batch_size: 1",
+        ):
             collate([dataset[0, 0], dataset[0, 1]])
 
     def test_missing_label_maps_are_counted_at_once(self, index: Index, tmp_path: Path) -> None:
@@ -131,6 +136,9 @@ class TestTrainingSet:
     def test_a_batch_moves_whole(self, index: Index, labels: RasterStore) -> None:
         dataset = TrainingSet(index.images("train"), 3, SETTINGS, 5, labels)
         batch: Any = next(iter(loader(dataset, 4, 0, 0, 0)))
+        items = [dataset[key] for key in Batches(dataset, 4, 0).batches[0]]
+        assert (batch.ids, batch.windows) == ([item[2] for item in items], [item[3] for item in items])
+        assert torch.equal(batch.tags, torch.stack([item[1] for item in items]))
         moved = batch.to(torch.device("cpu"))
         assert moved.images.is_contiguous(memory_format=torch.channels_last)
         assert self.same(moved, batch)
