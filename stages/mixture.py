@@ -3,9 +3,8 @@
 The share is of all training images, and drawn among those that have masks.
 """
 
-import numpy as np
-
 from pipeline.data.index import Index
+from pipeline.data.streams import Purpose, rng
 from pipeline.errors import PipelineError
 from pipeline.schema import Mixture
 from pipeline.stage import Work, progress, run
@@ -31,7 +30,7 @@ def main(work: Work) -> None:
 
 def chosen(ids: list[str], count: int, seed: int) -> set[str]:
     """``count`` of the images, drawn by the seed; with one seed, fewer lie within more."""
-    order = np.random.default_rng(seed).permutation(len(ids))
+    order = rng(seed, Purpose.MIXTURE).permutation(len(ids))
     return {ids[number] for number in order[:count]}
 
 

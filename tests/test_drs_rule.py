@@ -50,6 +50,15 @@ def test_more_than_two_strong_scores_are_ignored_by_the_code_alone() -> None:
     assert label(CODE, 0, cat=250, dog=240) == 255  # the background counts among them
 
 
+def test_strong_scores_are_counted_pixel_by_pixel() -> None:
+    """Three pixels of a strong class each are no conflict; nor are three scores of the threshold itself (204/255)."""
+    maps = {3: np.full((1, 3), 250, np.uint8)}
+    assert label_image(maps, np.full((1, 3), 255, np.uint8), None, CODE, "none", (1, 3)).tolist() == [[3, 3, 3]]
+    rule = replace(CODE, conflict=0.8)
+    assert label(rule, 255, cat=204, dog=204, horse=204) == 3
+    assert label(rule, 255, cat=205, dog=205, horse=205) == 255
+
+
 def test_the_crf_leaves_pixels_without_a_cue_ignored() -> None:
     saliency = np.zeros((24, 24), np.uint8)
     saliency[:, 8:] = 255

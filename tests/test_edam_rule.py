@@ -54,6 +54,14 @@ def test_its_rows_of_table_7() -> None:
     assert label(without_beta, 255, cat=60) == 0
 
 
+def test_a_score_of_alpha_is_kept_and_one_of_beta_is_not() -> None:
+    """51/255 is 0.2 and 204/255 is 0.8 to the bit."""
+    assert label(replace(PAPER, alpha=0.2), 255, cat=51) == 3
+    assert label(replace(PAPER, alpha=0.2), 255, cat=50) == 0
+    assert label(replace(PAPER, beta=0.8), 0, cat=204) == 0
+    assert label(replace(PAPER, beta=0.8), 0, cat=205) == 3
+
+
 def test_background_is_final() -> None:
     """A background above alpha and beta is none the less no object."""
     rule = replace(PAPER, background=0.99)

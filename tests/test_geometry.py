@@ -129,6 +129,18 @@ def test_a_crop_at_whole_cells_is_a_slice() -> None:
     assert inside.sum() == 6
 
 
+def test_cells_on_the_edge_of_a_window_lie_inside() -> None:
+    """Centres of a grid of 4: 0.125, 0.375, 0.625, 0.875; the window's edges go through the inner two."""
+    window = Window(0.375, 0.375, 0.625, 0.625)
+    found, inside = to_image(torch.ones(1, 2, 2), window, (4, 4))
+    expected = torch.zeros(4, 4)
+    expected[1:3, 1:3] = 1
+    assert torch.equal(inside, expected > 0)
+    assert torch.equal(found[0], expected)
+    # a window of 2 x 2 cells whose centres are the image's edges
+    assert to_window(torch.ones(1, 3, 3), Window(-0.5, -0.5, 1.5, 1.5), (2, 2)).eq(1).all()
+
+
 def test_padding_is_empty() -> None:
     ones = torch.ones(1, 3, 4)
     window = Window(top=-1.0, left=0.0, bottom=1.0, right=2.0)  # the image is its lower left quarter

@@ -18,7 +18,7 @@ from pipeline.data.index import Image, Index
 from pipeline.data.loading import normalise
 from pipeline.errors import PipelineError
 from pipeline.graph import Job
-from pipeline.inference import models
+from pipeline.inference import models, segment
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.inference.localize import localization_maps
 from pipeline.inference.segment import segmentations
@@ -248,6 +248,34 @@ class TestSegmentation:
         expected = dense_crf(read_rgb(images[0]), everything, settings).argmax(0)
         assert (found == expected).mean() > 0.995
         assert (found != labels_of(images[:1])["image0"]).any()
+
+    def test_the_crf_sees_the_classes_above_a_twentieth_and_all_that_win(
+        self, images: list[Image], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of five classes: one wins, one reaches 0.06, one 0.05, one less; the last wins a pixel at 0.04."""
+        image = Image("x", images[0].file, 32, 48, (), None, None)
+        values = np.zeros((5, 32, 48), np.float32)
+        values[0], values[1], values[2], values[3] = 0.9, 0.06, np.float32(0.05), 0.02
+        values[:, 5, 7] = 0.0, 0.0, 0.0, 0.0, 0.04
+        seen: list[NDArray[np.float32]] = []
+
+        def unchanged(rgb: Any, probabilities: NDArray[np.float32], settings: Crf) -> NDArray[np.float32]:
+            seen.append(probabilities)
+            return probabilities
+
+        monkeypatch.setattr(segment, "dense_crf", unchanged)
+        label = segment._refined((image, values, Crf()))
+        assert np.array_equal(seen[0], values[[0, 1, 4]])
+        assert label.dtype == np.uint8
+        assert label[5, 7] == 4
+        assert not np.delete(label, 5 * 48 + 7).any()
+
+    def test_a_mapper_that_loses_an_image_is_an_error(self, images: list[Image]) -> None:
+        def mapper(function: Any, tasks: Any) -> Any:
+            return list(map(function, tasks))[1:]
+
+        with pytest.raises(ValueError, match="shorter"):
+            list(segmentations(Scores(), images[:1], schema.Test(crf=Crf(iterations=1)), CPU, mapper))
 
     def test_the_mapper_gets_one_task_an_image(self, images: list[Image]) -> None:
         calls: list[int] = []

@@ -118,6 +118,29 @@ def test_oaa_thresholds_are_the_rules() -> None:
     assert label_image(maps, saliency, None, clashing, "none", (1, 3)).tolist() == [[255, 255, 255]]
 
 
+def test_oaa_at_its_thresholds() -> None:
+    """204/255 is 0.8 to the bit: saliency of the threshold is salient, two scores of it are no conflict."""
+    rule = replace(OAA, saliency=0.8, conflict=0.8, object=1.0)
+    assert label_image({3: raster([50, 50])}, raster([203, 204]), None, rule, "none", (1, 2)).tolist() == [[0, 255]]
+    both = raster([204, 205])
+    assert label_image({3: both, 5: both}, raster([255, 255]), None, rule, "none", (1, 2)).tolist() == [[3, 255]]
+
+
+def test_oaa_counts_every_class_as_foreground() -> None:
+    rule = replace(OAA, minimum_foreground=0.5)
+    salient = np.full((2, 2), 255, np.uint8)
+    for class_id in (1, 2, 20):
+        assert (label_image({class_id: salient}, salient, None, rule, "none", (2, 2)) == class_id).all()
+
+
+def test_a_power_of_the_background_takes_no_score_above_1() -> None:
+    """Upsampling may round above 1, where a root has no value."""
+    rule = replace(PLAIN, background=Power(0.5))
+    for size in range(1, 60):
+        full = np.full((3, 7), 255, np.uint8)
+        assert (label_image({4: full}, None, None, rule, "none", (size, 61)) == 4).all()
+
+
 def test_threshold_rule() -> None:
     maps = {7: grey([0.29, 0.31, 0.95]), 2: grey([0.0, 0.31, 0.96])}
     assert label_image(maps, None, None, PLAIN, "none", (1, 3)).tolist() == [[0, 2, 2]]
@@ -147,6 +170,8 @@ def test_a_small_map_is_upsampled_bilinearly_and_then_stretched() -> None:
     score = class_score(raster([0, 100]), "none", (2, 4))
     np.testing.assert_allclose(score, np.tile([0, 25, 75, 100], (2, 1)) / 255, atol=1e-6)
     assert class_score(raster([50, 100], [50, 50]), "minmax", (9, 7)).max() == 1
+    assert class_score(raster([0, 100]), "none", (2, 4)).dtype == np.float32
+    assert class_score(raster([0, 0]), "max", (2, 4)).dtype == np.float32
 
 
 def test_what_the_rule_lacks_is_refused() -> None:

@@ -1,6 +1,5 @@
-"""Training inputs: image and label map stay together through every augmentation, whoever loads them."""
+"""Training inputs: files as they were indexed, and batches that do not depend on who loads them."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,51 +7,21 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from pipeline.data.geometry import Window
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
-from pipeline.data.loader import Batches, LoadingPlan, load
+from pipeline.data.loader import Batches, LoadingPlan, data_loader, load
 from pipeline.data.loading import (
-    IGNORE,
-    MEAN,
-    STD,
     Batch,
     TrainingSet,
-    augment,
     collate,
     normalise,
-    resize,
-    resized,
 )
 from pipeline.errors import PipelineError
 from pipeline.schema import Augmentation
 from pipeline.stores.raster import RasterStore, RasterWriter
+from tests.test_augment import blocks
 from tests.voc_tree import make_index
-
-COLOURS = np.array([(10, 200, 30), (220, 40, 90), (60, 60, 240)], np.uint8)  # of the label's classes 0, 1, 2
-
-
-def blocks(height: int, width: int, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """An image of 8 x 8 blocks whose colour tells its class, and its label map."""
-    random = np.random.default_rng(seed)
-    label = random.integers(0, 3, (-(-height // 8), -(-width // 8))).astype(np.uint8)
-    label = label.repeat(8, 0).repeat(8, 1)[:height, :width]
-    return COLOURS[label], label
-
-
-def pixels(images: Tensor) -> NDArray[np.float32]:
-    """3 x H x W normalised -> H x W x 3 in 0..255."""
-    values: NDArray[np.float32] = (images.numpy().transpose(1, 2, 0) * STD + MEAN) * 255
-    return values
-
-
-def nearest_colour(rgb: NDArray[np.float32]) -> NDArray[np.intp]:
-    distance = ((rgb[:, :, None] - COLOURS.astype(np.float32)) ** 2).sum(-1)
-    winners: NDArray[np.intp] = distance.argmin(-1)
-    return winners
 
 
 @pytest.fixture(scope="module")
@@ -67,179 +36,6 @@ def labels(index: Index, tmp_path_factory: pytest.TempPathFactory) -> RasterStor
         for seed, image in enumerate(index.images("train")):
             writer.append(image.id, blocks(image.height, image.width, seed)[1])
     return RasterStore(path)
-
-
-class TestAugment:
-    @pytest.mark.parametrize("seed", range(6))
-    @pytest.mark.parametrize(
-        "settings",
-        [
-            Augmentation(),
-            Augmentation(crop=40),
-            Augmentation(scale=(0.6, 1.7), crop=48),
-            Augmentation(side="short", length=(60, 90), scale=(0.7, 1.3), crop=100),
-            Augmentation(side="square", length=(64, 64)),
-        ],
-    )
-    def test_label_and_image_stay_together(self, settings: Augmentation, seed: int) -> None:
-        """Every pixel of the label map still names the colour below it, but for the blur at the blocks' edges."""
-        rgb, label = blocks(72, 90, seed)
-        tensor, classes, _ = augment(rgb, label, settings, np.random.default_rng(seed))
-        assert classes is not None
-        assert classes.dtype == torch.int64
-        assert classes.shape == tensor.shape[1:]
-        found = classes.numpy()
-        kept = found != IGNORE
-        assert kept.any()
-        assert not tensor[:, torch.from_numpy(~kept)].any()  # padding of both lies at the same place
-        inner = cv2.erode(kept.astype(np.uint8), np.ones((5, 5)), borderValue=0) > 0
-        for class_id in range(3):  # away from the blocks' edges
-            same = cv2.erode((found == class_id).astype(np.uint8), np.ones((5, 5)), borderValue=0) > 0
-            inner[(found == class_id) & ~same] = False
-        assert inner.sum() > 100
-        assert (nearest_colour(pixels(tensor)) == found)[inner].all()
-
-    def test_the_window_tells_where_the_crop_lies(self) -> None:
-        """A colour ramp gives each pixel's own place away: it is the one that the window says."""
-        y, x = np.mgrid[:100, :150].astype(np.float32)
-        rgb = np.stack([y, x, 0 * y], -1).astype(np.uint8)
-        sides = set()
-        for seed in range(20):
-            tensor, _, window = augment(rgb, None, Augmentation(crop=60), np.random.default_rng(seed))
-            found = pixels(tensor)
-            rows = window.top * 100 + np.arange(60)
-            columns = window.left * 150 + np.arange(60)
-            columns = 149 - columns if window.flip else columns
-            np.testing.assert_allclose(found[..., 0], np.broadcast_to(rows[:, None], (60, 60)), atol=1e-3)
-            np.testing.assert_allclose(found[..., 1], np.broadcast_to(columns, (60, 60)), atol=1e-3)
-            assert window.bottom - window.top == pytest.approx(0.6)
-            assert window.right - window.left == pytest.approx(0.4)
-            sides.add(window.flip)
-        assert sides == {False, True}
-
-    def test_padding_is_ignore_and_the_mean_colour(self) -> None:
-        """An image of 20 x 30 lies whole, somewhere, in a crop of 48."""
-        rgb, label = blocks(20, 30)
-        corners = set()
-        for seed in range(12):
-            tensor, classes, window = augment(
-                rgb, label, Augmentation(crop=48, flip=False), np.random.default_rng(seed)
-            )
-            assert classes is not None
-            top, left = round(-window.top * 20), round(-window.left * 30)
-            expected = np.full((48, 48), IGNORE)
-            expected[top : top + 20, left : left + 30] = label
-            assert classes.tolist() == expected.tolist()
-            assert torch.equal(tensor[:, top : top + 20, left : left + 30], normalise(rgb))
-            assert not tensor[:, classes == IGNORE].any()
-            corners.add((top, left))
-        assert len(corners) > 5
-
-    def test_a_crop_of_the_images_size_is_the_image(self) -> None:
-        rgb, label = blocks(32, 32)
-        tensor, classes, window = augment(rgb, label, Augmentation(crop=32, flip=False), np.random.default_rng(0))
-        assert classes is not None
-        assert torch.equal(tensor, normalise(rgb))
-        assert classes.tolist() == label.tolist()
-        assert window == Window()
-
-    def test_flip_happens_half_of_the_time_or_never(self) -> None:
-        rgb, _ = blocks(8, 8)
-        for flip, expected in [(True, 200), (False, 0)]:
-            drawn = sum(
-                augment(rgb, None, Augmentation(flip=flip), np.random.default_rng(seed))[2].flip for seed in range(400)
-            )
-            assert abs(drawn - expected) <= (40 if flip else 0)
-
-    def test_lengths_and_scales_cover_their_range(self) -> None:
-        rgb, _ = blocks(40, 50)
-        settings = Augmentation(side="short", length=(20, 24))
-        heights = Counter(augment(rgb, None, settings, np.random.default_rng(seed))[0].shape[1] for seed in range(100))
-        assert sorted(heights) == [20, 21, 22, 23, 24]
-        settings = Augmentation(scale=(0.5, 1.5))
-        heights = Counter(augment(rgb, None, settings, np.random.default_rng(seed))[0].shape[1] for seed in range(100))
-        assert 20 <= min(heights) <= 23
-        assert 57 <= max(heights) <= 60
-
-    def test_a_stored_label_of_another_size_follows_the_image(self) -> None:
-        rgb, label = blocks(64, 80)
-        _, classes, _ = augment(rgb, label[::2, ::2], Augmentation(flip=False), np.random.default_rng(0))
-        assert classes is not None
-        assert classes.tolist() == label.tolist()
-
-
-class TestJitter:
-    GREY = np.full((6, 7, 3), 100, np.uint8)
-
-    def jittered(self, rgb: NDArray[np.uint8], *strength: float, seed: int = 0) -> NDArray[np.float32]:
-        settings = Augmentation(flip=False, jitter=strength)  # type: ignore[arg-type]
-        return pixels(augment(rgb, None, settings, np.random.default_rng(seed))[0])
-
-    def test_brightness_is_a_factor_within_its_bounds(self) -> None:
-        levels = [float(self.jittered(self.GREY, 0.3, 0, 0, 0, seed=seed).mean()) for seed in range(200)]
-        assert min(levels) >= 69
-        assert max(levels) <= 130.01
-        assert min(levels) < 75
-        assert max(levels) > 125
-
-    def test_contrast_keeps_the_mean_and_bounds_the_spread(self) -> None:
-        rgb = np.repeat(np.array([60, 140], np.uint8), 8).reshape(4, 4, 1).repeat(3, 2)
-        for seed in range(40):
-            found = self.jittered(rgb, 0, 0.5, 0, 0, seed=seed)
-            assert found.mean() == pytest.approx(100, abs=1)
-            assert 40 - 1 <= found.max() - found.min() <= 120 + 1
-
-    def test_saturation_leaves_grey_alone_and_bounds_colour(self) -> None:
-        assert np.abs(self.jittered(self.GREY, 0, 0, 0.9, 0) - 100).max() <= 1.01
-        rgb = np.broadcast_to(np.array([140, 100, 80], np.uint8), (4, 4, 3)).copy()
-        grey = 0.299 * 140 + 0.587 * 100 + 0.114 * 80
-        for seed in range(40):
-            red, green, blue = self.jittered(rgb, 0, 0, 0.4, 0, seed=seed)[0, 0]
-            factor = (red - blue) / (140 - 80)
-            assert 0.6 - 0.05 <= factor <= 1.4 + 0.05
-            assert green == pytest.approx(grey + factor * (100 - grey), abs=1.5)
-
-    def test_hue_turns_within_its_bounds(self) -> None:
-        """Pure red is turned by at most a tenth of the circle: green or blue rise to 0.6 of red at most."""
-        red = np.broadcast_to(np.array([200, 0, 0], np.uint8), (4, 4, 3)).copy()
-        rises = []
-        for seed in range(60):
-            r, g, b = self.jittered(red, 0, 0, 0, 0.1, seed=seed)[0, 0]
-            assert r == pytest.approx(200, abs=2)
-            assert min(g, b) <= 1
-            rises.append(max(g, b) / 200)
-        assert max(rises) <= 0.6 + 0.02
-        assert max(rises) > 0.5
-
-    def test_values_stay_in_a_pixels_range(self) -> None:
-        rgb = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
-        for seed in range(20):
-            found = self.jittered(rgb, 0.9, 0.9, 0.9, 0.3, seed=seed)
-            assert found.min() >= -1e-3
-            assert found.max() <= 255 + 1e-3
-
-
-class TestSizes:
-    @pytest.mark.parametrize(
-        ("side", "length", "expected"),
-        [
-            ("short", 224, (224, 299)),  # 375 x 500: 500 * 224 / 375 = 298.7
-            ("long", 300, (225, 300)),
-            ("square", 320, (320, 320)),
-            ("none", None, (375, 500)),
-        ],
-    )
-    def test_sides(self, side: str, length: int | None, expected: tuple[int, int]) -> None:
-        assert resized(375, 500, side, length) == expected
-
-    def test_a_thin_image_keeps_a_pixel(self) -> None:
-        assert resized(1, 900, "long", 100) == (1, 100)
-
-    def test_shrinking_averages(self) -> None:
-        """A chequerboard of single pixels becomes its mean: nothing is skipped (aliasing)."""
-        y, x = np.mgrid[:32, :32]
-        board = (((y + x) % 2) * 255).astype(np.uint8)[..., None].repeat(3, 2)
-        assert np.abs(resize(board, (8, 8)).astype(int) - 128).max() <= 1
 
 
 class TestFiles:
@@ -294,6 +90,7 @@ class TestTrainingSet:
 
     def test_the_number_of_workers_changes_nothing(self, index: Index, labels: RasterStore) -> None:
         dataset = TrainingSet(index.images("train"), 3, SETTINGS, 5, labels)
+        assert data_loader(dataset, 2, 3, 1, LoadingPlan(2)).num_workers == 2
         alone, together = (list(load(dataset, 2, 3, 1, LoadingPlan(workers))) for workers in (0, 2))
         assert len(alone) == 3
         assert all(self.same(one, other) for one, other in zip(alone, together, strict=True))
@@ -312,6 +109,7 @@ class TestTrainingSet:
         assert [len(batch) for batch in Batches(dataset, 3, 0)] == [3, 3, 1]
         assert Batches(dataset, 3, 2, first=1).batches == Batches(dataset, 3, 2).batches[1:]
         assert len(Batches(dataset, 3, 2, first=2)) == 1
+        assert dataset.group == 1
 
     def test_tags_are_the_indexs(self, index: Index) -> None:
         """Image n of the tree has class n mod 3 + 1, every second one the next class too."""
@@ -321,7 +119,10 @@ class TestTrainingSet:
 
     def test_sizes_that_differ_in_a_batch_are_refused(self, index: Index) -> None:
         dataset = TrainingSet(index.images("train"), 3, Augmentation(scale=(0.5, 2.0)), 5)
-        with pytest.raises(PipelineError, match="differ in size; set crop, side: square, or batch_size: 1"):
+        with pytest.raises(
+            PipelineError,
+            match=r"^augmentation: the images of a batch differ in size; set crop, side: square, or batch_size: 1",
+        ):
             collate([dataset[0, 0], dataset[0, 1]])
 
     def test_missing_label_maps_are_counted_at_once(self, index: Index, tmp_path: Path) -> None:
@@ -334,6 +135,36 @@ class TestTrainingSet:
     def test_a_batch_moves_whole(self, index: Index, labels: RasterStore) -> None:
         dataset = TrainingSet(index.images("train"), 3, SETTINGS, 5, labels)
         batch: Any = next(load(dataset, 4, 0, 0))
+        items = [dataset[key] for key in Batches(dataset, 4, 0).batches[0]]
+        assert (batch.ids, batch.windows) == ([item[2] for item in items], [item[3] for item in items])
+        assert torch.equal(batch.tags, torch.stack([item[1] for item in items]))
         moved = batch.to(torch.device("cpu"))
         assert moved.images.is_contiguous(memory_format=torch.channels_last)
         assert self.same(moved, batch)
+        elsewhere = batch.to(torch.device("meta"))
+        assert {values.device.type for values in (elsewhere.images, elsewhere.tags, elsewhere.labels)} == {"meta"}
+        assert (elsewhere.ids, elsewhere.windows) == (batch.ids, batch.windows)
+
+    def test_without_label_maps_a_batch_has_none(self, index: Index) -> None:
+        batch: Any = next(load(TrainingSet(index.images("train"), 3, SETTINGS, 5), 4, 0, 0))
+        assert batch.labels is None
+        assert batch.to(torch.device("cpu")).labels is None
+
+    @pytest.mark.parametrize("card", [False, True])
+    def test_batches_are_pinned_where_there_is_a_card(
+        self, index: Index, monkeypatch: pytest.MonkeyPatch, card: bool
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+        dataset = TrainingSet(index.images("train"), 3, SETTINGS, 5)
+        assert data_loader(dataset, 2, 0, 0, LoadingPlan()).pin_memory == card
+
+    def test_a_worker_leaves_the_cores_to_the_others(self, index: Index) -> None:
+        start = data_loader(TrainingSet(index.images("train"), 3, SETTINGS, 5), 2, 0, 0, LoadingPlan(2)).worker_init_fn
+        threads = cv2.getNumThreads()
+        try:
+            cv2.setNumThreads(3)
+            assert start is not None
+            start(0)
+            assert cv2.getNumThreads() == 1
+        finally:
+            cv2.setNumThreads(threads)

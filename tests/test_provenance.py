@@ -76,7 +76,7 @@ def test_maps_that_walked_are_scored_and_shown(place: Path) -> None:
     assert len(re.findall("<img", section)) == 4 * 7
     for walk in WALKED["walks"]:
         assert f'<th scope="row">walks/{walk}</th>' in html  # recall by class
-        assert f"</svg>walks/{walk}</li>" in html  # the legend of the threshold sweep
+        assert f"<g class=\"s0\"><title>walks/{walk}</title>" in html  # its panel of the threshold sweep
     table = json.loads((place / "results/drawn/metrics.json").read_text())
     scores = json.loads((place / "results/drawn/evaluation/walks/once/scores.json").read_text())
     assert table["walked"]["maps_recall"] == scores["recall"]
@@ -85,7 +85,8 @@ def test_maps_that_walked_are_scored_and_shown(place: Path) -> None:
 @pytest.mark.parametrize(("method", "shown"), [("agen", "two_step"), ("plain_agen", "cam"), ("edam", "edam")])
 def test_a_one_step_row_is_shown_by_the_row_that_learns_from_it(place: Path, method: str, shown: str) -> None:
     experiment(WALKED | {"method": method}, train=2, held=1, masks=False)
-    assert f"Train split, the way of {shown}. " in (place / "results/drawn/report.html").read_text()
+    html = (place / "results/drawn/report.html").read_text()
+    assert f"The images of the train split show every step of {shown} from tags" in html
 
 
 def test_map_columns_say_what_the_maps_are(place: Path) -> None:

@@ -12,6 +12,7 @@ from pipeline.data.index import Index
 from pipeline.data.loader import Batches, load
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.data.sampling import epoch_order
+from pipeline.data.streams import Purpose, rng
 from pipeline.runtime import Runtime
 from pipeline.schema import Augmentation, Training
 from pipeline.training.loop import Loop, Stateless
@@ -37,7 +38,7 @@ def shared(tags: Tags, members: list[int]) -> set[int]:
 
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_a_group_of_one_is_the_plain_shuffle(epoch: int) -> None:
-    expected = np.random.default_rng([7, epoch]).permutation(50).tolist()
+    expected = rng(7, Purpose.ORDER, epoch).permutation(50).tolist()
     assert epoch_order(many(50, 4), 1, 7, epoch).tolist() == expected
 
 
@@ -66,6 +67,43 @@ def test_by_hand() -> None:
 def test_an_image_that_fills_no_group_comes_last() -> None:
     tags: Tags = [(1,), (1,), (2,), (1,), (1,)]
     assert {int(epoch_order(tags, 2, seed, 0)[-1]) for seed in range(20)} == {2}
+
+
+def plainly(tags: Tags, group: int, seed: int, epoch: int) -> list[int]:
+    """The order as it is described, searching all images for every group."""
+    random = rng(seed, Purpose.ORDER, epoch)
+    order = random.permutation(len(tags)).tolist()
+    left, found = list(order), []
+    for number in order:
+        for tag in random.permutation(tags[number]).tolist() if number in left else ():
+            members = [other for other in left if tag in tags[other]][:group]
+            if len(members) == group:
+                found.append(members)
+                left = [other for other in left if other not in members]
+                break
+    found += groups(left, group)
+    found = [found[place] for place in random.permutation(len(found))]
+    return [number for members in found for number in members] + left[len(left) - len(left) % group :]
+
+
+@pytest.mark.parametrize("group", [2, 3, 4])
+@pytest.mark.parametrize(("images", "classes"), [(150, 20), (60, 3), (25, 9), (9, 5), (1, 1)])
+def test_the_order_is_the_one_described(images: int, classes: int, group: int) -> None:
+    for epoch in range(4):
+        tags = many(images, classes, seed=epoch)
+        assert epoch_order(tags, group, 7, epoch).tolist() == plainly(tags, group, 7, epoch)
+
+
+def test_alike_and_random_groups_are_shuffled() -> None:
+    """Of 20 alike pairs and 20 random ones, half of the alike ones lie in the first half of an epoch."""
+    tags: Tags = [(1,)] * 40 + [(tag,) for tag in range(2, 42)]
+    first = []
+    for epoch in range(50):
+        alike = [bool(shared(tags, pair)) for pair in groups(epoch_order(tags, 2, 0, epoch).tolist(), 2)]
+        assert sum(alike) == 20
+        first.append(sum(alike[:20]))
+    assert 9 < np.mean(first) < 11
+    assert len(set(first)) > 3
 
 
 def test_untagged_images_are_grouped_at_random() -> None:
@@ -114,7 +152,7 @@ def test_groups_lie_together_in_a_batch(index: Index) -> None:
         assert [len(batch.ids) for batch in batches] == [4, 4, 1]
         pairs = [batch.tags[i : i + 2] for batch in batches[:2] for i in (0, 2)]
         assert sum(bool(pair.prod(0).any()) for pair in pairs) >= 3
-    plain = np.random.default_rng([5, 0]).permutation(9).tolist()
+    plain = rng(5, Purpose.ORDER).permutation(9).tolist()
     assert [number for batch in Batches(dataset(index, 1), 4, 0) for _, number in batch] == plain
 
 

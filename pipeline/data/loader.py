@@ -129,15 +129,11 @@ def _one_thread(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
-def load(
-    dataset: TrainingSet, batch_size: int, epoch: int, first: int, plan: LoadingPlan = LoadingPlan()
-) -> Generator[Batch, None, None]:
-    """Load an epoch's batches; the same whatever the plan.
-
-    Raises:
-        PipelineError: an image cannot be read, or the workers stopped delivering.
-    """
-    loader: DataLoader[Any] = DataLoader(
+def data_loader(
+    dataset: TrainingSet, batch_size: int, epoch: int, first: int, plan: LoadingPlan
+) -> DataLoader[Batch | PipelineError]:
+    """PyTorch's loader of an epoch's batches, from batch number ``first`` on."""
+    return DataLoader(
         _Source(dataset),
         batch_sampler=Batches(dataset, batch_size, epoch, first),
         collate_fn=_as_it_is,  # type: ignore[arg-type]  # _Source collates
@@ -147,6 +143,17 @@ def load(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws from the global one, and a resumed run would differ
     )
+
+
+def load(
+    dataset: TrainingSet, batch_size: int, epoch: int, first: int, plan: LoadingPlan = LoadingPlan()
+) -> Generator[Batch, None, None]:
+    """Load an epoch's batches; the same whatever the plan.
+
+    Raises:
+        PipelineError: an image cannot be read, or the workers stopped delivering.
+    """
+    loader = data_loader(dataset, batch_size, epoch, first, plan)
     for batch in _delivered(loader, plan) if plan.workers else loader:
         if isinstance(batch, PipelineError):
             raise batch

@@ -2,24 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 from pipeline.data.geometry import Window
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
+from pipeline.data.streams import Purpose, rng
 from pipeline.errors import PipelineError
 from pipeline.schema import Augmentation
 from pipeline.stores.raster import Raster, RasterStore
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet, RGB
 STD = np.array([0.229, 0.224, 0.225], np.float32)
+NORMALISED = ((np.arange(256, dtype=np.float32)[:, None] / 255 - MEAN) / STD).T.copy()  # 3 x 256, value of each level
+GREY = np.array([0.299, 0.587, 0.114], np.float32)  # weights of R, G, B
 IGNORE = 255
 
 
@@ -41,7 +45,10 @@ class Batch:
 
 def normalise(rgb: NDArray[np.uint8]) -> Tensor:
     """H x W x 3 uint8 -> 3 x H x W float32 with ImageNet mean and standard deviation."""
-    return torch.from_numpy(((rgb.astype(np.float32) / 255 - MEAN) / STD).transpose(2, 0, 1).copy())
+    out = np.empty((3, *rgb.shape[:2]), np.float32)
+    for channel, table in enumerate(NORMALISED):
+        np.take(table, rgb[..., channel], out=out[channel], mode="clip")  # no index exceeds 255: "clip" saves a buffer
+    return torch.from_numpy(out)
 
 
 def resized(height: int, width: int, side: str, length: int | None) -> tuple[int, int]:
@@ -55,17 +62,25 @@ def resized(height: int, width: int, side: str, length: int | None) -> tuple[int
 
 
 def resize(rgb: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Area filter when shrinking, cubic when growing: no aliasing, whatever the factor."""
-    if rgb.shape[:2] == size:
-        return rgb
-    shrinks = size[0] < rgb.shape[0]
-    return cv2.resize(rgb, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC).astype(np.uint8)
+    """Resize H x W x 3 to ``size`` (height, width): area filter along an axis that shrinks, cubic along one that grows.
+
+    The shrinking axes come first. OpenCV's area filter averages only where no axis grows; else it interpolates
+    bilinearly between two neighbours and aliases.
+    """
+    smaller = min(rgb.shape[0], size[0]), min(rgb.shape[1], size[1])
+    return _filtered(_filtered(rgb, smaller, cv2.INTER_AREA), size, cv2.INTER_CUBIC)
+
+
+def _filtered(rgb: NDArray[np.uint8], size: tuple[int, int], interpolation: int) -> NDArray[np.uint8]:
+    return rgb if rgb.shape[:2] == size else cv2.resize(rgb, size[::-1], interpolation=interpolation).astype(np.uint8)
 
 
 def augment(
     rgb: NDArray[np.uint8], label: Raster | None, settings: Augmentation, random: np.random.Generator
 ) -> tuple[Tensor, Tensor | None, Window]:
     """Resize, scale, flip, jitter, crop: image and label map alike.
+
+    Jitter and normalisation run on what the crop keeps, with the same result to the byte.
 
     Returns:
         3 x H x W normalised image, H x W int64 label map (255 in the padding) or None, and the window.
@@ -80,18 +95,20 @@ def augment(
         label = cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST_EXACT).astype(np.uint8)
     flip = settings.flip and bool(random.random() < 0.5)
     if flip:
-        rgb, label = rgb[:, ::-1], None if label is None else label[:, ::-1]
-    if settings.jitter is not None:
-        rgb = _jitter(rgb, settings.jitter, random)
-    tensor = normalise(rgb)
-    classes = None if label is None else torch.from_numpy(label.astype(np.int64))
-    if settings.crop is None:
-        return tensor, classes, Window(flip=flip)
-    top, left = (_offset(extent, settings.crop, random) for extent in (height, width))
-    side = settings.crop
-    window = Window(top / height, left / width, (top + side) / height, (left + side) / width, flip)
-    cropped = _crop(tensor, top, left, side, 0.0)
-    return cropped, None if classes is None else _crop(classes[None], top, left, side, IGNORE)[0], window
+        rgb, label = cv2.flip(rgb, 1).astype(np.uint8, copy=False), None if label is None else label[:, ::-1]
+    jitter = None if settings.jitter is None else Jitter.draw(settings.jitter, rgb, random)
+    rows, columns = settings.crop or height, settings.crop or width
+    top, left = _offset(height, rows, random), _offset(width, columns, random)
+    window = Window(top / height, left / width, (top + rows) / height, (left + columns) / width, flip)
+    down, across = slice(max(0, top), top + rows), slice(max(0, left), left + columns)
+    rgb = (rgb[down] if jitter is None else jitter.apply(rgb[down]))[:, across]
+    above, before = max(0, -top), max(0, -left)
+    padding = (before, columns - before - rgb.shape[1], above, rows - above - rgb.shape[0])
+    tensor = functional.pad(normalise(rgb), padding)
+    if label is None:
+        return tensor, None, window
+    classes = torch.from_numpy(label[down, across].astype(np.int64))
+    return tensor, functional.pad(classes, padding, value=IGNORE), window
 
 
 def _offset(extent: int, crop: int, random: np.random.Generator) -> int:
@@ -100,30 +117,51 @@ def _offset(extent: int, crop: int, random: np.random.Generator) -> int:
     return int(random.integers(low, high + 1))
 
 
-def _crop(values: Tensor, top: int, left: int, side: int, fill: float) -> Tensor:
-    out = values.new_full((values.shape[0], side, side), fill)
-    height, width = values.shape[1:]
-    y0, x0, y1, x1 = max(0, top), max(0, left), min(height, top + side), min(width, left + side)
-    out[:, y0 - top : y1 - top, x0 - left : x1 - left] = values[:, y0:y1, x0:x1]
-    return out
+class Jitter(NamedTuple):
+    """A random change of colours: brightness, then contrast, saturation and hue."""
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: int | None  # a turn in steps of 2 degrees, OpenCV's unit
+    mean: np.float32  # grey level of the whole image after the change of brightness; contrast leaves it as it is
+
+    @classmethod
+    def draw(
+        cls, strength: tuple[float, float, float, float], rgb: NDArray[np.uint8], random: np.random.Generator
+    ) -> "Jitter":
+        """Draw factors from 1 +- strength, and the hue's turn from +- ``strength[3]`` of the circle.
+
+        Args:
+            strength: of brightness, contrast, saturation and hue.
+            rgb: the whole H x W x 3 image.
+        """
+        brightness, contrast, saturation = (random.uniform(max(0, 1 - s), 1 + s) for s in strength[:3])
+        hue = round(180 * random.uniform(-strength[3], strength[3])) if strength[3] > 0 else None
+        return cls(brightness, contrast, saturation, hue, _grey(rgb.astype(np.float32) * brightness).mean())
+
+    def apply(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Change the colours of whole rows of the image.
+
+        A row that lacks columns would differ: OpenCV converts hues in blocks, and rounds differently in a last, smaller
+        block.
+        """
+        values = rgb.astype(np.float32) * self.brightness
+        values = (values - self.mean) * self.contrast + self.mean
+        grey = _grey(values)[..., None]
+        values = (values - grey) * self.saturation + grey
+        out = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
+        if self.hue is not None:
+            hsv = cv2.cvtColor(out, cv2.COLOR_RGB2HSV)
+            hsv[..., 0] = (hsv[..., 0].astype(np.int16) + self.hue) % 180
+            out = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(np.uint8)
+        return out
 
 
-def _jitter(
-    rgb: NDArray[np.uint8], strength: tuple[float, float, float, float], random: np.random.Generator
-) -> NDArray[np.uint8]:
-    """Brightness, contrast, saturation by a factor from 1 +- strength, hue shifted by +- strength of the circle."""
-    brightness, contrast, saturation = (random.uniform(max(0, 1 - s), 1 + s) for s in strength[:3])
-    values = rgb.astype(np.float32) * brightness
-    grey = values @ np.array([0.299, 0.587, 0.114], np.float32)
-    values = (values - grey.mean()) * contrast + grey.mean()
-    grey = values @ np.array([0.299, 0.587, 0.114], np.float32)
-    values = (values - grey[..., None]) * saturation + grey[..., None]
-    out = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
-    if strength[3] > 0:
-        hsv = cv2.cvtColor(out, cv2.COLOR_RGB2HSV)
-        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + round(180 * random.uniform(-strength[3], strength[3]))) % 180
-        out = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(np.uint8)
-    return out
+def _grey(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """H x W grey levels; pixel by pixel, as a matrix product may round each by its place in the image."""
+    red, green, blue = (values[..., channel] * GREY[channel] for channel in range(3))
+    return red + green + blue
 
 
 class TrainingSet(Dataset[tuple[Any, ...]]):
@@ -162,7 +200,7 @@ class TrainingSet(Dataset[tuple[Any, ...]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         epoch, number = key
         image = self.images[number]
-        random = np.random.default_rng([self.seed, epoch, number])
+        random = rng(self.seed, Purpose.AUGMENTATION, epoch, number)
         label = None if self.labels is None else self.labels.get(image.id)
         tensor, classes, window = augment(read_rgb(image), label, self.settings, random)
         return tensor, self.tags[number], image.id, window, classes

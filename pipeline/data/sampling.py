@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.streams import Purpose, rng
+
 
 def epoch_order(tags: Sequence[tuple[int, ...]], group: int, seed: int, epoch: int) -> NDArray[np.intp]:
     """Each image's number once, in an order that seed and epoch decide.
@@ -16,7 +18,7 @@ def epoch_order(tags: Sequence[tuple[int, ...]], group: int, seed: int, epoch: i
     Args:
         tags: class ids of each image.
     """
-    random = np.random.default_rng([seed, epoch])
+    random = rng(seed, Purpose.ORDER, epoch)
     order = random.permutation(len(tags))
     if group == 1:
         return order
@@ -32,8 +34,8 @@ def _share_a_class(
 ) -> tuple[list[list[int]], list[int]]:
     """Disjoint groups whose images share a class, and the images left over, too few of any class for another group.
 
-    In their order, images choose one of their tags by lot and are joined by the next ones that have it, too. Tags
-    without enough images are passed over.
+    In their order, images choose one of their tags by lot and are joined by the next ones that have it, too. A tag
+    without enough images is passed over; its images are then forgotten, as it can never get more.
     """
     left: dict[int, list[int]] = {}  # of each class, those without a group: the first in order at the end
     for number in order[::-1].tolist():
@@ -51,5 +53,4 @@ def _share_a_class(
                 groups.append(members)
                 taken.update(members)
                 break
-            left[tag] = members[::-1]
     return groups, [number for number in order.tolist() if number not in taken]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.data.geometry import Window, to_image, to_window
 from pipeline.data.index import Image
+from pipeline.data.streams import Purpose, rng
 from pipeline.schema import Accumulate, AttentionDrop
 from pipeline.stores.files import atomic
 from pipeline.stores.raster import write_store
@@ -273,7 +274,7 @@ class AttentionDropLayer:
         """
         out = torch.zeros(len(ids), 1, *size, dtype=torch.bool)
         pairs = tags.detach().cpu().nonzero().tolist()
-        drawn = [np.random.default_rng([self.seed, epoch, self.numbers[name], 1]).random() for name in ids]
+        drawn = [rng(self.seed, Purpose.OCCLUSION, epoch, self.numbers[name]).random() for name in ids]
         for sample, class_index in pairs:
             if drawn[sample] >= self.settings.beta:
                 continue
