@@ -76,7 +76,7 @@ def test_maps_that_walked_are_scored_and_shown(place: Path) -> None:
     assert len(re.findall("<img", section)) == 4 * 7
     for walk in WALKED["walks"]:
         assert f'<th scope="row">walks/{walk}</th>' in html  # recall by class
-        assert f"<g class=\"s0\"><title>walks/{walk}</title>" in html  # its panel of the threshold sweep
+        assert f'<g class="s0"><title>walks/{walk}</title>' in html  # its panel of the threshold sweep
     table = json.loads((place / "results/drawn/metrics.json").read_text())
     scores = json.loads((place / "results/drawn/evaluation/walks/once/scores.json").read_text())
     assert table["walked"]["maps_recall"] == scores["recall"]
