@@ -1,5 +1,19 @@
 """What all tests share: a single arithmetic thread in each process, since pytest-xdist starts a process per core."""
 
 import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import stages  # noqa: F401  # its settings of OpenMP and malloc must come before torch is imported
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Undo what a stage run in this process does: threads that wait for each other on busy cores are slow."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
