@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .PHONY: reproduce test lint clean
 
 reproduce: $(INSTALLED)
-	python -m pipeline.reproduce
+	python -m pipeline.workflow.reproduce
 	@echo && cat results/demo/logs/report.log && echo "The pictures: results/demo/report.html"
 
 test: lint

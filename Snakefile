@@ -1,12 +1,12 @@
 """From image tags to masks: one rule a stage, one job a block of params.yaml, whatever the number of images.
 
-The rules are those of pipeline/stage_table.py; the params are read by pipeline/params.py. What is up to date is decided
-by the manifests beside the outputs (pipeline/snakemake.py).
+The rules are those of pipeline/config/stage_table.py; the params are read by pipeline/config/params.py. What is up to date is decided
+by the manifests beside the outputs (pipeline/workflow/snakemake.py).
 """
 
 from snakemake.utils import min_version
 
-from pipeline.snakemake import plan
+from pipeline.workflow.snakemake import plan
 
 min_version("9.27")
 

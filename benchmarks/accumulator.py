@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.config.schema import Accumulate
 from pipeline.data.geometry import Window
 from pipeline.data.index import Image
 from pipeline.methods.oaa import AttentionAccumulator
-from pipeline.schema import Accumulate
 from pipeline.stores.raster import RasterStore
 
 CLASSES, ROWS, COLUMNS = 20, 28, 37

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pipeline.config.registry import ONE_STEP, Choice
+from pipeline.config.schema import Backbone, OneStep, Training
 from pipeline.methods.agen import Agen
-from pipeline.registry import ONE_STEP, Choice
-from pipeline.schema import Backbone, OneStep, Training
 from pipeline.training.settings import autocast
 
 CLASSES = 20

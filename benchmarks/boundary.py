@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.steps import stepper
+from pipeline.config.registry import ONE_STEP, Choice
+from pipeline.config.schema import Backbone, OneStep, Training
 from pipeline.methods.agen import Agen
 from pipeline.methods.one_step import Mapper
-from pipeline.registry import ONE_STEP, Choice
-from pipeline.schema import Backbone, OneStep, Training
 from pipeline.stores.blocks import parallel
 from pipeline.training.settings import prepare
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.config.schema import Crf
 from pipeline.labels.base import IGNORE, as_probabilities
 from pipeline.labels.crf import dense_crf
-from pipeline.schema import Crf
 
 CLASSES = 21  # background included
 BLUR = 0.04  # sigma over the short side

@@ -14,11 +14,11 @@ import time
 
 import torch
 
+from pipeline.config.registry import SEGMENTATIONS, Choice
+from pipeline.config.schema import Backbone, Segmentation, Training
 from pipeline.data.geometry import Window
 from pipeline.data.loading import Batch
 from pipeline.networks.segmentation import build_segmentation
-from pipeline.registry import SEGMENTATIONS, Choice
-from pipeline.schema import Backbone, Segmentation, Training
 from pipeline.training.settings import autocast, build_optimizer, parameter_groups, prepare
 from stages.segmentation import SegmentationTask
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import params as parameters
-from pipeline.graph import Graph, Job
+from pipeline.config import params as parameters
 from pipeline.stores.files import sha256
+from pipeline.workflow.graph import Graph, Job
 
 STAGES = ("classifier", "refinement", "affinity", "segmentation")
 EVERY = 0.3  # seconds between checkpoints

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config.schema import Augmentation
 from pipeline.data.loading import MEAN, STD, augment, normalise
-from pipeline.schema import Augmentation
 
 
 def formula(rgb: NDArray[np.uint8]) -> Tensor:

@@ -62,13 +62,12 @@ def measure(path: Path) -> dict[str, float]:
     """Peak MB after each part of the stage's work, and seconds of writing."""
     import torch
 
+    from pipeline.config.schema import Accumulate, Augmentation, Backbone, Classifier, Head, Training
     from pipeline.data.index import Index
     from pipeline.data.loader import load
     from pipeline.data.loading import TrainingSet
-    from pipeline.inference import models
     from pipeline.methods.oaa import AttentionAccumulator
-    from pipeline.schema import Accumulate, Augmentation, Backbone, Classifier, Head, Training
-    from pipeline.training import checkpoint
+    from pipeline.training import checkpoint, models
 
     found = {"imports": megabytes()}
     index = Index(path)

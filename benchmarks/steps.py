@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.schema import Training
+from pipeline.config.schema import Training
 from pipeline.training.settings import autocast, build_optimizer, parameter_groups
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.steps import stepper
-from pipeline.inference import models
-from pipeline.schema import Backbone, Classifier, Suppression, Training
+from pipeline.config.schema import Backbone, Classifier, Suppression, Training
 from pipeline.stores.raster import RasterWriter
+from pipeline.training import models
 from pipeline.training.settings import prepare
 
 CLASSES, SIDE, IMAGES = 20, 320, 1000

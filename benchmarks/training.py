@@ -14,8 +14,8 @@ import time
 
 import torch
 
-from pipeline.inference import models
-from pipeline.schema import Backbone, Classifier, Head, Training
+from pipeline.config.schema import Backbone, Classifier, Head, Training
+from pipeline.training import models
 from pipeline.training.settings import autocast, build_optimizer, has_bf16, parameter_groups, prepare
 
 CLASSES = 20

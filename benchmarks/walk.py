@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.config.schema import Walk
 from pipeline.refinement.walk import random_walk, transition_matrix
-from pipeline.schema import Walk
 from pipeline.training.settings import prepare
 
 

@@ -4,14 +4,14 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from pipeline.config.schema import Affinity
 from pipeline.data.loading import Batch
 from pipeline.refinement.affinity import AffinityNetwork, affinity_loss
-from pipeline.schema import Affinity
-from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore
-from pipeline.training.fit import fit
 from pipeline.training.loop import Stateless
 from pipeline.training.segmentation import reduced
+from pipeline.workflow.fit import fit
+from pipeline.workflow.stage import Work, run
 
 
 class AffinityTask(Stateless):

@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pipeline.config.schema import Classifier
 from pipeline.data.index import Image
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.methods.base import Method
 from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
-from pipeline.schema import Classifier
-from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore, RasterWriter
-from pipeline.training.fit import fit
 from pipeline.training.loop import extent
+from pipeline.workflow.fit import fit
+from pipeline.workflow.stage import Work, run
 
 
 class ClassifierTask:

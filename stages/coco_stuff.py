@@ -1,7 +1,7 @@
 """Make a dataset in VOC layout at dataset.root of COCO-Stuff 10k."""
 
 from pipeline.data.coco_stuff import convert
-from pipeline.stage import Work, in_place, progress, run
+from pipeline.workflow.stage import Work, in_place, progress, run
 
 
 def main(work: Work) -> None:

@@ -4,7 +4,7 @@ import shutil
 
 from pipeline.data.demo import MARK, generate
 from pipeline.errors import PipelineError
-from pipeline.stage import Work, run
+from pipeline.workflow.stage import Work, run
 
 
 def main(work: Work) -> None:

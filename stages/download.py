@@ -1,7 +1,7 @@
 """Download PASCAL VOC 2012 with the SBD's masks to dataset.root."""
 
 from pipeline.data.download import download, is_complete, voc2012_aug
-from pipeline.stage import Work, in_place, progress, run
+from pipeline.workflow.stage import Work, in_place, progress, run
 
 
 def main(work: Work) -> None:

@@ -3,15 +3,15 @@
 import json
 from typing import Any
 
-from pipeline import stage_table
+from pipeline.config import stage_table
 from pipeline.data.index import Image, Index
 from pipeline.errors import PipelineError
 from pipeline.evaluation.confusion import ConfusionMatrix
 from pipeline.evaluation.maps import HalfMaximum, ThresholdSweep, prepare
 from pipeline.evaluation.scores import label_scores, map_scores, plain, prediction_scores
-from pipeline.stage import Work, progress, run
 from pipeline.stores.blocks import listed
 from pipeline.stores.raster import RasterStore
+from pipeline.workflow.stage import Work, progress, run
 
 COVERAGE_IMAGES = 300  # the list's first with masks: every epoch reads them all again
 

@@ -5,13 +5,13 @@ from functools import partial
 
 from pipeline.data.index import Index
 from pipeline.data.sample import choose
-from pipeline.inference import models
 from pipeline.inference.features import feature_maps
 from pipeline.methods.base import Method
-from pipeline.stage import Work, progress, run
 from pipeline.stores.blocks import write_blocks
 from pipeline.stores.raster import RasterWriter
+from pipeline.training import models
 from pipeline.training.settings import prepare
+from pipeline.workflow.stage import Work, progress, run
 
 
 def main(work: Work) -> None:

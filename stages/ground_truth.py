@@ -4,8 +4,8 @@ from pipeline.data.checks import read_mask
 from pipeline.data.faults import Faults
 from pipeline.data.index import Index
 from pipeline.errors import PipelineError
-from pipeline.stage import Work, progress, run
 from pipeline.stores.raster import RasterWriter
+from pipeline.workflow.stage import Work, progress, run
 
 
 def main(work: Work) -> None:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from pipeline.data.build_index import build_index
-from pipeline.stage import Work, progress, run
+from pipeline.workflow.stage import Work, progress, run
 
 
 def main(work: Work) -> None:

@@ -3,12 +3,12 @@
 The share is of all training images, and drawn among those that have masks.
 """
 
+from pipeline.config.schema import Mixture
 from pipeline.data.index import Index
 from pipeline.data.streams import Purpose, rng
 from pipeline.errors import PipelineError
-from pipeline.schema import Mixture
-from pipeline.stage import Work, progress, run
 from pipeline.stores.raster import RasterStore, RasterWriter
+from pipeline.workflow.stage import Work, progress, run
 
 
 def main(work: Work) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from pipeline.data.loading import Batch
 from pipeline.methods.one_step import Mapper, OneStepNetwork
-from pipeline.stage import Work, run
 from pipeline.stores.blocks import parallel
-from pipeline.training.fit import fit
+from pipeline.workflow.fit import fit
+from pipeline.workflow.stage import Work, run
 
 
 class OneStepTask:

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+from pipeline.config.schema import PseudoLabels
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
 from pipeline.labels.base import IGNORE, Rule
 from pipeline.labels.labelling import Normalise, label_image
-from pipeline.schema import PseudoLabels
-from pipeline.stage import Work, progress, run
 from pipeline.stores.blocks import Row, parallel, require, write_blocks
 from pipeline.stores.raster import Raster, RasterStore, RasterWriter
+from pipeline.workflow.stage import Work, progress, run
 
 
 @dataclass(frozen=True)

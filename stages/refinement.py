@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from pipeline.data.geometry import to_window
 from pipeline.data.loading import Batch
 from pipeline.refinement.base import RefinementNetwork
-from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore
-from pipeline.training.fit import fit
 from pipeline.training.loop import Stateless
+from pipeline.workflow.fit import fit
+from pipeline.workflow.stage import Work, run
 
 
 class RefinementTask(Stateless):

@@ -8,8 +8,8 @@ from pipeline.data.index import Index
 from pipeline.errors import PipelineError
 from pipeline.report import metrics
 from pipeline.report.sections import Results, document
-from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore
+from pipeline.workflow.stage import Work, run
 
 
 def main(work: Work) -> None:

@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from pipeline.config.schema import Saliency
 from pipeline.data.faults import Faults
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
 from pipeline.errors import PipelineError
 from pipeline.labels import saliency
-from pipeline.schema import Saliency
-from pipeline.stage import Work, progress, run
 from pipeline.stores.blocks import Row, listed, parallel, write_blocks
 from pipeline.stores.raster import Raster, RasterStore, RasterWriter
+from pipeline.workflow.stage import Work, progress, run
 
 Source = Callable[[Image], Raster]
 

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from pipeline.config.schema import Segmentation
 from pipeline.data.loading import Batch
 from pipeline.networks.segmentation import SegmentationNetwork
-from pipeline.schema import Segmentation
-from pipeline.stage import Work, run
 from pipeline.stores.raster import RasterStore
-from pipeline.training.fit import fit
 from pipeline.training.loop import Stateless
 from pipeline.training.segmentation import segmentation_loss
+from pipeline.workflow.fit import fit
+from pipeline.workflow.stage import Work, run
 
 
 class SegmentationTask(Stateless):

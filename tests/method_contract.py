@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.inference import models
+from pipeline.config.registry import METHODS, Choice, plain
+from pipeline.config.schema import Backbone, Classifier, Head, Training
 from pipeline.methods.base import Method, Output
-from pipeline.registry import METHODS, Choice, plain
-from pipeline.schema import Backbone, Classifier, Head, Training
+from pipeline.training import models
 from pipeline.training.settings import build_optimizer, parameter_groups
 
 Array = NDArray[np.float64]

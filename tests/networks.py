@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline import schema
+from pipeline.config import schema
 from pipeline.networks.backbones import Backbone, build_backbone
 
 

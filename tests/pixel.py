@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from pipeline.config.registry import RULES, Choice, plain
+from pipeline.config.schema import PseudoLabels
 from pipeline.labels.base import Rule
 from pipeline.labels.labelling import label_image
-from pipeline.registry import RULES, Choice, plain
-from pipeline.schema import PseudoLabels
 
 
 def label(rule: Rule, saliency: int, **scores: int) -> int:

@@ -7,10 +7,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from pipeline.graph import Graph, Job
-from pipeline.params import load
+from pipeline.config.params import load
 from pipeline.runtime import Runtime
-from pipeline.stage import execute
+from pipeline.workflow.graph import Graph, Job
+from pipeline.workflow.stage import execute
 
 ROOT = Path(__file__).parent.parent
 PARTS = [

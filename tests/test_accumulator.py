@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.schema import Accumulate
 from pipeline.data.geometry import Window
 from pipeline.data.index import Image
 from pipeline.methods.oaa import AttentionAccumulator, passes
-from pipeline.schema import Accumulate
 from tests.test_oaa import ALL, GRID, IMAGES, WHOLE, K, accumulator, dumped, feed
 
 PAIRS = 8  # of IMAGES

@@ -12,20 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config.schema import Affinity, Augmentation, Backbone, Training
 from pipeline.data.geometry import Window
 from pipeline.data.index import Index
 from pipeline.data.loading import Batch
 from pipeline.errors import PipelineError
-from pipeline.graph import Job
-from pipeline.inference import models
 from pipeline.refinement.affinity import AffinityNetwork, affinity_loss
 from pipeline.refinement.pairs import at_ends, pairs, strongest
 from pipeline.runtime import Runtime
-from pipeline.schema import Affinity, Augmentation, Backbone, Training
-from pipeline.stage import Work
 from pipeline.stores.raster import RasterWriter
+from pipeline.training import models
 from pipeline.training.loop import Task
 from pipeline.training.settings import build_optimizer, parameter_groups
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import Work
 from stages import affinity
 from tests import networks
 from tests.voc_tree import make_index

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.registry import ONE_STEP, Choice, plain
+from pipeline.config.schema import Backbone, Head, OneStep, Training
 from pipeline.errors import PipelineError
-from pipeline.inference import models
 from pipeline.methods.agen import FINAL, Agen, ContextAttention
 from pipeline.methods.agen_losses import BoundaryLoss
-from pipeline.registry import ONE_STEP, Choice, plain
-from pipeline.schema import Backbone, Head, OneStep, Training
+from pipeline.training import models
 from pipeline.training.settings import build_optimizer, parameter_groups
 from tests.method_contract import Arithmetic, Array
 from tests.networks import on_meta, randomise_batch_norms, resize, size

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config.schema import Crf
 from pipeline.data.loading import normalise
 from pipeline.methods.agen_losses import BoundaryLoss, inside, online_labels, photos, seeding_loss
-from pipeline.schema import Crf
 from tests.method_contract import Array
 from tests.networks import resize
 

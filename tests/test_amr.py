@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.inference import models
+from pipeline.config.schema import Backbone, Classifier, Suppression
 from pipeline.methods.amr import Amr, AmrOutput
 from pipeline.methods.base import Method, Output
 from pipeline.methods.cam import Cam
-from pipeline.schema import Backbone, Classifier, Suppression
+from pipeline.training import models
 from pipeline.training.settings import parameter_groups
 from tests.method_contract import Arithmetic, Array, K, MethodContract, build_method, small_classifier
 

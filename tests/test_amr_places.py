@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.schema import Backbone, Suppression
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
 from pipeline.data.loading import normalise
 from pipeline.errors import PipelineError
 from pipeline.inference.features import feature_maps
 from pipeline.methods.amr import Amr
-from pipeline.schema import Backbone, Suppression
 from tests.method_contract import K, build_method, small_classifier
 from tests.test_amr import amr, made
 

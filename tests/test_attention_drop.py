@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.config.schema import Accumulate, AttentionDrop, Backbone, Classifier, Head, Training
 from pipeline.data.geometry import Window
 from pipeline.data.loading import Batch
-from pipeline.graph import Job
 from pipeline.methods.base import Method, Output
 from pipeline.methods.cam import Cam
 from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
 from pipeline.runtime import Runtime
-from pipeline.schema import Accumulate, AttentionDrop, Backbone, Classifier, Head, Training
-from pipeline.stage import Work
 from pipeline.stores.raster import RasterStore
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import Work
 from stages.classifier import ClassifierTask
 from tests.test_oaa import ALL, GRID, IMAGES, WHOLE, K, accumulator, feed, tag_row
 

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config.schema import Augmentation
 from pipeline.data.geometry import Window
 from pipeline.data.loading import IGNORE, MEAN, STD, augment, normalise, resize, resized
-from pipeline.schema import Augmentation
 
 COLOURS = np.array([(10, 200, 30), (220, 40, 90), (60, 60, 240)], np.uint8)  # of the label's classes 0, 1, 2
 

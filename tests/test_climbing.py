@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.config.schema import Climbing, Localization, Suppression
 from pipeline.data.index import Image
 from pipeline.inference import climbing
 from pipeline.inference.climbing import climb
 from pipeline.inference.localize import localization_maps
 from pipeline.methods.base import Method, Output
-from pipeline.schema import Climbing, Localization, Suppression
 from tests.method_contract import build_method, small_classifier
 
 CPU = torch.device("cpu")

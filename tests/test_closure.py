@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import closure
-from pipeline.graph import Graph
-from pipeline.params import load
+from pipeline.config.params import load
+from pipeline.workflow import closure
+from pipeline.workflow.graph import Graph
 from tests import project
 
 CACHES = (closure.digest, closure._data, closure._tree, closure._imports, closure._code)
@@ -168,8 +168,8 @@ def test_a_change_is_seen_in_what_is_imported(tree: Callable[..., None]) -> None
 CODES = """
 import json
 from pathlib import Path
-from pipeline.graph import Graph
-from pipeline.params import load
+from pipeline.workflow.graph import Graph
+from pipeline.config.params import load
 print(json.dumps({job.label: job.code for job in Graph(load([Path("params.yaml")])).jobs}))
 """
 

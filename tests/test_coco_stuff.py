@@ -14,18 +14,18 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline.config.params import load
+from pipeline.config.schema import Dataset
 from pipeline.data import matlab
 from pipeline.data.build_index import build_index
 from pipeline.data.coco_stuff import convert
 from pipeline.data.index import Index
 from pipeline.data.palette import voc_palette
 from pipeline.errors import PipelineError
-from pipeline.graph import Graph, stale
-from pipeline.params import load
-from pipeline.schema import Dataset
-from pipeline.stage import run
 from pipeline.stores.files import partial
 from pipeline.stores.raster import RasterStore
+from pipeline.workflow.graph import Graph, stale
+from pipeline.workflow.stage import run
 from stages import coco_stuff, evaluation, ground_truth, index
 from stages.coco_stuff import main
 from tests.project import ROOT

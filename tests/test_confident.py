@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.config.params import read, validate
+from pipeline.config.schema import Crf
 from pipeline.errors import PipelineError
 from pipeline.labels import confident
 from pipeline.labels.background import Power
@@ -14,8 +16,6 @@ from pipeline.labels.confident import Confident
 from pipeline.labels.crf import dense_crf
 from pipeline.labels.labelling import label_image
 from pipeline.labels.threshold import Threshold
-from pipeline.params import read, validate
-from pipeline.schema import Crf
 from pipeline.stores.raster import Raster
 from tests.project import ROOT
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.config.schema import Crf
 from pipeline.errors import PipelineError
 from pipeline.labels.crf import dense_crf
-from pipeline.schema import Crf
 
 HEIGHT, WIDTH = 32, 44
 

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline import schema
+from pipeline.config import schema
+from pipeline.config.registry import BACKBONES, SEGMENTATIONS, Choice
 from pipeline.errors import PipelineError
-from pipeline.inference import models
 from pipeline.networks.deeplab_largefov import LargeFov
 from pipeline.networks.deeplab_v2 import DeepLabV2
 from pipeline.networks.deeplab_v3plus import DeepLabV3Plus, PooledBatchNorm
 from pipeline.networks.segmentation import SegmentationNetwork, build_segmentation
-from pipeline.registry import BACKBONES, SEGMENTATIONS, Choice
+from pipeline.training import models
 from tests.method_contract import Arithmetic, Array
 from tests.networks import convs, on_meta, randomise_batch_norms, resize, size
 

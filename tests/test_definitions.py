@@ -12,13 +12,13 @@ import yaml
 from dvc.dependency import ParamsDependency
 from dvc.repo import Repo
 
-from pipeline import dvc
-from pipeline import params as parameters
+from pipeline.config import params as parameters
+from pipeline.config.registry import CHOICES
+from pipeline.config.stage_table import FOLDERS, KINDS, SECTIONS, STAGES, TRAINED, kind, sections
 from pipeline.errors import PipelineError
-from pipeline.graph import Graph, Job
-from pipeline.registry import CHOICES
-from pipeline.snakemake import Plan, program, rule_files
-from pipeline.stage_table import FOLDERS, KINDS, SECTIONS, STAGES, TRAINED, kind, sections
+from pipeline.workflow import dvc
+from pipeline.workflow.graph import Graph, Job
+from pipeline.workflow.snakemake import Plan, program, rule_files
 from tests import project
 
 PARAMS = Path("params.yaml")
@@ -140,7 +140,7 @@ def graph() -> Graph:
 
 
 def test_dvc_yaml_is_what_the_table_says() -> None:
-    assert (project.ROOT / "dvc.yaml").read_text() == dvc.document(), "python -m pipeline.dvc > dvc.yaml"
+    assert (project.ROOT / "dvc.yaml").read_text() == dvc.document(), "python -m pipeline.workflow.dvc > dvc.yaml"
 
 
 def test_dvc_states_the_graph(graph: Graph, dvc_stages: dict[str, Stage]) -> None:
@@ -151,7 +151,7 @@ def test_dvc_states_the_graph(graph: Graph, dvc_stages: dict[str, Stage]) -> Non
         stage = dvc_stages[dvc.name_of(job)]
         assert stage.outputs == names({*job.outputs.values(), *rule_files(job)}), job.label
         assert stage.code == names([program(job), "pipeline"]), job.label
-        assert stage.command == " ".join(filter(None, ("python -m pipeline.dvc run", job.stage, job.name)))
+        assert stage.command == " ".join(filter(None, ("python -m pipeline.workflow.dvc run", job.stage, job.name)))
         if job.stage != "report":
             own = {f"{rows}/{job.section}/{job.name.rpartition('/')[2]}"} if job.section else set()
             assert stage.data == names(job.inputs.values()) | own, job.label
@@ -203,7 +203,7 @@ def test_the_table_agrees_with_itself() -> None:
 def test_the_commands_of_wrong_params_fail_in_the_shell(files: list[str], tmp_path: Path) -> None:
     folder = project.copy(tmp_path / "project", git=False)
     (folder / "wrong.yaml").write_text("sede: 1\n")
-    line = f"python -m pipeline.graph {' '.join(files)} | sh -e; echo status $?"
+    line = f"python -m pipeline.workflow.graph {' '.join(files)} | sh -e; echo status $?"
     text = project.run(folder, "sh", "-c", line)
     assert text.endswith("status 1\n"), text
     assert re.search(r"^error: .*(no such file|did you mean seed)", text, re.MULTILINE), text

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from pipeline.config.schema import Dataset, Demo
 from pipeline.data.build_index import build_index
 from pipeline.data.demo import CLASSES, draw, generate, simulated_saliency
 from pipeline.errors import PipelineError
-from pipeline.graph import Job
 from pipeline.runtime import Runtime
-from pipeline.schema import Dataset, Demo
-from pipeline.stage import Work
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import Work
 from stages import demo
 
 SETTINGS = Demo(train=30, evaluation=10, size=64, seed=3)

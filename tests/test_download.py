@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.config.schema import Dataset
 from pipeline.data.build_index import build_index
 from pipeline.data.download import Archive, Release, download, is_complete, voc2012_aug
 from pipeline.data.palette import voc_palette
 from pipeline.errors import PipelineError
-from pipeline.graph import Job
 from pipeline.runtime import Runtime
-from pipeline.schema import Dataset
-from pipeline.stage import execute
 from pipeline.stores.files import partial
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import execute
 from stages import download as stage
 
 scipy_io = pytest.importorskip("scipy.io", reason="scipy is not installed; it reads and writes SBD's masks")

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.config.registry import BACKBONES
+from pipeline.config.schema import Backbone, Classifier, Head, Suppression, Training
 from pipeline.errors import PipelineError
 from pipeline.methods.drs import Suppressor
-from pipeline.registry import BACKBONES
-from pipeline.schema import Backbone, Classifier, Head, Suppression, Training
 from pipeline.training.settings import parameter_groups
 from tests.method_contract import build_method
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.config.schema import Backbone, Suppression
 from pipeline.methods.base import Method
 from pipeline.methods.collaboration import CollaborativeAttention, sinusoid
 from pipeline.methods.edam import Edam
-from pipeline.schema import Backbone, Suppression
 from pipeline.training.settings import parameter_groups
 from tests.method_contract import Arithmetic, Array, K, MethodContract, build_method, small_classifier
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.config.schema import Crf
 from pipeline.labels import base
 from pipeline.labels.background import Power
 from pipeline.labels.base import LabelCrf
 from pipeline.labels.edam import Edam
 from pipeline.labels.labelling import label_image
-from pipeline.schema import Crf
 from pipeline.stores.raster import Raster
 from tests.pixel import label
 

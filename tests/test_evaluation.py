@@ -13,10 +13,10 @@ from pipeline.evaluation import confusion
 from pipeline.evaluation.confusion import ConfusionMatrix
 from pipeline.evaluation.maps import THRESHOLDS, HalfMaximum, ThresholdSweep, prepare
 from pipeline.evaluation.scores import label_scores, map_scores, plain
-from pipeline.graph import Job
 from pipeline.runtime import Runtime
-from pipeline.stage import Work
 from pipeline.stores.raster import RasterWriter
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import Work
 from stages import evaluation
 
 RANDOM = np.random.default_rng(7)

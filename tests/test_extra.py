@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline.config.params import load
+from pipeline.config.schema import Dataset
 from pipeline.data.build_index import build_index
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Index
 from pipeline.errors import PipelineError
-from pipeline.graph import Graph, stale
-from pipeline.params import load
 from pipeline.report import protocol
-from pipeline.schema import Dataset
-from pipeline.stage import run
 from pipeline.stores.raster import RasterStore, RasterWriter
+from pipeline.workflow.graph import Graph, stale
+from pipeline.workflow.stage import run
 from stages import ground_truth, index, mixture, segmentation
 from tests.project import ROOT
 from tests.voc_tree import make_tree, minimal_params

@@ -10,19 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.config.schema import Backbone, Classifier, Head, Suppression, Training
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
 from pipeline.data.loading import normalise, resize
 from pipeline.data.sample import choose
-from pipeline.graph import Job
-from pipeline.inference import models
 from pipeline.inference.features import feature_maps
 from pipeline.methods.base import Method
 from pipeline.methods.cam import Cam
 from pipeline.runtime import Runtime
-from pipeline.schema import Backbone, Classifier, Head, Suppression, Training
-from pipeline.stage import Work
 from pipeline.stores.raster import RasterStore
+from pipeline.training import models
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import Work
 from stages import features
 from tests.method_contract import build_method
 from tests.voc_tree import make_index

@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.config.schema import Dataset
 from pipeline.data.build_index import build_index
 from pipeline.data.checks import Unfit, image_size, mask_values
 from pipeline.data.index import Index
 from pipeline.errors import PipelineError
-from pipeline.graph import Job
 from pipeline.runtime import Runtime
-from pipeline.schema import Dataset
-from pipeline.stage import execute
 from pipeline.stores.raster import RasterStore
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import execute
 from stages import ground_truth
 from tests.voc_tree import CLASSES, LISTS, make_index, make_tree, minimal_params, write_mask
 

@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline import schema
+from pipeline.config import schema
+from pipeline.config.registry import SEGMENTATIONS, Choice
+from pipeline.config.schema import Backbone, Classifier, Crf, Head, Localization, Refinement, Segmentation, Training
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
 from pipeline.data.loading import normalise
 from pipeline.errors import PipelineError
-from pipeline.graph import Job
-from pipeline.inference import models, segment
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.inference.localize import localization_maps
 from pipeline.inference.segment import segmentations
 from pipeline.labels.crf import dense_crf
-from pipeline.registry import SEGMENTATIONS, Choice
 from pipeline.runtime import Runtime
-from pipeline.schema import Backbone, Classifier, Crf, Head, Localization, Refinement, Segmentation, Training
-from pipeline.stage import Work
 from pipeline.stores.raster import RasterStore
+from pipeline.training import models, segment
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import Work
 from stages import localization, prediction
 from tests.voc_tree import make_index
 

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config.registry import REFINEMENTS, Choice
+from pipeline.config.schema import Backbone, Head, Refinement, Training
 from pipeline.data.geometry import Window
 from pipeline.data.loading import Batch
 from pipeline.refinement.integral import IntegralModel, integral_loss
-from pipeline.registry import REFINEMENTS, Choice
-from pipeline.schema import Backbone, Head, Refinement, Training
 from pipeline.stores.raster import RasterStore, RasterWriter
 from stages.refinement import RefinementTask
 

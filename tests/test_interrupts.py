@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from pipeline import interrupts
-from pipeline.stage import run
 from pipeline.stores.files import sha256
+from pipeline.workflow.stage import run
 from stages import index
 from tests.project import ROOT
 from tests.voc_tree import make_tree, minimal_params

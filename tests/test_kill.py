@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from benchmarks.kill import Trial, compare
-from pipeline.graph import Graph
-from pipeline.params import load
-from pipeline.stage import run
+from pipeline.config.params import load
+from pipeline.workflow.graph import Graph
+from pipeline.workflow.stage import run
 from stages import ground_truth, index
 from tests.project import ROOT
 from tests.voc_tree import make_tree, minimal_params

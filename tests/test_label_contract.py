@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import params as parameters
+from pipeline.config import params as parameters
+from pipeline.config.registry import RULES, Choice, plain
 from pipeline.errors import PipelineError
 from pipeline.labels.base import IGNORE, Rule
 from pipeline.labels.labelling import label_image
-from pipeline.registry import RULES, Choice, plain
 from tests.project import ROOT
 from tests.voc_tree import make_tree, minimal_params
 
@@ -96,7 +96,7 @@ def test_a_background_that_cannot_be_is_named(rule: dict[str, Any], fault: str, 
 def test_neither_the_rules_nor_their_stage_import_torch() -> None:
     code = (
         "import sys, stages.pseudo_labels\n"
-        "from pipeline import params\nfrom pathlib import Path\nfrom pipeline.registry import RULES\n"
+        "from pipeline import params\nfrom pathlib import Path\nfrom pipeline.config.registry import RULES\n"
         "params.load([Path('params.yaml')])\n"
         "assert all(RULES[name] for name in RULES.names())\n"
         "assert 'torch' not in sys.modules"

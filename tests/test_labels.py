@@ -16,8 +16,8 @@ from PIL import Image as Pillow
 import stages.export
 import stages.mixture
 import stages.pseudo_labels
+from pipeline.config.schema import Crf, Mixture
 from pipeline.errors import PipelineError
-from pipeline.graph import Job
 from pipeline.labels import base, export
 from pipeline.labels.background import Power
 from pipeline.labels.base import LabelCrf, Rule
@@ -25,9 +25,9 @@ from pipeline.labels.labelling import class_score, label_image
 from pipeline.labels.oaa import Oaa
 from pipeline.labels.threshold import Threshold
 from pipeline.runtime import Runtime
-from pipeline.schema import Crf, Mixture
-from pipeline.stage import Work
 from pipeline.stores.raster import Raster, RasterStore, RasterWriter
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import Work
 from tests.pixel import block
 
 OAA = Oaa(minimum_foreground=0)

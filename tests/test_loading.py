@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.schema import Augmentation
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
 from pipeline.data.loader import Batches, LoadingPlan, data_loader, load
@@ -18,7 +19,6 @@ from pipeline.data.loading import (
     normalise,
 )
 from pipeline.errors import PipelineError
-from pipeline.schema import Augmentation
 from pipeline.stores.raster import RasterStore, RasterWriter
 from tests.test_augment import blocks
 from tests.voc_tree import make_index

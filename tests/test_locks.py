@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import snakemake
-from pipeline.stage import run
 from pipeline.stores import locks
+from pipeline.workflow import snakemake
+from pipeline.workflow.stage import run
 from stages import index
 from tests.project import ROOT
 from tests.voc_tree import make_tree, minimal_params

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.registry import METHODS
+from pipeline.config.schema import Suppression
 from pipeline.methods.base import Method, Output
-from pipeline.registry import METHODS
-from pipeline.schema import Suppression
 from tests.method_contract import Arithmetic, Array, K, MethodContract, small_classifier
 
 

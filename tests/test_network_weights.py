@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline import schema
+from pipeline.config import schema
+from pipeline.config.registry import SEGMENTATIONS, Choice
 from pipeline.errors import PipelineError
-from pipeline.inference import models
 from pipeline.networks.backbones import Backbone
 from pipeline.networks.vision import import_torchvision
-from pipeline.registry import SEGMENTATIONS, Choice
+from pipeline.training import models
 from tests.networks import build, randomise_batch_norms
 
 MOBILENET_FILE = Path("../shared/weights/mobilenet_v2_imagenet_fp16.pth")

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline import schema
+from pipeline.config import schema
+from pipeline.config.registry import BACKBONES
 from pipeline.errors import PipelineError
 from pipeline.networks.backbones import Backbone
 from pipeline.networks.heads import ClassAwareHead
 from pipeline.networks.resnet38 import BottleneckBlock, WideBlock
 from pipeline.networks.vision import import_torchvision
-from pipeline.registry import BACKBONES
 from tests.networks import build, convs, on_meta, randomise_batch_norms, size
 
 TAPS = {

@@ -15,22 +15,22 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline import params as parameters
+from pipeline.config import params as parameters
+from pipeline.config.reader import NonNegative
+from pipeline.config.registry import METHODS, ONE_STEP, REFINEMENTS, Choice, Registry
+from pipeline.config.schema import Backbone, Head, OneStep, Refinement, Training
 from pipeline.data.loading import TrainingSet
 from pipeline.errors import PipelineError
-from pipeline.inference import models
 from pipeline.methods.base import Method, Step
 from pipeline.methods.cam import Cam
 from pipeline.methods.one_step import Mapper, OneStepNetwork
 from pipeline.networks.backbones import build_backbone
-from pipeline.reader import NonNegative
 from pipeline.refinement.base import RefinementNetwork, Target
 from pipeline.refinement.integral import IntegralModel
-from pipeline.registry import METHODS, ONE_STEP, REFINEMENTS, Choice, Registry
-from pipeline.schema import Backbone, Head, OneStep, Refinement, Training
-from pipeline.stage import run
 from pipeline.stores.files import sha256
 from pipeline.stores.raster import RasterStore
+from pipeline.training import models
+from pipeline.workflow.stage import run
 from stages import classifier, evaluation, features, ground_truth, index, localization, one_step, prediction, refinement
 from tests.project import ROOT
 from tests.test_one_step import AGEN
@@ -204,7 +204,7 @@ def test_a_method_asks_for_neighbours_that_share_a_class(raw: dict[str, Any], mo
             super().__init__(*arguments)
             groups.append(self.group)
 
-    monkeypatch.setattr("pipeline.training.fit.TrainingSet", Recorded)
+    monkeypatch.setattr("pipeline.workflow.fit.TrainingSet", Recorded)
     start(raw)
     for name in ("base", "toy"):
         work("classifier", classifier.main, name)
@@ -323,7 +323,12 @@ def test_params_and_the_stages_without_networks_do_not_import_torch() -> None:
 
 DEFAULTS = {"schema.py": {"cam", "integral"}}
 SHARED = [
-    *("pipeline/schema.py", "pipeline/contradictions.py", "pipeline/params.py", "pipeline/inference/models.py"),
+    *(
+        "pipeline/config/schema.py",
+        "pipeline/config/validation.py",
+        "pipeline/config/params.py",
+        "pipeline/training/models.py",
+    ),
     *(str(file.relative_to(ROOT)) for file in (ROOT / "stages").glob("*.py")),
     *(str(file.relative_to(ROOT)) for file in (ROOT / "pipeline/report").glob("*.py") if file.stem != "published"),
     *(str(file.relative_to(ROOT)) for file in (ROOT / "pipeline/training").glob("*.py")),

@@ -9,10 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from pipeline.config.schema import Accumulate
 from pipeline.data.geometry import Window
 from pipeline.data.index import Image
 from pipeline.methods.oaa import AttentionAccumulator, attention, passes
-from pipeline.schema import Accumulate
 from pipeline.stores.raster import RasterStore
 from pipeline.training import checkpoint
 

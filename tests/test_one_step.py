@@ -9,17 +9,18 @@ import pytest
 import torch
 import yaml
 
-from pipeline import dvc, references
-from pipeline import params as parameters
+from pipeline.config import params as parameters
+from pipeline.config import references
+from pipeline.config.registry import ONE_STEP, Choice
+from pipeline.config.schema import Backbone, OneStep, Training
 from pipeline.errors import PipelineError
-from pipeline.graph import Graph
 from pipeline.methods.agen import Agen
-from pipeline.registry import ONE_STEP, Choice
 from pipeline.report import metrics, protocol
-from pipeline.schema import Backbone, OneStep, Training
-from pipeline.stage import run
 from pipeline.stores.files import sha256
 from pipeline.stores.raster import RasterStore
+from pipeline.workflow import dvc
+from pipeline.workflow.graph import Graph
+from pipeline.workflow.stage import run
 from stages import evaluation, ground_truth, index, localization, one_step, prediction, pseudo_labels
 from tests.project import ROOT
 from tests.test_report import RAW, experiment, training_logs

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import dvc
+from pipeline.workflow import dvc
 from tests.project import copy, environment, run
 
 pytestmark = pytest.mark.slow

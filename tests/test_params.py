@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import params as parameters
-from pipeline import references
+from pipeline.config import params as parameters
+from pipeline.config import references
+from pipeline.config.params import load, merge, validate
 from pipeline.errors import PipelineError
 from pipeline.labels.drs import Drs
-from pipeline.params import load, merge, validate
 
 ROOT = Path(__file__).parent.parent
 PROFILES = {

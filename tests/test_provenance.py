@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import references
+from pipeline.config import references
 from pipeline.report import protocol
 from tests.test_report import LEARNER, RAW, SMALL, experiment, training_logs
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import pytest
 
-from pipeline.reader import Range, build
-from pipeline.registry import Registry
-from pipeline.schema import Params
+from pipeline.config.reader import Range, build
+from pipeline.config.registry import Registry
+from pipeline.config.schema import Params
 
 SPECIAL = (float("nan"), float("inf"), -float("inf"))
 Wrap = Callable[[Any], Any]

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import references
+from pipeline.config import references
+from pipeline.config.params import merge, validate
+from pipeline.config.schema import Params
+from pipeline.config.stage_table import SECTIONS
 from pipeline.errors import PipelineError
-from pipeline.params import merge, validate
-from pipeline.schema import Params
-from pipeline.stage_table import SECTIONS
 
 TRAINING = {"epochs": 1, "batch_size": 2, "lr": 0.1}
 SMALL = {"name": "small"}

@@ -12,18 +12,18 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from pipeline import params as parameters
-from pipeline import schema
+from pipeline.config import params as parameters
+from pipeline.config import schema
+from pipeline.config.reader import Count, Share
+from pipeline.config.registry import BACKBONES, RULES, SEGMENTATIONS
 from pipeline.data.index import Index
-from pipeline.graph import Graph
 from pipeline.labels.base import IGNORE, Cues, Rule
 from pipeline.networks.base import Backbone, Tap
 from pipeline.networks.segmentation import SegmentationHead
-from pipeline.reader import Count, Share
-from pipeline.registry import BACKBONES, RULES, SEGMENTATIONS
 from pipeline.report import protocol
-from pipeline.stage import run
 from pipeline.stores.raster import Raster, RasterStore
+from pipeline.workflow.graph import Graph
+from pipeline.workflow.stage import run
 from stages import classifier, evaluation, ground_truth, index, localization, prediction, pseudo_labels, saliency
 from stages import segmentation as segmentation_stage
 from tests.project import ROOT

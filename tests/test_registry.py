@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import pytest
 
-from pipeline import params
+from pipeline.config import params
+from pipeline.config.reader import Range, build_block
+from pipeline.config.registry import Choice, Registry, plain
 from pipeline.errors import PipelineError
-from pipeline.reader import Range, build_block
-from pipeline.registry import Choice, Registry, plain
 
 RULES: Registry[Any] = Registry("RULES", "tests", "rule")
 

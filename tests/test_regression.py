@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.config.registry import REFINEMENTS, Choice
+from pipeline.config.schema import Backbone, Head, Localization, Refinement, Training
 from pipeline.data.index import Image
 from pipeline.inference.localize import localization_maps
 from pipeline.refinement.regression import RegressionNetwork, strongest
-from pipeline.registry import REFINEMENTS, Choice
-from pipeline.schema import Backbone, Head, Localization, Refinement, Training
 
 K = 3
 

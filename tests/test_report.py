@@ -11,15 +11,15 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline import params as parameters
-from pipeline import references
+from pipeline.config import params as parameters
+from pipeline.config import references
 from pipeline.data.sample import choose
-from pipeline.graph import Graph, Job
-from pipeline.inference import models
 from pipeline.report import metrics, pictures, protocol
 from pipeline.runtime import Runtime
-from pipeline.stage import Work
 from pipeline.stores.raster import RasterWriter
+from pipeline.training import models
+from pipeline.workflow.graph import Graph, Job
+from pipeline.workflow.stage import Work
 from stages import evaluation, report
 from stages.affinity import AffinityTask
 from stages.segmentation import SegmentationTask

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.reproduce import LOG, Watch, explain
+from pipeline.workflow.reproduce import LOG, Watch, explain
 from tests.project import copy, environment
 
 INDEX = "results/demo/index/index.json"
-COMMAND = [sys.executable, "-m", "pipeline.reproduce", "--", INDEX]
+COMMAND = [sys.executable, "-m", "pipeline.workflow.reproduce", "--", INDEX]
 OUTPUT = """Job stats:
 job           count
 ----------  -------

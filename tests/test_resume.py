@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.schema import Accumulate, AttentionDrop, Augmentation, Backbone, Classifier, Training
 from pipeline.data.index import Index
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.errors import PipelineError
-from pipeline.graph import Job
 from pipeline.methods.base import Method, Output
 from pipeline.runtime import Runtime
-from pipeline.schema import Accumulate, AttentionDrop, Augmentation, Backbone, Classifier, Training
-from pipeline.stage import Work
 from pipeline.training.loop import Loop, extent
 from pipeline.training.settings import prepare
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import Work
 from stages.classifier import ClassifierTask
 from tests.voc_tree import make_index
 

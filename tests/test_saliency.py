@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.config.schema import Saliency
 from pipeline.errors import PipelineError
-from pipeline.graph import Job
 from pipeline.labels.saliency import detect
 from pipeline.runtime import Runtime
-from pipeline.schema import Saliency
-from pipeline.stage import Work
 from pipeline.stores.raster import RasterStore, RasterWriter
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import Work
 from stages.saliency import main
 
 SIZES = {"a": (40, 60), "b": (50, 30), "c": (40, 60)}

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.schema import Augmentation, Training
 from pipeline.data.index import Index
 from pipeline.data.loader import Batches, load
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.data.sampling import epoch_order
 from pipeline.data.streams import Purpose, rng
 from pipeline.runtime import Runtime
-from pipeline.schema import Augmentation, Training
 from pipeline.training.loop import Loop, Stateless
 from tests.voc_tree import make_index
 

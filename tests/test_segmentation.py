@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.config.params import validate
+from pipeline.config.registry import SEGMENTATIONS, Choice
+from pipeline.config.schema import Backbone, Segmentation, Training
 from pipeline.data.geometry import Window
 from pipeline.data.loading import Batch
 from pipeline.errors import PipelineError
 from pipeline.networks.segmentation import SegmentationNetwork, build_segmentation
-from pipeline.params import validate
-from pipeline.registry import SEGMENTATIONS, Choice
-from pipeline.schema import Backbone, Segmentation, Training
 from pipeline.training.loop import extent
 from pipeline.training.segmentation import cross_entropy, own_answer, reduced, segmentation_loss
 from pipeline.training.settings import build_optimizer, learning_rate, parameter_groups

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.graph import Graph, is_fresh
-from pipeline.params import load
+from pipeline.config.params import load
 from pipeline.runtime import Runtime
-from pipeline.stage import Work, execute, progress, run
 from pipeline.stores import manifest
 from pipeline.stores.files import partial, publish
+from pipeline.workflow.graph import Graph, is_fresh
+from pipeline.workflow.stage import Work, execute, progress, run
 from stages import classifier, index, localization, saliency
 from tests.project import ROOT
 from tests.voc_tree import make_tree, minimal_params
@@ -202,7 +202,7 @@ class TestFreshness:
         """Which code that is: tests/test_closure.py."""
         fake = Fake()
         start(fake)
-        monkeypatch.setattr("pipeline.closure.digest", lambda roots: "other code")
+        monkeypatch.setattr("pipeline.workflow.closure.digest", lambda roots: "other code")
         start(fake)
         start(fake)
         assert len(fake.calls) == 2
@@ -272,8 +272,8 @@ class TestPublishing:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pipeline.stage.publish", dying)
-            patch.setattr("pipeline.stage.manifest.write", dead)
+            patch.setattr("pipeline.workflow.stage.publish", dying)
+            patch.setattr("pipeline.workflow.stage.manifest.write", dead)
             with pytest.raises(KeyboardInterrupt):
                 start(classifier.main, *options)
         before = {path: path.read_bytes() for path in done}

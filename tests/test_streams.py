@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.config.schema import Accumulate, AttentionDrop, Augmentation
 from pipeline.data.index import Index
 from pipeline.data.loading import TrainingSet
 from pipeline.data.sampling import epoch_order
 from pipeline.data.streams import Purpose, rng
 from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
-from pipeline.schema import Accumulate, AttentionDrop, Augmentation
 from stages.mixture import chosen
 from tests.voc_tree import make_index
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.schema import Augmentation, Training
 from pipeline.data.index import Index
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
-from pipeline.schema import Augmentation, Training
 from pipeline.training import checkpoint
 from pipeline.training import settings as settings_module
 from pipeline.training.loop import Extent, Loop, extent

@@ -12,18 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.config.params import read, validate
+from pipeline.config.schema import Affinity, Backbone, Training, Walk
 from pipeline.data.index import Image, Index
 from pipeline.data.loading import normalise
 from pipeline.errors import PipelineError
-from pipeline.graph import Job
-from pipeline.inference import models
 from pipeline.inference.walk import edge_maps, walked_maps
-from pipeline.params import read, validate
 from pipeline.refinement.walk import random_walk, transition_matrix
 from pipeline.runtime import Runtime
-from pipeline.schema import Affinity, Backbone, Training, Walk
-from pipeline.stage import Work
 from pipeline.stores.raster import Raster, RasterStore, RasterWriter
+from pipeline.training import models
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import Work
 from stages import walk
 from tests.project import ROOT
 from tests.test_affinity import near_cells, path_cells

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.config.schema import Augmentation
 from pipeline.data import loader
 from pipeline.data.index import Index
 from pipeline.data.loader import LoadingPlan, load, loading_plan
 from pipeline.data.loading import TrainingSet
 from pipeline.errors import PipelineError
-from pipeline.schema import Augmentation
 from pipeline.stores import workers
 from pipeline.stores.blocks import parallel
 from pipeline.stores.raster import RasterStore, RasterWriter

@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from pipeline.config.schema import Dataset
 from pipeline.data.build_index import build_index
 from pipeline.data.index import Index
 from pipeline.data.palette import voc_palette
-from pipeline.schema import Dataset
 
 CLASSES = ("cat", "dog", "bird")
 LISTS = Path("ImageSets/Segmentation")

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config.schema import Dataset
 from pipeline.data.checks import IGNORE, Unfit, image_size, mask_values, saliency_values
 from pipeline.data.faults import Faults, hint
 from pipeline.data.tags import IMAGE_SUFFIXES, Tags, read_list, read_tags
 from pipeline.data.voc import CLASSES
-from pipeline.schema import Dataset
 from pipeline.stores.raster import Raster
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # items, label, number of items

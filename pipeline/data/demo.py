@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config.schema import Demo
 from pipeline.data.palette import write_mask
-from pipeline.schema import Demo
 
 CLASSES = ("ant", "bee", "crab", "dove", "eel")
 _TINTS = np.array([(18, -10, -10), (-10, 16, -12), (-12, -8, 20), (14, 12, -20), (-16, 12, 12)], np.float32)

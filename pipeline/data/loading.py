@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from pipeline.config.schema import Augmentation
 from pipeline.data.geometry import Window
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
 from pipeline.data.streams import Purpose, rng
 from pipeline.errors import PipelineError
-from pipeline.schema import Augmentation
 from pipeline.stores.raster import Raster, RasterStore
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet, RGB

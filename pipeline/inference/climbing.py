@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.config.schema import Climbing
 from pipeline.inference.batching import pixels_per_batch
 from pipeline.methods.base import Method
-from pipeline.schema import Climbing
 from pipeline.training.settings import autocast
 
 SHARE = 4  # of the pixels that go together without gradients, one of so many: the activations of a climb are kept

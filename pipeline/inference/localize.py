@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.schema import Localization
 from pipeline.data.index import Image
 from pipeline.data.loading import resized
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.inference.climbing import climb
 from pipeline.methods.base import Method
-from pipeline.schema import Localization
 from pipeline.stores.blocks import Row
 from pipeline.training.settings import autocast
 

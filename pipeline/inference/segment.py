@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.schema import Crf, Test
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.labels.crf import dense_crf
-from pipeline.schema import Crf, Test
 from pipeline.stores.blocks import Row
 from pipeline.training.settings import autocast
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.schema import Walk
 from pipeline.data.index import Image
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.refinement.walk import random_walk
-from pipeline.schema import Walk
 from pipeline.stores.blocks import Row
 from pipeline.stores.raster import RasterStore
 from pipeline.training.settings import autocast

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from pipeline import reader
+from pipeline.config import reader
+from pipeline.config.reader import Faults, Positive, Share
 from pipeline.labels.base import Cues, Scores
-from pipeline.reader import Faults, Positive, Share
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config.reader import Share
+from pipeline.config.schema import Crf
 from pipeline.labels.crf import FLOOR, dense_crf, describe_crf
-from pipeline.reader import Share
-from pipeline.schema import Crf
 from pipeline.stores.raster import Raster
 
 IGNORE = 255

@@ -7,11 +7,11 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config.reader import Range, Share
+from pipeline.config.registry import RULES
+from pipeline.config.schema import Crf
 from pipeline.labels.base import Cues, Rule, as_labels
 from pipeline.labels.crf import dense_crf, describe_crf
-from pipeline.reader import Range, Share
-from pipeline.registry import RULES
-from pipeline.schema import Crf
 from pipeline.stores.raster import Raster
 
 IRN_CRF = Crf(10, 3.0, 3.0, 50.0, 5.0, 10.0)

@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config.schema import Crf
 from pipeline.errors import PipelineError
-from pipeline.schema import Crf
 
 FLOOR = 1e-5  # of a probability, whose logarithm is an energy
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.config.reader import Share
+from pipeline.config.registry import RULES
 from pipeline.labels.background import Background, describe, with_background
 from pipeline.labels.base import IGNORE, CrfRule, Cues, as_labels
-from pipeline.reader import Share
-from pipeline.registry import RULES
 from pipeline.stores.raster import Raster
 
 

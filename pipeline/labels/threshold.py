@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from pipeline.config.registry import RULES
 from pipeline.labels.background import Background, describe, with_background
 from pipeline.labels.base import CrfRule, Cues, as_labels
-from pipeline.registry import RULES
 from pipeline.stores.raster import Raster
 
 

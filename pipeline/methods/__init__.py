@@ -1,1 +1,1 @@
-"""Methods, one a file: classifiers whose maps locate objects, and one-step networks. See ``pipeline.registry``."""
+"""Classification methods and one-step networks, one a file, found by name (``pipeline.config.registry``)."""

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.reader import Count, NonNegative, NonNegativeInt, Range
+from pipeline.config.registry import ONE_STEP
+from pipeline.config.schema import Crf, Head, OneStep
 from pipeline.data.loading import IGNORE
 from pipeline.errors import PipelineError
 from pipeline.methods.agen_losses import BoundaryLoss, inside, online_labels, seeding_loss
@@ -20,9 +23,6 @@ from pipeline.methods.one_step import Mapper, OneStepNetwork, wrong_backbones
 from pipeline.networks.backbones import Backbone, Tap, build_backbone
 from pipeline.networks.base import he_normal
 from pipeline.networks.heads import ClassAwareHead, normal
-from pipeline.reader import Count, NonNegative, NonNegativeInt, Range
-from pipeline.registry import ONE_STEP
-from pipeline.schema import Crf, Head, OneStep
 
 STAGES = (3, 4, 5)
 FINAL = 6  # branch A and branch B themselves, after the last stage

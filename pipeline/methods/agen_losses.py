@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.config.schema import Crf
 from pipeline.data.loading import IGNORE, MEAN, STD
 from pipeline.labels.crf import dense_crf
 from pipeline.methods.one_step import Mapper
-from pipeline.schema import Crf
 
 Size = tuple[int, int]
 FLOOR = 1e-4  # of a probability in the boundary loss (SEC)

@@ -6,14 +6,14 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from pipeline.config.reader import Count, NonNegative, Share
+from pipeline.config.registry import METHODS
+from pipeline.config.schema import Classifier
 from pipeline.methods.base import Method, Output, occlude
 from pipeline.methods.modulation import attention_modulation
 from pipeline.networks.backbones import build_backbone
 from pipeline.networks.base import attach
 from pipeline.networks.heads import ClassAwareHead
-from pipeline.reader import Count, NonNegative, Share
-from pipeline.registry import METHODS
-from pipeline.schema import Classifier
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.schema import Classifier
 from pipeline.methods.drs import plug
-from pipeline.schema import Classifier
 
 
 @dataclass(frozen=True, eq=False)

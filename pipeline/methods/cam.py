@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from pipeline.config.registry import METHODS
+from pipeline.config.schema import Classifier
 from pipeline.methods.base import Method, Output, occlude
 from pipeline.networks.backbones import build_backbone
 from pipeline.networks.heads import ClassAwareHead
-from pipeline.registry import METHODS
-from pipeline.schema import Classifier
 
 
 @METHODS.register("cam")

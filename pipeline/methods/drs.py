@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.schema import Suppression
 from pipeline.networks.base import attach
-from pipeline.schema import Suppression
 
 
 class Suppressor(nn.Module):

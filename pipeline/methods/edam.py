@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.reader import Count, Range
+from pipeline.config.registry import METHODS
+from pipeline.config.schema import Classifier
 from pipeline.methods.base import Method, Output, occlude
 from pipeline.methods.collaboration import CollaborativeAttention
 from pipeline.networks.backbones import build_backbone
-from pipeline.reader import Count, Range
-from pipeline.registry import METHODS
-from pipeline.schema import Classifier
 
 
 @METHODS.register("edam")

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config.schema import Accumulate, AttentionDrop
 from pipeline.data.geometry import Window, to_image, to_window
 from pipeline.data.index import Image
 from pipeline.data.streams import Purpose, rng
-from pipeline.schema import Accumulate, AttentionDrop
 from pipeline.stores.files import atomic
 from pipeline.stores.raster import write_store
 

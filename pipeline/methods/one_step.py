@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from pipeline.schema import OneStep
+from pipeline.config.schema import OneStep
 
 Mapper = Callable[..., Iterable[Any]]  # ``map``, or one over worker processes
 

@@ -1,9 +1,9 @@
 """The backbone that a block of params.yaml names."""
 
-from pipeline import schema
+from pipeline.config import schema
+from pipeline.config.registry import BACKBONES
 from pipeline.networks.base import Backbone, Tap
 from pipeline.networks.weights import load_weights
-from pipeline.registry import BACKBONES
 
 __all__ = ["Backbone", "Tap", "build_backbone"]
 

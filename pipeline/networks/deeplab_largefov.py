@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from pipeline.config.reader import Count, Share
+from pipeline.config.registry import SEGMENTATIONS
 from pipeline.networks.base import Backbone, he_normal
 from pipeline.networks.heads import normal
 from pipeline.networks.segmentation import SegmentationHead
-from pipeline.reader import Count, Share
-from pipeline.registry import SEGMENTATIONS
 
 
 @SEGMENTATIONS.register("deeplab_largefov")

@@ -6,11 +6,11 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from pipeline.config.reader import Count, Positive
+from pipeline.config.registry import SEGMENTATIONS
 from pipeline.networks.base import Backbone
 from pipeline.networks.heads import normal
 from pipeline.networks.segmentation import SegmentationHead
-from pipeline.reader import Count, Positive
-from pipeline.registry import SEGMENTATIONS
 
 
 @SEGMENTATIONS.register("deeplab_v2")

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.reader import Count, Share
+from pipeline.config.registry import SEGMENTATIONS
 from pipeline.networks.base import Backbone, he_normal
 from pipeline.networks.heads import normal
 from pipeline.networks.segmentation import SegmentationHead
 from pipeline.networks.vision import import_torchvision
-from pipeline.reader import Count, Share
-from pipeline.registry import SEGMENTATIONS
 
 LOW_LEVEL = 48  # channels that the low-level features are reduced to, so that they do not outweigh the pyramid
 

@@ -4,7 +4,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from pipeline import schema
+from pipeline.config import schema
 from pipeline.networks.base import he_normal
 
 

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from pipeline import schema
+from pipeline.config import schema
+from pipeline.config.registry import BACKBONES
 from pipeline.networks.base import Backbone, Published, Tap, limit_stride
 from pipeline.networks.vision import import_torchvision
-from pipeline.registry import BACKBONES
 
 # The blocks of torchvision's mobilenet_v2().features up to which a tap reaches: the last ones before the stride grows.
 ENDS = {"stage1": 2, "stage2": 4, "stage3": 7, "stage4": 14, "stage5": 19}

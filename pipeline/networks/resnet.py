@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from pipeline import schema
+from pipeline.config import schema
+from pipeline.config.registry import BACKBONES
 from pipeline.networks.base import Backbone, Published, Tap, limit_stride
 from pipeline.networks.vision import import_torchvision
-from pipeline.registry import BACKBONES
 
 
 @BACKBONES.register("resnet50")

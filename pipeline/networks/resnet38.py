@@ -5,10 +5,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from pipeline import schema
+from pipeline.config import schema
+from pipeline.config.registry import BACKBONES
 from pipeline.errors import PipelineError
 from pipeline.networks.base import Backbone, Tap, he_normal
-from pipeline.registry import BACKBONES
 
 
 class WideBlock(nn.Module):

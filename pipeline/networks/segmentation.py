@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline import schema
+from pipeline.config import schema
 from pipeline.networks.backbones import Backbone, build_backbone
 
 

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from pipeline import schema
+from pipeline.config import schema
+from pipeline.config.registry import BACKBONES
 from pipeline.errors import PipelineError
 from pipeline.networks.base import Backbone, Tap, he_normal, limit_stride
-from pipeline.registry import BACKBONES
 
 WIDTHS = (32, 32, 64, 64, 128, 128)
 STRIDES = (1, 2, 1, 2, 2, 1)

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from pipeline import schema
+from pipeline.config import schema
+from pipeline.config.registry import BACKBONES
 from pipeline.errors import PipelineError
 from pipeline.networks.base import Backbone, Published, Tap, he_normal
-from pipeline.registry import BACKBONES
 
 STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions, channels
 

@@ -1,1 +1,1 @@
-"""Networks trained on maps or labels: refinement networks, one a file (``pipeline.registry``), and affinities."""
+"""Networks trained on maps or labels: refinement networks, found by name, and the affinity network."""

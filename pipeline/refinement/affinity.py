@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.schema import Affinity
 from pipeline.data.loading import IGNORE
 from pipeline.errors import PipelineError
 from pipeline.networks.backbones import build_backbone
 from pipeline.networks.base import he_normal
 from pipeline.networks.heads import normal
 from pipeline.refinement.pairs import at_ends, pairs, strongest
-from pipeline.schema import Affinity
 
 GROUPS = 4  # of the group norms
 

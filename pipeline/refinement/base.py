@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from pipeline.config.schema import Refinement
 from pipeline.networks.backbones import build_backbone
 from pipeline.networks.heads import ClassAwareHead
-from pipeline.schema import Refinement
 
 Target = Callable[[tuple[int, int]], Tensor]  # (h, w) -> B x K x h x w maps in [0, 1]; 0 for absent classes
 

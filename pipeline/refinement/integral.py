@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.reader import Range
+from pipeline.config.reader import Range
+from pipeline.config.registry import REFINEMENTS
 from pipeline.refinement.base import RefinementNetwork, Target
-from pipeline.registry import REFINEMENTS
 
 
 def integral_loss(

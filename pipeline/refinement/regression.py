@@ -6,10 +6,10 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.registry import REFINEMENTS
+from pipeline.config.schema import Refinement
 from pipeline.networks.heads import normal
 from pipeline.refinement.base import RefinementNetwork, Target
-from pipeline.registry import REFINEMENTS
-from pipeline.schema import Refinement
 
 
 def strongest(maps: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.config.schema import Walk
 from pipeline.refinement.pairs import Pairs, pairs, strongest
-from pipeline.schema import Walk
 
 
 def random_walk(maps: Tensor, edges: Tensor, settings: Walk) -> Tensor:

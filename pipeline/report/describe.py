@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.schema import Climbing, Params, PseudoLabels, Walk
+from pipeline.config.schema import Climbing, Params, PseudoLabels, Walk
 
 Logs = Mapping[str, Mapping[str, Any]]  # log.json of each training by SECTION/NAME
 

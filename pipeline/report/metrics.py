@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.stage_table import KINDS
+from pipeline.config.stage_table import KINDS
 
 Scores = Mapping[str, Mapping[str, Any]]  # reference of a store -> its scores.json
 Chains = Mapping[str, Mapping[str, str]]  # row -> references of its maps and labels, if it has any, and predictions

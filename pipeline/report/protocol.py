@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import references
+from pipeline.config import references
+from pipeline.config.schema import Params
 from pipeline.data.index import Index
 from pipeline.labels.crf import describe_crf
 from pipeline.report import describe
 from pipeline.report.describe import Logs
-from pipeline.schema import Params
 
 
 def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple[str, str]]:

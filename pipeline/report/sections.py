@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import references
+from pipeline.config import references
+from pipeline.config.schema import Classifier, Params
+from pipeline.config.stage_table import TRAINED
 from pipeline.data.index import Image, Index
 from pipeline.data.sample import choose
 from pipeline.report import protocol, tables
@@ -13,8 +15,6 @@ from pipeline.report.gallery import Gallery, Network, Step, gallery, holds, laye
 from pipeline.report.metrics import Chains, Metrics, Scores, supervision
 from pipeline.report.page import Section, page
 from pipeline.report.published import PUBLISHED
-from pipeline.schema import Classifier, Params
-from pipeline.stage_table import TRAINED
 from pipeline.stores.raster import RasterStore
 
 Content = dict[str, Any]  # what a section's template reads; empty where there is nothing to show

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import interrupts
+from pipeline.config.schema import Training
 from pipeline.data.loader import load, loading_plan
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
-from pipeline.schema import Training
 from pipeline.training import checkpoint
 from pipeline.training.settings import autocast, build_optimizer, learning_rate, parameter_groups
 

@@ -10,8 +10,8 @@ from typing import IO
 import torch
 from torch import nn
 
+from pipeline.config.schema import Training
 from pipeline.errors import PipelineError
-from pipeline.schema import Training
 from pipeline.stores import locks
 
 _held: list[IO[str]] = []  # locks of cards

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pipeline import reader
+from pipeline.config import reader
 from pipeline.errors import PipelineError
 
 T = TypeVar("T")
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 
 
 class Registry(Generic[T]):

@@ -1,7 +1,8 @@
 """The project's code behind a file: all that it imports, and a hash that comments and docstrings do not change.
 
-The imports are read from the syntax trees, those within functions included, those under ``if TYPE_CHECKING`` not. What
-is looked up by name at run time (``pipeline.registry``) is no import: whoever asks adds the files of these names.
+The imports are read from the syntax trees. Imports within functions count; those under ``if TYPE_CHECKING`` do not.
+An implementation that is looked up by name at run time (``pipeline.config.registry``) is not an import: the caller adds
+the files of the names that it looks up.
 """
 
 import ast
@@ -10,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("pipeline", "stages")
 DATA = (".css", ".html", ".j2", ".js")  # files of these kinds belong to the modules of their folder
 TEMPLATES = "templates"  # and so do those of this folder below it

@@ -6,13 +6,13 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
-from pipeline import references
-from pipeline.contradictions import contradictions, lacking_saliency
+from pipeline.config import references
+from pipeline.config.reader import Faults, build_block, did_you_mean, prefixed, shown
+from pipeline.config.registry import CHOICES, Choice
+from pipeline.config.schema import Params
+from pipeline.config.stage_table import SECTIONS
+from pipeline.config.validation import contradictions, lacking_saliency
 from pipeline.errors import PipelineError
-from pipeline.reader import Faults, build_block, did_you_mean, prefixed, shown
-from pipeline.registry import CHOICES, Choice
-from pipeline.schema import Params
-from pipeline.stage_table import SECTIONS
 
 _T = TypeVar("_T")
 

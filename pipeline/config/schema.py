@@ -1,8 +1,8 @@
 """What may stand in params.yaml: one dataclass a block, each key with its meaning.
 
-``pipeline.params`` reads a file into these and refuses anything else. Ranges stand beside the numbers;
+``pipeline.config.params`` reads a file into these and refuses anything else. Ranges stand beside the numbers;
 contradictions among the keys of one block are reported by its ``faults``. The settings of a method or network
-stand in its own file, and a block names it (``pipeline.registry``).
+stand in its own file, and a block names it (``pipeline.config.registry``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pipeline.reader import Count, NonNegative, NonNegativeInt, Positive, Range, Share
-from pipeline.registry import BACKBONES, METHODS, ONE_STEP, REFINEMENTS, RULES, SEGMENTATIONS, Choice, Name
+from pipeline.config.reader import Count, NonNegative, NonNegativeInt, Positive, Range, Share
+from pipeline.config.registry import BACKBONES, METHODS, ONE_STEP, REFINEMENTS, RULES, SEGMENTATIONS, Choice, Name
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The jobs of a set of parameters: which files each reads and writes, its exact parameters and its code.
 
-A job is a stage of ``pipeline.stage_table`` for one block. What decides whether it is up to date is the manifest beside
-its outputs, which names the inputs, parameters and code that they come from.
+A job is a stage of ``pipeline.config.stage_table`` applied to one block. The manifest beside its outputs, which names
+the inputs, parameters and code that they come from, decides whether the job is up to date.
 """
 
 import dataclasses
@@ -13,14 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline import closure, references
-from pipeline import params as parameters
+from pipeline.config import params as parameters
+from pipeline.config import references
+from pipeline.config.registry import BACKBONES, Choice, plain
+from pipeline.config.schema import MAKERS, Backbone, Params, backbones
+from pipeline.config.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, Stage
 from pipeline.errors import PipelineError
-from pipeline.registry import BACKBONES, Choice, plain
-from pipeline.schema import MAKERS, Backbone, Params, backbones
-from pipeline.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, Stage
 from pipeline.stores import manifest
 from pipeline.stores.files import fingerprint
+from pipeline.workflow import closure
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,9 +281,9 @@ def stale(graph: Graph) -> list[Job]:
 
 
 def main() -> None:
-    """Print the command of every job, in order: ``python -m pipeline.graph [FILE ...] | sh -e`` runs all of them.
+    """Print the command of every job in order: ``python -m pipeline.workflow.graph [FILE ...] | sh -e`` runs them.
 
-    Where the params are wrong, the only command is one that fails, so that the shell's status says so, too.
+    If the params are wrong, the only command printed is one that fails, so that the shell fails too.
     """
     files = sys.argv[1:] or ["params.yaml"]
     try:

@@ -6,12 +6,12 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from pipeline import params
+from pipeline.config import params
+from pipeline.config.registry import plain
+from pipeline.config.schema import Affinity, Classifier, OneStep, Refinement, Segmentation, without_weights
 from pipeline.errors import PipelineError
 from pipeline.networks.segmentation import build_segmentation
 from pipeline.refinement.affinity import AffinityNetwork
-from pipeline.registry import plain
-from pipeline.schema import Affinity, Classifier, OneStep, Refinement, Segmentation, without_weights
 from pipeline.training.checkpoint import load_model, save_model
 
 Block = Classifier | Refinement | Affinity | Segmentation | OneStep

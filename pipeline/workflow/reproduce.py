@@ -1,4 +1,4 @@
-"""``python -m pipeline.reproduce [ARGUMENT ...]``: Snakemake for a person who watches. ``make reproduce`` runs it.
+"""Snakemake for a person who watches: ``python -m pipeline.workflow.reproduce [ARGUMENT ...]``, which make calls.
 
 It starts ``snakemake --cores all ARGUMENT ...`` and keeps all that Snakemake and the stages print in a log. A terminal
 shows one line that moves (jobs done, time left, what runs) and each row's numbers once they are known; a file or a pipe

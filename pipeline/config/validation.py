@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from pipeline import references
-from pipeline.schema import Params
+from pipeline.config import references
+from pipeline.config.schema import Params
 
 
 def contradictions(params: Params) -> Iterator[str]:

@@ -8,11 +8,11 @@ import torch
 
 from pipeline.data.index import Index
 from pipeline.data.loading import TrainingSet
-from pipeline.inference import models
-from pipeline.stage import Work
 from pipeline.stores.raster import RasterStore
+from pipeline.training import models
 from pipeline.training.loop import Loop, Task
 from pipeline.training.settings import prepare
+from pipeline.workflow.stage import Work
 
 _Task = TypeVar("_Task", bound=Task)
 

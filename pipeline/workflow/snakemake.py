@@ -19,12 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
 
-from pipeline import dvc, runtime
-from pipeline import params as parameters
+from pipeline import runtime
+from pipeline.config import params as parameters
+from pipeline.config.stage_table import STAGES, Stage
 from pipeline.errors import PipelineError
-from pipeline.graph import Graph, Job, stale
-from pipeline.stage_table import STAGES, Stage
 from pipeline.stores import locks, manifest
+from pipeline.workflow import dvc
+from pipeline.workflow.graph import Graph, Job, stale
 
 PARAMS = "params.yaml"
 SECOND = 10**9  # nanoseconds

@@ -1,8 +1,7 @@
 """The stages of the workflow, stated once: what each reads and writes, what its results depend on, what it runs on.
 
-Everything else that knows the stages is derived from here: the jobs (``pipeline.graph``), which block may refer to
-which (``pipeline.references``, ``pipeline.contradictions``), Snakemake's rules (``Snakefile``) and dvc.yaml
-(``pipeline.dvc``).
+Everything else that knows the stages is derived from this table: the jobs (``graph``), the references that blocks may
+make (``pipeline.config.references``, ``validation``), Snakemake's rules (``Snakefile``) and dvc.yaml (``dvc``).
 """
 
 from dataclasses import dataclass, field, replace

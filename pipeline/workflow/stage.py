@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import params as parameters
+from pipeline.config import params as parameters
+from pipeline.config.registry import plain
 from pipeline.errors import PipelineError
-from pipeline.graph import Graph, Job, is_fresh, missing
-from pipeline.registry import plain
 from pipeline.runtime import Runtime
 from pipeline.stores import locks, manifest
 from pipeline.stores.files import fingerprint, partial, publish
+from pipeline.workflow.graph import Graph, Job, is_fresh, missing
 
 
 @dataclass(frozen=True)

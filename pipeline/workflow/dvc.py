@@ -1,4 +1,4 @@
-"""The workflow as DVC sees it: ``python -m pipeline.dvc > dvc.yaml`` states it, dvc.yaml's commands run its jobs.
+"""The workflow as DVC sees it. ``python -m pipeline.workflow.dvc`` writes dvc.yaml, whose commands run the jobs.
 
 DVC keeps a stage's outputs (``persist``), and its command asks the manifest before anything else: what DVC starts
 although it is up to date ends within a second. So what DVC takes for changed may be more than what is: any code.
@@ -14,16 +14,16 @@ from typing import Any
 
 import yaml
 
-from pipeline import params as parameters
 from pipeline import runtime
+from pipeline.config import params as parameters
+from pipeline.config.schema import Params
+from pipeline.config.stage_table import EXTERNAL, FOLDERS, SECTIONS, STAGES, Stage, sections
 from pipeline.errors import PipelineError
-from pipeline.graph import Graph, Job, is_fresh
-from pipeline.schema import Params
-from pipeline.stage_table import EXTERNAL, FOLDERS, SECTIONS, STAGES, Stage, sections
 from pipeline.stores import manifest
+from pipeline.workflow.graph import Graph, Job, is_fresh
 
 HEADER = """\
-# Generated from pipeline/stage_table.py; to change it: python -m pipeline.dvc > dvc.yaml
+# Generated from pipeline/config/stage_table.py; to change it: python -m pipeline.workflow.dvc > dvc.yaml
 # A block must name its source, model or labels itself, since a dependency on `defaults` cannot be written here.
 """
 RESULTS = "results/${experiment}"
@@ -33,7 +33,7 @@ ROWS = "rows"  # the stage, and the folder of its outputs, by which the others d
 STAND_IN = "No row needed this file.\n"
 NO_LOG = '{"steps": []}\n'  # nothing to plot
 _ROWS: dict[str, Any] = {
-    "cmd": f"python -m pipeline.dvc {ROWS}",
+    "cmd": f"python -m pipeline.workflow.dvc {ROWS}",
     "deps": [str(PARAMS)],  # no key of it: dvc demands that a key be there
     "outs": [f"{RESULTS}/{ROWS}"],
 }
@@ -88,7 +88,7 @@ def _stage(stage: Stage, folder: str, section: str) -> dict[str, Any]:
     if stage.name == "report":
         keys += ["defaults", *SECTIONS]
     body: dict[str, Any] = {
-        "cmd": " ".join(filter(None, ("python -m pipeline.dvc run", stage.name, name))),
+        "cmd": " ".join(filter(None, ("python -m pipeline.workflow.dvc run", stage.name, name))),
         "deps": [*_data(stage, folder, section, key), f"stages/{stage.name}.py", "pipeline"],
     }
     if keys:
@@ -185,7 +185,7 @@ def run(stage: str, name: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.dvc", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pipeline.workflow.dvc", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     commands.add_parser(ROWS, help="write which blocks the rows need")
     job = commands.add_parser("run", help="run a job as dvc.yaml's commands do")

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from pipeline.schema import Params, PseudoLabels
-from pipeline.stage_table import FOLDERS, SECTIONS
+from pipeline.config.schema import Params, PseudoLabels
+from pipeline.config.stage_table import FOLDERS, SECTIONS
 
 Needs = Mapping[str, tuple[str, ...]]  # SECTION/NAME -> what the block refers to
 
