@@ -19,13 +19,14 @@ from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
 from pipeline.data.loading import normalise
 from pipeline.errors import PipelineError
+from pipeline.inference import segment
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.inference.localize import localization_maps
 from pipeline.inference.segment import segmentations
 from pipeline.labels.crf import dense_crf
 from pipeline.runtime import Runtime
 from pipeline.stores.raster import RasterStore
-from pipeline.training import models, segment
+from pipeline.training import models
 from pipeline.workflow.graph import Job
 from pipeline.workflow.stage import Work
 from stages import localization, prediction
