@@ -46,7 +46,7 @@ class TestBackbones:
         assert hooked == {name: len(found) if name in ("stage4", "stage5") else 0 for name, found in places.items()}
 
     def test_layers_that_are_not_there_are_refused(self) -> None:
-        with pytest.raises(PipelineError, match=r"^amr\.layers: no layer conv2; the layers are conv4, conv6$"):
+        with pytest.raises(PipelineError, match=r"^method\.amr\.layers: no layer conv2; the layers are conv4, conv6$"):
             made(amr(shared="stem", layers=("conv2", "conv4")))
 
     @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_backgrounds_are_in_order_and_certainty_is_a_chance() -> None:
     ]:
         data["pseudo_labels"]["cam"]["rule"] = {"confident": settings}
         with pytest.raises(PipelineError) as caught:
-            validate(data)
+            validate(data, resolve=True)
         assert caught.value.lines == (f"{where}.{fault}",)
 
 

@@ -41,7 +41,7 @@ def block(
 ) -> schema.Segmentation:
     body = schema.Backbone(backbone, stride)  # type: ignore[arg-type]
     choice = Choice(SEGMENTATIONS, network, NARROW[network] | settings)
-    return schema.Segmentation("ground_truth", choice, body, schema.Training(batch_size=2, lr=0.1))
+    return schema.Segmentation("ground_truth", choice, body, schema.Training(batch_size=2, lr=0.1, epochs=1))
 
 
 def segmentation(*names: Any, classes: int = K, **settings: Any) -> SegmentationNetwork:

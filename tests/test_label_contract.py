@@ -86,7 +86,7 @@ def test_a_background_that_cannot_be_is_named(rule: dict[str, Any], fault: str, 
     raw = minimal_params(make_tree(tmp_path), tmp_path / "Saliency")
     raw["pseudo_labels"]["cam"]["rule"] = rule
     with pytest.raises(PipelineError) as caught:
-        parameters.validate(raw, "p.yaml")
+        parameters.validate(raw, "p.yaml", resolve=True)
     (line,) = caught.value.lines
     (name,) = rule
     assert line.startswith(f"p.yaml: pseudo_labels.cam.rule.{name}.background")
@@ -96,7 +96,7 @@ def test_a_background_that_cannot_be_is_named(rule: dict[str, Any], fault: str, 
 def test_neither_the_rules_nor_their_stage_import_torch() -> None:
     code = (
         "import sys, stages.pseudo_labels\n"
-        "from pipeline import params\nfrom pathlib import Path\nfrom pipeline.config.registry import RULES\n"
+        "from pipeline.config import params\nfrom pathlib import Path\nfrom pipeline.config.registry import RULES\n"
         "params.load([Path('params.yaml')])\n"
         "assert all(RULES[name] for name in RULES.names())\n"
         "assert 'torch' not in sys.modules"

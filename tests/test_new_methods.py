@@ -314,7 +314,8 @@ class TestNetworkContract:
 def test_params_and_the_stages_without_networks_do_not_import_torch() -> None:
     names = "evaluation, export, ground_truth, index, mixture, pseudo_labels, report, saliency"
     code = (
-        f"import sys; from pathlib import Path; from pipeline import params, graph; from stages import {names}\n"
+        f"import sys; from pathlib import Path; from stages import {names}\n"
+        "from pipeline.config import params; from pipeline.workflow import graph\n"
         "graph.Graph(params.load([Path('params.yaml')])).find('report').params\n"
         "sys.exit('torch' in sys.modules)"
     )
