@@ -7,8 +7,9 @@ import os
 import threading
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -156,19 +157,24 @@ def parallel(label: str, workers: int, chunk: int = 4) -> Iterator[Callable[...,
 def _map(
     executor: ProcessPoolExecutor, workers: Workers, chunk: int, function: Callable[..., Any], *items: Iterable[Any]
 ) -> Iterator[Any]:
+    """Do as ``executor.map``, but never cancel a future: the executor's thread would fail on it after a kill."""
+    calls = list(zip(*items, strict=True))
     with workers.started():
-        results = executor.map(function, *items, chunksize=chunk)
-    return _awaited(results, workers)
+        futures = deque(
+            executor.submit(_apply, function, calls[start : start + chunk]) for start in range(0, len(calls), chunk)
+        )
+    return _awaited(futures, workers)
 
 
-def _awaited(results: Iterator[Any], workers: Workers) -> Iterator[Any]:
-    while True:
+def _apply(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
+    return [function(*arguments) for arguments in calls]
+
+
+def _awaited(futures: "deque[Future[list[Any]]]", workers: Workers) -> Iterator[Any]:
+    while futures:
         with workers.waiting():
-            try:
-                result = next(results)
-            except StopIteration:
-                return
-        yield result
+            results = futures.popleft().result()
+        yield from results
 
 
 def _start_worker() -> None:
