@@ -1,0 +1,102 @@
+"""A JSON Schema of params files, by which editors complete and check them while they are written.
+
+``python -m pipeline.config.json_schema > params.schema.json`` writes it; the first line of each params file names it.
+It describes types, ranges and names. Contradictions between values are found when a run is planned.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from typing import Annotated, Any
+
+from pipeline.config.reader import Range
+from pipeline.config.registry import Name, Registry
+from pipeline.config.schema import Params
+from pipeline.config.stage_table import SECTIONS
+
+Schema = dict[str, Any]
+_PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
+_BOUNDS = {"least": "minimum", "most": "maximum", "above": "exclusiveMinimum", "below": "exclusiveMaximum"}
+
+
+def params_schema() -> Schema:
+    """The schema of a params file or profile. No key is required: files are laid on each other."""
+    blocks: dict[str, Schema] = {}
+    top = _fields(Params, blocks)
+    sections = {section: top["properties"][section]["additionalProperties"] for section in SECTIONS}
+    top["properties"]["defaults"] = _object(sections)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "params.yaml", **top, "$defs": blocks}
+
+
+def _schema(kind: Any, blocks: dict[str, Schema]) -> Schema:
+    """The schema of an annotation, as ``reader.build`` reads it; null is valid, since it removes a key.
+
+    Args:
+        blocks: receives the schema of each dataclass under its name.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _annotated(arguments[0], arguments[1:], blocks)
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, blocks)
+    if origin in (types.UnionType, typing.Union):
+        return {
+            "anyOf": [_schema(argument, blocks) for argument in arguments if argument is not types.NoneType] + [_NULL]
+        }
+    if origin is typing.Literal:
+        return {"enum": [*arguments, None]}
+    if origin is dict:
+        return _object({}, _schema(arguments[1], blocks))
+    if origin is tuple:
+        return {"type": ["array", "null"], "items": _schema(arguments[0], blocks)}
+    return {"type": [_PLAIN[kind], "null"]}
+
+
+_NULL: Schema = {"type": "null"}
+
+
+def _annotated(kind: Any, metadata: tuple[Any, ...], blocks: dict[str, Schema]) -> Schema:
+    for item in metadata:
+        if isinstance(item, Registry):
+            return _choice(item, blocks)
+        if isinstance(item, Name):
+            return {"enum": [*item.registry.names(), None]}
+        if isinstance(item, Range):
+            bounds = {_BOUNDS[key]: value for key, value in vars(item).items() if math.isfinite(value)}
+            return _schema(kind, blocks) | bounds
+    return _schema(kind, blocks)
+
+
+def _choice(registry: Registry[Any], blocks: dict[str, Schema]) -> Schema:
+    """``NAME`` or ``{NAME: settings}``."""
+    entries = {name: registry[name] for name in registry.names()}
+    settings = {name: _dataclass(getattr(entry, "Settings", entry), blocks) for name, entry in entries.items()}
+    return {"anyOf": [{"enum": list(entries)}, _object(settings) | {"maxProperties": 1}, _NULL]}
+
+
+def _dataclass(kind: Any, blocks: dict[str, Schema]) -> Schema:
+    name = kind.__qualname__
+    if name not in blocks:
+        blocks[name] = _fields(kind, blocks)
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _fields(kind: Any, blocks: dict[str, Schema]) -> Schema:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    names = [field.name for field in dataclasses.fields(kind) if field.init]
+    return _object({name: _schema(hints[name], blocks) for name in names}) | _described(kind)
+
+
+def _described(kind: Any) -> Schema:
+    text = (kind.__doc__ or "").split("\n\n")[0]
+    return {} if text.startswith(f"{kind.__name__}(") else {"description": " ".join(text.split())}
+
+
+def _object(properties: dict[str, Schema], additional: Schema | bool = False) -> Schema:
+    return {"type": ["object", "null"], "properties": properties, "additionalProperties": additional}
+
+
+if __name__ == "__main__":
+    print(json.dumps(params_schema(), indent=1))
