@@ -1,9 +1,9 @@
-# make reproduce   the demo on a fresh machine: environment, every stage, results/demo/report.html, the table of methods
-# make test        everything that CI runs: linters, then the whole test suite
-# make lint        the linters alone
+# make reproduce   install the environment, run the demo, print the table of its rows; the report is results/demo/report.html
+# make test        run everything that CI runs: linters, then the whole test suite
+# make lint        run the linters
 # make clean       remove the demo's data and results
 
-# The first that runs: a name on the PATH may be a version manager's placeholder.
+# The first Python that runs: a name on the PATH may be a version manager's placeholder.
 SUITS := import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
 	$$name -c "$(SUITS)" 2>/dev/null && echo $$name && break; done)
@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 reproduce: $(INSTALLED)
 	python -m pipeline.workflow.reproduce
-	@echo && cat results/demo/logs/report.log && echo "The pictures: results/demo/report.html"
+	@echo && cat results/demo/logs/report.log && echo "Report with pictures: results/demo/report.html"
 
 test: lint
 	python -m pytest --numprocesses auto --dist loadfile
