@@ -1,16 +1,16 @@
-"""Epochs of online attention accumulation: this project's against a PNG read, maximum and write per map.
+"""Time of online attention accumulation, against a PNG read, maximum and write per map.
 
     python -m benchmarks.accumulator [--images N] [--batch-size B] [--flips]
 
 N images of 500x375 (by default as many as VOC's train_aug) with VOC's 1.47 tags each, 20 classes, raw maps of 28x37
-(the paper's size). Milliseconds an image from the network's output to the epoch's maps in files; the other side keeps
-one grey PNG a map in a temporary folder, as the public code does: it reads it, takes the maximum with the new
-attention, and writes it back. Both sides get the same maps, and in the end their stored maps must be equal. The
-accumulator's file is flushed to the disk, as whatever is published; the PNG files are not.
+(the paper's size). Prints milliseconds an image from the network's output to the epoch's maps in files. The baseline
+keeps one grey PNG a map in a temporary folder, as the public code does: it reads the file, takes the maximum with the
+new attention and writes the file back. Both receive the same maps, and their stored maps must be equal at the end. The
+accumulator's file is flushed to the disk, like every published file; the PNG files are not.
 
-In the first epoch the PNG files were made a moment ago and never reached the disk. From the second on they are
-rewritten as in a training, which costs more where a file system writes out a file that is cut and written anew (ext4,
-XFS). ``TMPDIR=/dev/shm`` keeps all files in memory.
+In the first epoch the PNG files are new and still in the page cache. From the second epoch on they are rewritten as in
+a training, which costs more on file systems that flush a file that is truncated and rewritten (ext4, XFS).
+``TMPDIR=/dev/shm`` keeps all files in memory.
 """
 
 import argparse
@@ -38,7 +38,7 @@ EPOCHS = 2
 
 
 class Step(NamedTuple):
-    """What a training step hands to the accumulation."""
+    """The output of a training step that is accumulated."""
 
     images: list[Image]
     maps: Tensor  # B x K x h x w
@@ -48,17 +48,17 @@ class Step(NamedTuple):
 
 
 def images_of(count: int) -> list[Image]:
-    """One or two tags each, 1.47 in the mean."""
+    """``count`` images with one or two tags each, 1.47 on average."""
     random = np.random.default_rng(0)
-    found = []
+    images = []
     for number in range(count):
         tags = random.choice(CLASSES, 1 + int(random.random() < 0.47), replace=False) + 1
-        found.append(Image(f"{number:06d}", Path(), 375, 500, tuple(sorted(tags.tolist())), None, None))
-    return found
+        images.append(Image(f"{number:06d}", Path(), 375, 500, tuple(sorted(tags.tolist())), None, None))
+    return images
 
 
 def steps(images: list[Image], size: int, flips: bool, epoch: int) -> Iterator[Step]:
-    """An epoch's batches; the maps are smooth, and repeat from batch to batch."""
+    """An epoch's batches of ``size`` images. The maps are smooth and the same in every batch."""
     coarse = torch.randn(size, CLASSES, 7, 9, generator=torch.Generator().manual_seed(epoch))
     maps = functional.interpolate(coarse, size=(ROWS, COLUMNS), mode="bicubic", align_corners=False)
     for start in range(0, len(images), size):
@@ -71,7 +71,7 @@ def steps(images: list[Image], size: int, flips: bool, epoch: int) -> Iterator[S
 
 
 def ours(accumulator: AttentionAccumulator, epoch: list[Step], path: Path) -> tuple[float, float]:
-    """Seconds of the updates, and of the dump."""
+    """Seconds that the accumulator takes for the updates and for the dump."""
     batches = [(step.maps, step.logits, step.tags, [image.id for image in step.images], step.windows) for step in epoch]
     start = time.perf_counter()
     for batch in batches:
@@ -82,7 +82,7 @@ def ours(accumulator: AttentionAccumulator, epoch: list[Step], path: Path) -> tu
 
 
 def png_files(folder: Path, epoch: list[Step]) -> float:
-    """Seconds of reading, maximum and writing."""
+    """Seconds that the baseline takes to read, update and write its PNG files."""
     start = time.perf_counter()
     for step in epoch:
         for image, values, window in zip(step.images, step.maps.numpy(), step.windows, strict=True):
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=5)
     parser.add_argument("--flips", action="store_true", help="flip every second image of a batch")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # as the other side
+    torch.set_num_threads(1)  # the baseline uses one thread too
     images = images_of(options.images)
     accumulator = AttentionAccumulator(images, SETTINGS, 2)
     maps = sum(len(image.tags) for image in images)
@@ -123,14 +123,14 @@ def main() -> None:
 
 
 def check(folder: Path, store: RasterStore, images: list[Image]) -> None:
-    """Every tenth image's maps are the same on both sides."""
+    """Assert for every tenth image that both stored maps are equal."""
     for image in images[::10]:
-        found = store.maps(image.id)
-        assert tuple(found) == image.tags
-        for tag, values in found.items():
-            theirs = cv2.imread(str(folder / f"{image.id}_{tag}.png"), cv2.IMREAD_GRAYSCALE)
-            assert theirs is not None
-            assert np.array_equal(values, theirs), "the two maps differ"
+        maps = store.maps(image.id)
+        assert tuple(maps) == image.tags
+        for tag, values in maps.items():
+            expected = cv2.imread(str(folder / f"{image.id}_{tag}.png"), cv2.IMREAD_GRAYSCALE)
+            assert expected is not None
+            assert np.array_equal(values, expected), "the two maps differ"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Whether AGEN's training fits a graphics card: the memory of its step, added up on paper.
+"""An estimate of the memory of AGEN's training step: does it fit a graphics card?
 
     python -m benchmarks.agen_memory [--batch-size B ...] [--side S] [--precision fp32] [--card GB] ...
 
-The published setting by default (VGG-16 and ResNet-38, 321 pixels, batch 15, one card of 11 GB), and smaller batches
-for gradient accumulation. Tensors without values go through the network and its losses: what autograd keeps for the
-backward pass is counted, each storage once, beside weights, gradients and momentum. That is a lower bound: a real step
-also needs workspace, and the gradients of features while they flow. The CRF is left out; it works on 41 x 41 cells.
+The defaults are the published setting (VGG-16 and ResNet-38, 321 pixels, batch 15, one card of 11 GB) and smaller
+batches for gradient accumulation. Fake tensors without values pass through the network and its losses. The estimate is
+the sum of the storages that autograd saves for the backward pass, each counted once, the weights, the gradients and the
+momentum. It is a lower bound: a real step also needs workspace and the gradients of features. The CRF, which works on
+41 x 41 cells, is not included.
 """
 
 import argparse
@@ -36,10 +37,10 @@ def settings_of(options: argparse.Namespace) -> OneStep:
     return OneStep(Choice(ONE_STEP, "agen", own), named, Training(1, 1e-3, epochs=35))
 
 
-def kept(settings: OneStep, batch: int, side: int, precision: str) -> tuple[int, int]:
-    """Bytes of the parameters, and of what a batch's forward pass keeps beside them."""
+def saved_bytes(settings: OneStep, batch: int, side: int, precision: str) -> tuple[int, int]:
+    """Bytes of the parameters, and of the other tensors that a batch's forward pass saves for the backward pass."""
     storages: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no storage takes the place of another
+    alive: list[Tensor] = []  # keeps each storage's address unique
 
     def keep(x: Tensor) -> Tensor:
         alive.append(x)
@@ -70,12 +71,12 @@ def main() -> None:
     settings = settings_of(options)
     names = f"{options.classification} and {options.segmentation}"
     for batch in options.batch_size:
-        weights, activations = kept(settings, batch, options.side, options.precision)
+        weights, activations = saved_bytes(settings, batch, options.side, options.precision)
         total = (3 * weights + activations) / GB  # weights, gradients, momentum
         fits = "more than" if total > options.card else "within"
         print(
             f"{names}, {options.side} px, {options.precision}, batch {batch}:"
-            f" {activations / GB:.1f} GB kept for the backward pass, {3 * weights / GB:.1f} GB weights, gradients and"
+            f" {activations / GB:.1f} GB saved for the backward pass, {3 * weights / GB:.1f} GB weights, gradients and"
             f" momentum: {total:.1f} GB, {fits} {options.card:g} GB"
         )
 

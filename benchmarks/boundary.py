@@ -1,11 +1,12 @@
-"""What AGEN's boundary loss costs: a training step with it and without.
+"""The cost of AGEN's boundary loss: a training step with it and without.
 
     python -m benchmarks.boundary [--workers N] [--side S] [--batch-size B] [--steps N] [--device D] ...
 
-The dense CRF runs on a grid of 41 cells over background and 20 classes, in worker processes while the classification
-branch, the attention guided modules and their losses are computed. Steps without the loss, with it in N workers and
-with it in the process itself take turns; the median of each is told. Backbones and sizes are light by default; the
-paper's are --classification vgg16 --segmentation resnet38 --shared conv2_2 b2 --side 321 --batch-size 15.
+The dense CRF runs on a grid of 41 x 41 cells over background and 20 classes, in worker processes, while the
+classification branch, the attention guided modules and their losses are computed. Steps without the loss, with the CRF
+in N workers and with the CRF in the main process alternate; the program prints the median of each. The default
+backbones and sizes are light; the paper's are --classification vgg16 --segmentation resnet38 --shared conv2_2 b2
+--side 321 --batch-size 15.
 """
 
 import argparse
@@ -29,7 +30,7 @@ CLASSES = 20
 
 
 def one_step(options: argparse.Namespace, weight: float, mapper: Mapper, device: torch.device) -> Callable[[], None]:
-    """One optimizer step, images and tags given."""
+    """One optimizer step of AGEN on fixed images and tags, with ``weight`` on the boundary loss."""
     torch.manual_seed(0)
     training = Training(options.batch_size, 1e-3, epochs=1, precision=options.precision)
     backbones = (Backbone(options.classification), Backbone(options.segmentation))
@@ -68,15 +69,15 @@ def main() -> None:
             for name, step in steps.items():
                 start = time.perf_counter()
                 step()
-                if turn:  # the first allocates, and starts the workers
+                if turn:  # the first turn allocates memory and starts the workers
                     seconds[name].append(time.perf_counter() - start)
     plain = statistics.median(seconds["without"])
     print(
         f"{options.classification} and {options.segmentation} at {options.side}, batch {options.batch_size}, {device},"
         f" {options.threads} threads, {options.precision}, median of {options.steps} steps"
     )
-    for name, found in seconds.items():
-        median = statistics.median(found)
+    for name, times in seconds.items():
+        median = statistics.median(times)
         print(f"{name:<12} {median * 1e3:9.1f} ms a step  {100 * (median / plain - 1):+6.1f} %")
 
 

@@ -1,8 +1,9 @@
-"""The confusion matrix of 500x375 label maps of 21 classes: this project's against torchmetrics'.
+"""Time of the confusion matrix of 500x375 label maps with 21 classes, against torchmetrics.
 
     python -m benchmarks.confusion [--images N]
 
-Milliseconds an image, median of N, one CPU thread, on the same label maps; conversion to tensors is not counted.
+Prints the median milliseconds an image over N images, with one CPU thread and the same label maps. The conversion to
+tensors is not counted.
 """
 
 import argparse
@@ -25,7 +26,7 @@ Pair = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 
 def label_maps(images: int) -> list[Pair]:
-    """Blocks of 25 pixels with an ignored frame, and predictions that are right in two pixels of three."""
+    """Masks of 25 x 25 blocks, ignored at top and bottom, and predictions that agree in two pixels of three."""
     random = np.random.default_rng(0)
     pairs = []
     for _ in range(images):
@@ -39,7 +40,7 @@ def label_maps(images: int) -> list[Pair]:
 
 
 def timed(update: Callable[[Any, Any], None], pairs: list[Any]) -> float:
-    """Median milliseconds of an update."""
+    """Median milliseconds of one update."""
     seconds = []
     for mask, guess in pairs:
         start = time.perf_counter()
@@ -51,10 +52,10 @@ def timed(update: Callable[[Any, Any], None], pairs: list[Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=40)
-    torch.set_num_threads(1)  # as the other side; several only wait for each other on a busy machine
+    torch.set_num_threads(1)  # both use one; on a busy machine several threads wait for each other
     pairs = label_maps(parser.parse_args().images)
 
-    import_torchvision()  # torchmetrics imports it, and some builds of it only load this way
+    import_torchvision()  # torchmetrics imports torchvision, some builds of which load only in this way
     from torchmetrics.classification import MulticlassJaccardIndex
     from torchmetrics.segmentation import MeanIoU
 
@@ -62,7 +63,7 @@ def main() -> None:
     jaccard = MulticlassJaccardIndex(CLASSES, ignore_index=IGNORE)
     one_hot = MeanIoU(CLASSES, input_format="index")
     tensors = [tuple(torch.from_numpy(side).long() for side in pair) for pair in pairs]
-    # MeanIoU cannot ignore pixels: it gets the whole rows within the frame.
+    # MeanIoU cannot ignore pixels, so it receives only the rows without ignored ones.
     framed = [tuple(side[None, 5:-5] for side in pair) for pair in tensors]
 
     figures = {

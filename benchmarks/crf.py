@@ -1,9 +1,9 @@
-"""Dense CRF over background and an image's own classes, against all 21: seconds and labels.
+"""The dense CRF over background and an image's own classes, against the CRF over all 21: seconds and changed labels.
 
     python -m benchmarks.crf [DATA] [--images N] [--iterations N]
 
-DATA holds JPEGImages and SegmentationClass of PASCAL VOC at native size. Scores are masks, blurred to what a
-localization map knows; one run each, without warm-up.
+DATA contains JPEGImages and SegmentationClass of PASCAL VOC at native size. The scores are masks, blurred to the
+resolution of a localization map. Each CRF runs once, without warm-up.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BLUR = 0.04  # sigma over the short side
 
 
 def scores_of(mask: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """21 x H x W: each object blurred to a map of maximum 1, background 1 - max, classes that the image lacks 0."""
+    """21 x H x W scores: each class blurred to a maximum of 1, the background 1 - max, absent classes 0."""
     scores = np.zeros((CLASSES, *mask.shape), np.float32)
     for class_id in np.unique(mask[(mask > 0) & (mask != IGNORE)]):
         blurred = cv2.GaussianBlur((mask == class_id).astype(np.float32), (0, 0), BLUR * min(mask.shape))
@@ -35,6 +35,7 @@ def scores_of(mask: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def timed(image: NDArray[np.uint8], scores: NDArray[np.float32], settings: Crf) -> tuple[float, NDArray[np.intp]]:
+    """Seconds of the CRF, and the channel with the highest marginal at each pixel, H x W."""
     start = time.perf_counter()
     winners = dense_crf(image, as_probabilities(scores), settings).argmax(axis=0)
     return time.perf_counter() - start, winners

@@ -1,10 +1,10 @@
-"""Peak memory and time of one optimizer step of DeepLab-v2: several scales of the input, gradients of several batches.
+"""Peak memory and time of one optimizer step of DeepLab-v2 with several input scales and accumulated gradients.
 
     python -m benchmarks.deeplab_memory [--backbone NAME] [--crop SIDE] [--batch-size B] [--accumulation N] ...
 
-The papers' training by default: ResNet-101 with frozen batch norm at output stride 8, crops of 321, the scales 1, 0.75
-and 0.5 and their maximum, 5 images twice a step, on the CPU and with random inputs. Prints the process's peak resident
-set before the step and after it, and the step's seconds.
+The defaults follow the papers' training: ResNet-101 with frozen batch norm at output stride 8, crops of 321, the scales
+1, 0.75 and 0.5 and their maximum, two batches of 5 images a step. It runs on the CPU with random inputs. Prints the
+process's peak resident set before and after the step, and the step's seconds.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""A training stage, killed at random moments and started again until it is done, against an unbroken run of it.
+"""Compare a training stage that is killed and resumed at random moments with an uninterrupted run.
 
     python -m benchmarks.kill STAGE NAME [--kills N] [--seed N] [--params FILE ...] [--set JSON] [--threads N]
 
-STAGE is classifier, refinement, affinity or segmentation; its inputs must lie in results/ already. Both runs work in a
-temporary folder, on links to the inputs. Prints the sha256 of every output of both; the exit status is 1 where any two
-differ.
+STAGE is classifier, refinement, affinity or segmentation; its inputs must already be in results/. Both runs work in a
+temporary folder with links to the inputs. Prints the sha256 of every output of both runs; the exit status is 1 if any
+two differ.
 """
 
 import argparse
@@ -28,15 +28,15 @@ EVERY = 0.3  # seconds between checkpoints
 
 
 class Trial:
-    """One job as commands in a folder of its own."""
+    """A training job that runs in its own folder."""
 
     def __init__(self, job: Job, dataset: Path, folder: Path, options: list[str]) -> None:
         """
         Args:
-            job: the training.
-            dataset: its images' root, as params.yaml names it.
-            folder: made here, with links to the code, the dataset and the job's inputs.
-            options: of the stage's command.
+            job: the training job.
+            dataset: the root of its images, as in params.yaml.
+            folder: filled with links to the code, the dataset and the job's inputs.
+            options: arguments of the stage's command.
         """
         self.job, self.folder = job, folder
         manifests = [path.parent / "manifest.json" for path in job.inputs.values()]
@@ -48,24 +48,24 @@ class Trial:
         self.command = [sys.executable, "-m", f"stages.{job.stage}", job.name, *options]
 
     def checkpoint(self) -> int:
-        """When the checkpoint was last written; 0 where there is none."""
-        found = [path for path in (self.folder / self.job.folder).glob(".checkpoint-*") if path.suffix == ""]
+        """Modification time of the newest checkpoint in nanoseconds; 0 if there is none."""
+        files = [path for path in (self.folder / self.job.folder).glob(".checkpoint-*") if path.suffix == ""]
         try:
-            return max((path.stat().st_mtime_ns for path in found), default=0)
-        except FileNotFoundError:  # removed meanwhile: the run is done
+            return max((path.stat().st_mtime_ns for path in files), default=0)
+        except FileNotFoundError:  # removed in the meantime, since the run has ended
             return 0
 
     def run(self, kill_after: float | None = None) -> tuple[bool, float]:
         """Start the stage.
 
         Args:
-            kill_after: seconds from this run's first checkpoint to its SIGKILL; None: let it end.
+            kill_after: seconds from this run's first checkpoint to its SIGKILL; None lets it finish.
 
         Returns:
             Whether it was killed, and the seconds from its first checkpoint to its end.
 
         Raises:
-            RuntimeError: it failed by itself.
+            RuntimeError: the stage failed without being killed.
         """
         before = self.checkpoint()
         log = self.folder / "log.txt"
@@ -85,33 +85,33 @@ class Trial:
         return process.returncode != 0, time.monotonic() - saved if saved is not None else 0.0
 
     def hashes(self) -> dict[str, str]:
-        """sha256 by the outputs' names."""
+        """sha256 of each output by its file name."""
         return {path.name: sha256(self.folder / path) for path in self.job.outputs.values()}
 
     def resumptions(self) -> int:
-        """How often a run took up a checkpoint."""
+        """The number of runs that resumed from a checkpoint."""
         return (self.folder / "log.txt").read_text().count("goes on from epoch")
 
 
 def compare(job: Job, dataset: Path, folder: Path, options: list[str], kills: int, seed: int) -> tuple[Trial, Trial]:
-    """Run the job unbroken, and once more with ``kills`` kills at moments drawn uniformly from its training.
+    """Run the job without a kill, and again with ``kills`` kills at moments drawn uniformly from its training.
 
     Returns:
-        The two, both done.
+        The uninterrupted and the killed trial, both finished.
     """
     options = [*options, "--checkpoint-every", str(EVERY)]
-    unbroken = Trial(job, dataset, folder / "unbroken", options)
-    _, seconds = unbroken.run()
-    print(f"unbroken: {seconds:.1f} s from the first checkpoint to the end", flush=True)
+    whole = Trial(job, dataset, folder / "whole", options)
+    _, seconds = whole.run()
+    print(f"uninterrupted: {seconds:.1f} s from the first checkpoint to the end", flush=True)
     killed = Trial(job, dataset, folder / "killed", options)
     moments = np.sort(np.random.default_rng(seed).uniform(0, max(0.1, seconds - kills * EVERY), kills))
     for after in np.diff(moments, prepend=0.0).tolist():
         was_killed, _ = killed.run(after)
         print(f"killed {after:.2f} s after a checkpoint" if was_killed else "done before the kill", flush=True)
         if not was_killed:
-            return unbroken, killed
+            return whole, killed
     killed.run()
-    return unbroken, killed
+    return whole, killed
 
 
 def main() -> None:
@@ -123,19 +123,19 @@ def main() -> None:
     parser.add_argument("--params", nargs="+", default=["params.yaml"])
     parser.add_argument("--set", default="{}")
     parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    files = [Path(name).resolve() for name in given.params]
-    params = parameters.load(files, json.loads(given.set))
-    options = ["--params", *map(str, files), "--set", given.set, "--threads", str(given.threads)]
+    arguments = parser.parse_args()
+    files = [Path(name).resolve() for name in arguments.params]
+    params = parameters.load(files, json.loads(arguments.set))
+    options = ["--params", *map(str, files), "--set", arguments.set, "--threads", str(arguments.threads)]
     with tempfile.TemporaryDirectory() as folder:
-        job = Graph(params).find(given.stage, given.name)
+        job = Graph(params).find(arguments.stage, arguments.name)
         root = Path(params.dataset.root)
-        unbroken, killed = compare(job, root, Path(folder), options, given.kills, given.seed)
-        expected, found = unbroken.hashes(), killed.hashes()
+        whole, killed = compare(job, root, Path(folder), options, arguments.kills, arguments.seed)
+        expected, actual = whole.hashes(), killed.hashes()
         print(f"{job.label}: resumed {killed.resumptions()} times")
     for name, value in expected.items():
-        print(f"{name:<14} {value}\n{'':<14} {found[name]}  {'same' if found[name] == value else 'DIFFERENT'}")
-    sys.exit(expected != found)
+        print(f"{name:<14} {value}\n{'':<14} {actual[name]}  {'same' if actual[name] == value else 'DIFFERENT'}")
+    sys.exit(expected != actual)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Milliseconds that a training input costs after it is decoded, by step of the augmentation.
+"""Milliseconds that a decoded image takes to become a training input, by step of the augmentation.
 
     python -m benchmarks.loading [--height 750] [--width 562] [--crop 321] [--repeats 50]
 
-The crop comes before the normalisation, which looks each level up in a table. Both are timed against the plain order:
-the formula in float32 on the whole image, then the crop; the results are the same to the byte. The size is that of a
-375 x 281 image at scale 2, the crop DeepLab's.
+The pipeline crops first and then normalises by a table of levels. The baseline normalises the whole image by the
+formula in float32 and then crops; the results are equal byte for byte. The default size is that of a 375 x 281 image at
+scale 2, the default crop is DeepLab's.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from pipeline.data.loading import MEAN, STD, augment, normalise
 
 
 def formula(rgb: NDArray[np.uint8]) -> Tensor:
-    """H x W x 3 uint8 -> 3 x H x W float32 without a table."""
+    """Normalise H x W x 3 uint8 to 3 x H x W float32 by the formula."""
     return torch.from_numpy(((rgb.astype(np.float32) / 255 - MEAN) / STD).transpose(2, 0, 1).copy())
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
-    """Median time of a call."""
+    """Median milliseconds of a call, after one that is not counted."""
     function()
     seconds = []
     for _ in range(repeats):

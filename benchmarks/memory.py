@@ -1,11 +1,11 @@
-"""Peak memory of the classifier stage's data structures at the size of VOC, and at ten times it.
+"""Peak memory of the classifier stage's data structures at VOC's size and at ten times that size.
 
     python -m benchmarks.memory [N ...]
 
-N images of 500x375 with 1.47 tags of 20 classes (default 10,582, VOC's train_aug, and 105,820), all of them one file
-under many ids. In a process of its own for each N: the index is loaded, the accumulator and the training set are made,
-a light network does one step, all maps are updated, with each pair's last one for the attention drop layer, dumped, and
-saved in a checkpoint. Prints the process's peak resident set after each.
+The dataset is N images of 500x375 with 1.47 tags of 20 classes on average (default 10,582 as in VOC's train_aug, and
+105,820); all ids share one file. A separate process for each N loads the index, creates the accumulator and the
+training set, trains a light network for one step, updates all maps, including the last maps that the attention drop
+layer needs, dumps them and saves a checkpoint. Prints the process's peak resident set after each part.
 """
 
 import argparse
@@ -24,7 +24,7 @@ HEIGHT, WIDTH, CLASSES = 375, 500, 20
 
 
 def write_index(folder: Path, images: int) -> Path:
-    """An index of ``images`` ids of one file."""
+    """Write an index of ``images`` ids that share one file; return its path."""
     picture = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8)
     cv2.imwrite(str(folder / "image.jpg"), picture)
     random = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def megabytes() -> float:
 
 
 def measure(path: Path) -> dict[str, float]:
-    """Peak MB after each part of the stage's work, and seconds of writing."""
+    """Peak MB after each part of the stage's work, and the seconds of dump and checkpoint."""
     import torch
 
     from pipeline.config.schema import Accumulate, Augmentation, Backbone, Classifier, Head, Training
@@ -69,30 +69,30 @@ def measure(path: Path) -> dict[str, float]:
     from pipeline.methods.oaa import AttentionAccumulator
     from pipeline.training import checkpoint, models
 
-    found = {"imports": megabytes()}
+    figures = {"imports": megabytes()}
     index = Index(path)
     images = index.images("train")
-    found["index"] = megabytes()
+    figures["index"] = megabytes()
     accumulator = AttentionAccumulator(images, Accumulate(gate="none", skip_epochs=0), 1, keep_last=True)
     dataset = TrainingSet(images, CLASSES, Augmentation(side="short", length=(224, 224), flip=True), 0)
-    found["accumulator"] = megabytes()
+    figures["accumulator"] = megabytes()
     method = models.build(Classifier(Backbone("small"), Training(1, 0.1), head=Head(0)), CLASSES)
     batch = next(load(dataset, 1, 0, 0))
     output = method(batch.images)
     method.loss(output, batch.tags).backward()  # type: ignore[no-untyped-call]
-    found["step"] = megabytes()
+    figures["step"] = megabytes()
     raw = torch.rand(1, CLASSES, *output.maps.shape[2:])
     for image, tags in zip(images, dataset.tags, strict=True):
         accumulator.update(raw, raw.mean((2, 3)), tags[None], [image.id], batch.windows, 0)
     start = time.perf_counter()
     accumulator.dump(path.with_name("maps.h5"))
-    found["dump"] = megabytes()
-    found["dump seconds"] = time.perf_counter() - start
+    figures["dump"] = megabytes()
+    figures["dump seconds"] = time.perf_counter() - start
     start = time.perf_counter()
     checkpoint.save(path.with_name("checkpoint"), {"network": method.state_dict(), "task": accumulator.state()})
-    found["checkpoint"] = megabytes()
-    found["checkpoint seconds"] = time.perf_counter() - start
-    return found
+    figures["checkpoint"] = megabytes()
+    figures["checkpoint seconds"] = time.perf_counter() - start
+    return figures
 
 
 def main() -> None:
@@ -105,18 +105,16 @@ def main() -> None:
         return
     parts = ("imports", "index", "accumulator", "step", "dump", "checkpoint")
     print(
-        f"{'images':>11}"
-        + "".join(f"{part:>12}" for part in parts)
-        + "   MB at most, so far; seconds of dump, checkpoint"
+        f"{'images':>11}" + "".join(f"{part:>12}" for part in parts) + "   peak MB so far; seconds of dump, checkpoint"
     )
     for count in options.images:
         with tempfile.TemporaryDirectory() as folder:
             path = write_index(Path(folder), count)
             command = [sys.executable, "-m", "benchmarks.memory", "--index", str(path)]
             text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        found = json.loads(text)
-        line = "".join(f"{found[part]:12.0f}" for part in parts)
-        print(f"{count:>11}{line}   {found['dump seconds']:.1f}, {found['checkpoint seconds']:.1f}", flush=True)
+        figures = json.loads(text)
+        line = "".join(f"{figures[part]:12.0f}" for part in parts)
+        print(f"{count:>11}{line}   {figures['dump seconds']:.1f}, {figures['checkpoint seconds']:.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One training step of a network on given images, for the benchmarks that time it."""
+"""One training step of a network on fixed images, for the benchmarks that time it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +19,12 @@ def stepper(
     loss: Callable[[Tensor, Tensor], Tensor],
     device: torch.device,
 ) -> Callable[[], None]:
-    """Forward, backward, optimizer step on ``training.batch_size`` random images of ``side`` x ``side``, a tag each.
+    """A function that runs forward, backward and optimizer step on ``training.batch_size`` random images, one tag each.
 
     Args:
-        network: on the processor; it is moved.
-        loss: of images and B x ``classes`` tags.
+        network: is moved to ``device``.
+        side: of the square images in pixels.
+        loss: from B x 3 x ``side`` x ``side`` images and B x ``classes`` tags to a scalar.
     """
     network.to(device=device, memory_format=torch.channels_last)
     optimizer = build_optimizer(parameter_groups(network, network.new_layers(), training), training)

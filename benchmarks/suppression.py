@@ -1,10 +1,11 @@
-"""What discriminative region suppression costs: time of a training step, and disk for the maps.
+"""The cost of discriminative region suppression: time of a training step, and disk space of the maps.
 
     python -m benchmarks.suppression [--backbone vgg16] [--length 320] [--batch-size 5] [--steps N] [--precision auto]
 
-Steps of the plain network, of the one with learnable controllers in every layer and of the one with delta 0.55 take
-turns, so that what else the machine does meets all three alike; the median of each is told. Then 1,000 images' maps of
-VOC's 1.47 tags at 320 x 320 are written as a localization store, beside 20 x 320 x 320 bytes an image.
+Steps of the plain network, of the network with learnable controllers in every layer and of the network with delta 0.55
+alternate, so that other load on the machine affects all three alike; the program prints the median of each. It then
+writes maps of 1,000 images with VOC's 1.47 tags at 320 x 320 as a localization store and compares their size with
+20 x 320 x 320 bytes an image.
 """
 
 import argparse
@@ -31,7 +32,7 @@ CLASSES, SIDE, IMAGES = 20, 320, 1000
 def classifier(
     options: argparse.Namespace, suppression: Suppression | None, device: torch.device
 ) -> Callable[[], None]:
-    """One optimizer step of a classifier, images and tags given."""
+    """One optimizer step of a classifier on fixed images and tags."""
     torch.manual_seed(0)
     training = Training(options.batch_size, 1e-3, epochs=1, nesterov=True, precision=options.precision)
     network = models.build(Classifier(Backbone(options.backbone), training, suppression=suppression), CLASSES)
@@ -43,7 +44,7 @@ def classifier(
 
 
 def stored_bytes() -> int:
-    """Of smooth random maps, one or two tags an image."""
+    """Bytes of a store of smooth random maps for one or two tags an image."""
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "maps.h5"
@@ -73,12 +74,12 @@ def main() -> None:
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            if turn:  # the first allocates
+            if turn:  # the first turn allocates memory
                 seconds[name].append(time.perf_counter() - start)
     plain = statistics.median(seconds["plain"])
     print(f"{options.backbone} at {options.length}, batch {options.batch_size}, {options.precision}, {device}")
-    for name, found in seconds.items():
-        median = statistics.median(found)
+    for name, times in seconds.items():
+        median = statistics.median(times)
         print(f"{name:<12} {median * 1e3:9.1f} ms a step  {100 * (median / plain - 1):+6.1f} %")
     stored, dense = stored_bytes(), IMAGES * CLASSES * SIDE**2
     print(f"maps of {IMAGES} images: {stored / 1e6:.1f} MB, dense {dense / 1e6:.1f} MB: {dense / stored:.1f} times")

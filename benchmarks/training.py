@@ -1,10 +1,10 @@
-"""A training step of a classifier: fp32 in contiguous memory against bf16 in channels-last, the training loop's way.
+"""A training step of a classifier: fp32 in contiguous memory against bf16 in channels-last, as in the training loop.
 
     python -m benchmarks.training [NAME:SIDE:BATCH ...] [--steps N] [--threads N]
 
-NAME is a backbone at output stride 8 under the class-aware head, SIDE the images' side. Milliseconds an image of one
-step (forward, loss, backward, optimizer), median of N after one that is not counted; default vgg16:224:2 and
-mobilenet_v2:257:2.
+NAME is a backbone at output stride 8 with the class-aware head; SIDE is the side of the square images in pixels. Prints
+milliseconds an image of one step (forward, loss, backward, optimizer): the median of N steps after one that is not
+counted. The default is vgg16:224:2 and mobilenet_v2:257:2.
 """
 
 import argparse
@@ -51,11 +51,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     device = prepare("cpu", options.threads)
-    hardware = "in hardware" if has_bf16(device) else "emulated: this processor has none"
+    hardware = "in hardware" if has_bf16(device) else "emulated: this processor does not support it"
     print(f"{options.threads} threads, bf16 {hardware}; milliseconds an image, median of {options.steps} steps")
     for case in options.cases:
         name, side, batch = case.split(":")
-        plain, fast = (milliseconds(name, int(side), int(batch), options.steps, way) for way in (False, True))
+        plain, fast = (milliseconds(name, int(side), int(batch), options.steps, bf16) for bf16 in (False, True))
         print(f"{case:<22} fp32 contiguous {plain:8.1f}   bf16 channels_last {fast:8.1f}   ratio {plain / fast:5.2f}")
 
 

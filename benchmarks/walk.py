@@ -1,11 +1,11 @@
-"""The random walk along affinities: seconds and peak memory, sparse against dense.
+"""Time and peak memory of the random walk along affinities, sparse against dense.
 
     python -m benchmarks.walk [--size H W] [--classes C] [--radius R] [--times T] [--dense H W]
 
-Edges and maps are smooth random ones; by default a VOC image's quarter, 94 x 125, its walk of 2^8 steps among the 69
-neighbours of radius 5. Each walk runs in a process of its own: its memory is the peak resident set less what the
-process held before. The dense walk squares its N x N matrix, as the public codes of PSA and IRN do; at ``--dense`` both
-walk on the same edges and their results are compared.
+Edges and maps are smooth and random. The default grid is a quarter of a VOC image, 94 x 125 cells; the walk has 2^8
+steps among the neighbours within radius 5. Each walk runs in its own process; its memory is the rise of the peak
+resident set. The dense walk squares its N x N matrix, as the public codes of PSA and IRN do. On the grid of ``--dense``
+both walks use the same edges, and their results are compared.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from pipeline.training.settings import prepare
 
 
 def smooth(channels: int, size: tuple[int, int], seed: int) -> Tensor:
-    """1 x ``channels`` x h x w, each channel over all of [0, 1]."""
+    """Smooth random maps, 1 x ``channels`` x h x w; each channel spans [0, 1]."""
     coarse = torch.rand(1, channels, 12, 16, generator=torch.Generator().manual_seed(seed))
-    found = functional.interpolate(coarse, size=size, mode="bicubic", align_corners=False)
-    low, high = found.amin((2, 3), keepdim=True), found.amax((2, 3), keepdim=True)
-    return (found - low) / (high - low)
+    maps = functional.interpolate(coarse, size=size, mode="bicubic", align_corners=False)
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    return (maps - low) / (high - low)
 
 
 def dense_walk(maps: Tensor, edges: Tensor, settings: Walk) -> Tensor:
-    """The matrix, in float32, is squared ``times`` times and multiplied with the maps once."""
+    """The walk by a dense float32 matrix, squared ``settings.times`` times and multiplied with the maps once."""
     transition = transition_matrix(edges, settings.radius, settings.beta).float().to_dense()
     for _ in range(settings.times):
         transition = transition @ transition
@@ -49,38 +49,40 @@ def megabytes() -> float:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """The walk ``options.measured`` at ``options.size``, in this process."""
+    """Run the walk ``options.measured`` on the grid ``options.size`` in this process; its seconds and MB."""
     prepare("cpu", options.threads)
     settings = Walk("", "", radius=options.radius, times=options.times)
     size = (options.size[0], options.size[1])
     maps, edges = smooth(options.classes, size, 1), smooth(1, size, 0)[:, 0] ** 2
     walk = random_walk if options.measured == "sparse" else dense_walk
-    random_walk(maps[..., :8, :8], edges[:, :8, :8], settings)  # what is loaded once is no part of a walk
+    random_walk(maps[..., :8, :8], edges[:, :8, :8], settings)  # excludes one-time initialisation from the measurement
     before, seconds = megabytes(), []
     for _ in range(5 if options.measured == "sparse" else 1):
         start = time.perf_counter()
-        found = walk(maps, edges, settings)
+        walked = walk(maps, edges, settings)
         seconds.append(time.perf_counter() - start)
     result = {"seconds": statistics.median(seconds), "megabytes": megabytes() - before}
     if options.measured == "dense":
-        result["difference"] = float((found - random_walk(maps, edges, settings)).abs().max())
+        result["difference"] = float((walked - random_walk(maps, edges, settings)).abs().max())
     return result
 
 
 def run(measured: str, size: list[int], options: argparse.Namespace) -> dict[str, float]:
-    """``measure`` in a new process."""
+    """Call ``measure`` in a new process."""
     settings = {"measured": measured, "size": size, "classes": [options.classes], "radius": [options.radius]}
     settings |= {"times": [options.times], "threads": [options.threads]}
     command = [sys.executable, "-m", "benchmarks.walk"]
     for name, values in settings.items():
         command += [f"--{name}", *([values] if isinstance(values, str) else map(str, values))]
-    found: dict[str, float] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
-    return found
+    figures: dict[str, float] = json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    )
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, nargs=2, default=[94, 125], metavar=("H", "W"), help="of the grid")
+    parser.add_argument("--size", type=int, nargs=2, default=[94, 125], metavar=("H", "W"), help="cells of the grid")
     parser.add_argument("--classes", type=int, default=3)
     parser.add_argument("--radius", type=int, default=5)
     parser.add_argument("--times", type=int, default=8, help="the walk has 2^TIMES steps")
@@ -94,12 +96,12 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     print(f"{options.classes} classes, radius {options.radius}, {2**options.times} steps, {options.threads} threads")
-    print("walk     grid        seconds   MB   greatest difference")
+    print("walk     grid        seconds   MB   maximum difference")
     for measured, size in (("sparse", options.size), ("sparse", options.dense), ("dense", options.dense)):
-        found = run(measured, size, options)
-        differs = f"   {found['difference']:.1e}" if "difference" in found else ""
+        figures = run(measured, size, options)
+        differs = f"   {figures['difference']:.1e}" if "difference" in figures else ""
         grid = f"{size[0]} x {size[1]}"
-        print(f"{measured:<8} {grid:<10} {found['seconds']:8.2f} {found['megabytes']:5.0f}{differs}", flush=True)
+        print(f"{measured:<8} {grid:<10} {figures['seconds']:8.2f} {figures['megabytes']:5.0f}{differs}", flush=True)
 
 
 if __name__ == "__main__":
