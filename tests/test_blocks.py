@@ -1,4 +1,4 @@
-"""Work in blocks: order, resumption after a kill, damaged parts, and processes that leave with their parent."""
+"""Block-wise computation: order, resumption after a kill, damaged parts, and workers that exit with their parent."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ ITEMS = [Item(f"image{number}") for number in range(10)]
 
 
 class Compute:
-    """Two rasters an image, last image first; none for image3; dies at image ``dies_at``, once."""
+    """Returns two rasters per image, last image first, and none for image3; fails once, at image ``dies_at``."""
 
     def __init__(self, dies_at: str | None = None) -> None:
         self.dies_at = dies_at
@@ -62,7 +62,7 @@ def test_rows_come_back_in_the_images_order(tmp_path: Path) -> None:
     assert store.get("image4", 2).shape == (5, 1)
 
 
-def test_goes_on_after_a_kill_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_resumes_after_a_kill_with_the_same_bytes(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     whole = write(tmp_path / "whole", Compute())
@@ -102,16 +102,19 @@ def test_parts_of_other_blocks_are_not_used(tmp_path: Path) -> None:
 
 
 def test_a_row_of_a_foreign_image_is_refused(tmp_path: Path) -> None:
-    with RasterWriter(tmp_path / "maps.h5", "maps") as writer, pytest.raises(ValueError, match="image foreign"):
+    with (
+        RasterWriter(tmp_path / "maps.h5", "maps") as writer,
+        pytest.raises(ValueError, match="foreign has a raster but is not"),
+    ):
         write_blocks(ITEMS, lambda block: [("foreign", 0, np.zeros((1, 1), np.uint8))], writer, tmp_path / "parts")
 
 
-def test_processes_keep_the_order() -> None:
+def test_processes_preserve_the_order() -> None:
     with parallel("test", 2) as each:
         assert list(each(abs, range(-20, 0))) == list(range(20, 0, -1))
 
 
-def test_workers_leave_with_a_killed_parent() -> None:
+def test_workers_exit_with_a_killed_parent() -> None:
     code = (
         "import os\n"
         "from pipeline.stores.blocks import parallel\n"

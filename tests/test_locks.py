@@ -1,4 +1,4 @@
-"""File systems without locks: every lock says once what it no longer guards, and the work goes on."""
+"""File systems without locks: each lock warns once about the lost protection, and work continues."""
 
 import errno
 import fcntl
@@ -34,7 +34,7 @@ def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("no_locks")
-def test_a_lock_that_does_not_exist_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_lock_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (tmp_path / "lock").open("a") as file:
         assert {locks.take(file, "cards may be shared", wait=wait) for wait in (True, False)} == {locks.Lock.NONE}
     line = f"warning: {tmp_path}/lock: the file system has no locks (No locks available): cards may be shared\n"
@@ -57,7 +57,9 @@ def test_locks_between_open_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_locks")
-def test_a_stage_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_runs_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     for part in ("pipeline", "stages"):
         (tmp_path / part).symlink_to(ROOT / part)
@@ -76,7 +78,7 @@ def test_locks_of_a_snakemake_that_may_be_alive_are_left(tmp_path: Path, capsys:
 
 
 def test_stores_need_no_locks(tmp_path: Path) -> None:
-    """HDF5 calls flock from C, so that only a library laid before the system's can take it away."""
+    """HDF5 calls flock from C, so the test overrides it with a preloaded library."""
     library = tmp_path / "nolock.so"
     source = "#include <errno.h>\nint flock(int file, int operation) { errno = ENOLCK; return -1; }\n"
     compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]

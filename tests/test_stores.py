@@ -1,4 +1,4 @@
-"""Raster stores, hashes, files that appear whole or not at all, and manifests."""
+"""Raster stores, hashes, atomic writes and manifests."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ Rows = list[tuple[str, int, NDArray[np.uint8]]]
 
 
 def rows(count: int = 12) -> Rows:
-    """Ragged rasters of ``count`` images, none to three each."""
+    """Random rasters of varying size: zero to three for each of ``count`` images."""
     random = np.random.default_rng(0)
     return [
         (f"image {number}", class_id, random.integers(0, 256, random.integers(1, 30, 2)).astype(np.uint8))
@@ -78,7 +78,7 @@ class TestRasters:
         with pytest.raises(KeyError, match=r"maps\.h5 has no class 3 of image image 1"):
             store.get("image 1", 3)
 
-    def test_an_empty_store_is_one(self, tmp_path: Path) -> None:
+    def test_an_empty_store_is_valid(self, tmp_path: Path) -> None:
         with RasterWriter(tmp_path / "maps.h5", "test"):
             pass
         store = RasterStore(tmp_path / "maps.h5")
@@ -101,12 +101,12 @@ class TestRasters:
         with RasterWriter(tmp_path / "maps.h5", "test") as writer, pytest.raises(ValueError, match="2-D uint8, not"):
             writer.append("a", values)
 
-    def test_an_images_rows_must_lie_together(self, tmp_path: Path) -> None:
+    def test_rows_of_an_image_must_be_contiguous(self, tmp_path: Path) -> None:
         one = np.zeros((1, 1), np.uint8)
         with RasterWriter(tmp_path / "maps.h5", "test") as writer:
             writer.append("a", one)
             writer.add_image("b")
-            with pytest.raises(ValueError, match="rows of image a must lie together"):
+            with pytest.raises(ValueError, match="rows of image a must be contiguous"):
                 writer.append("a", one, 2)
 
     @pytest.mark.parametrize("content", [b"", b"text", None])
@@ -134,7 +134,7 @@ class TestRasters:
 
 
 class TestWholeStore:
-    """A store written at once: rasters of 2 x 3 and 1 x 4 cells, of images 'c' and 'a', and three cells of none."""
+    """A store written at once: rasters of 2 x 3 and 1 x 4 cells (images 'c', 'a') and three cells in no raster."""
 
     IDS = ("c", "empty", "a")
     VALUES = np.arange(100, 117, dtype=np.uint8)
@@ -156,7 +156,7 @@ class TestWholeStore:
         assert store.maps("empty") == {}
         assert store.get("a", 300).tolist() == [[107, 108, 109, 110]]
 
-    def test_it_is_a_writers_store_but_for_the_compression(self, tmp_path: Path) -> None:
+    def test_it_equals_a_writers_store_except_for_the_compression(self, tmp_path: Path) -> None:
         self.whole(tmp_path / "whole.h5")
         with RasterWriter(tmp_path / "written.h5", "test") as writer:
             writer.append("c", self.VALUES[11:].reshape(2, 3), 7)
@@ -177,7 +177,7 @@ class TestWholeStore:
                 k: v.tolist() for k, v in other.maps(name).items()
             }
 
-    def test_an_empty_store_is_one(self, tmp_path: Path) -> None:
+    def test_an_empty_store_is_valid(self, tmp_path: Path) -> None:
         write_store(tmp_path / "maps.h5", "test", [], np.zeros((0, 5), np.int64), np.zeros(0, np.uint8))
         assert list(RasterStore(tmp_path / "maps.h5")) == []
 
@@ -189,7 +189,7 @@ class TestWholeStore:
         assert content == (tmp_path / "other.h5").read_bytes()
         manifest.write(tmp_path, stage="classifier x", outputs={"one.h5": files.sha256(path)})
         assert manifest.verify(path) == hashlib.sha256(content).hexdigest()
-        place = content.index(self.VALUES.tobytes())  # as it is, in one piece
+        place = content.index(self.VALUES.tobytes())  # uncompressed and contiguous
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         assert RasterStore(path).get("c", 9)[0, 0] == 101  # HDF5 itself does not notice
         with pytest.raises(PipelineError, match="damaged or changed by hand"):
@@ -205,7 +205,7 @@ class TestFiles:
         (tmp_path / "a").write_bytes(b"abc")
         assert files.fingerprint(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
 
-    def test_a_folders_fingerprint_tells_names_and_sizes(self, tmp_path: Path) -> None:
+    def test_a_folders_fingerprint_covers_names_and_sizes(self, tmp_path: Path) -> None:
         (tmp_path / "sub").mkdir()
         (tmp_path / "sub" / "a").write_text("1")
         (tmp_path / "b").write_text("22")
@@ -220,7 +220,7 @@ class TestFiles:
         found.append(files.fingerprint(tmp_path))
         assert len(set(found)) == 4
 
-    def test_atomic_appears_whole_or_not_at_all(self, tmp_path: Path) -> None:
+    def test_atomic_publishes_only_complete_files(self, tmp_path: Path) -> None:
         path = tmp_path / "new" / "a.txt"
         with files.atomic(path) as temporary:
             temporary.write_text("first")
@@ -237,7 +237,7 @@ class TestFiles:
             unfinished()
         assert path.read_text() == "first"
 
-    def test_a_folder_takes_the_place_of_the_old_one(self, tmp_path: Path) -> None:
+    def test_a_folder_replaces_the_old_one(self, tmp_path: Path) -> None:
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / "old").touch()
         new = files.partial(tmp_path / "data")
@@ -255,7 +255,7 @@ class TestManifest:
         manifest.write(folder, stage="classifier x", outputs={"model.pt": files.sha256(path)})
         return path
 
-    def test_it_names_fields_and_versions(self, tmp_path: Path) -> None:
+    def test_it_has_the_fields_and_versions(self, tmp_path: Path) -> None:
         self.published(tmp_path)
         found = manifest.read(tmp_path)
         assert found is not None
@@ -263,7 +263,7 @@ class TestManifest:
         assert {"python", "torch", "numpy", "h5py"} <= set(found["versions"])
         assert (tmp_path / "manifest.json").read_text() == json.dumps(found, indent=1, sort_keys=True) + "\n"
 
-    def test_an_unharmed_file_passes(self, tmp_path: Path) -> None:
+    def test_an_intact_file_passes(self, tmp_path: Path) -> None:
         path = self.published(tmp_path)
         assert manifest.verify(path) == hashlib.sha256(bytes(range(200))).hexdigest()
 
@@ -282,7 +282,7 @@ class TestManifest:
             f"delete {path} and run its stage again"
         )
 
-    def test_a_file_that_no_manifest_names_passes(self, tmp_path: Path) -> None:
+    def test_a_file_without_a_manifest_entry_passes(self, tmp_path: Path) -> None:
         path = tmp_path / "own.h5"
         path.write_bytes(b"a user's own")
         assert manifest.verify(path) == files.sha256(path)
@@ -292,7 +292,7 @@ class TestManifest:
         assert manifest.verify(path) == files.sha256(path)
 
     @pytest.mark.parametrize("content", [None, "", '{"stage": "cla', "[1, 2]"])
-    def test_a_manifest_that_is_not_whole_is_none(self, tmp_path: Path, content: str | None) -> None:
+    def test_an_incomplete_manifest_reads_as_none(self, tmp_path: Path, content: str | None) -> None:
         if content is not None:
             (tmp_path / "manifest.json").write_text(content)
         assert manifest.read(tmp_path) is None

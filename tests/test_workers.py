@@ -1,4 +1,4 @@
-"""Worker processes that die or do nothing end their stage with one line; those that are slow are waited for."""
+"""Worker processes that die or stall end their stage with a one-line error; slow ones do not."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Harmed(TrainingSet):
-    """A training set whose workers meet with ``harm`` at image 5."""
+    """A training set that calls ``harm`` in the worker that loads image 5."""
 
     def __init__(self, index: Index, harm: Callable[[], object]) -> None:
         super().__init__(index.images("train"), 3, Augmentation(side="square", length=(16, 16)), 0)
@@ -54,18 +54,16 @@ def unreadable() -> None:
 
 
 CASES = [
-    (die, "training: a worker process was killed, as the system does where memory runs out; use fewer --workers"),
+    (die, "training: a worker process was killed, probably because memory ran out; use fewer --workers"),
     (leave, "training: a worker process ended unexpectedly (exit status 3); run the stage with --workers 0"),
-    (hang, "training: the worker processes delivered nothing and did nothing for 3 s; run the stage again"),
+    (hang, "training: the worker processes stalled: no result and no activity for 3 s; run the stage again"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("harm", "expected"), [*CASES, (bus_error, "training: a worker process found no room in /dev/shm")]
+    ("harm", "expected"), [*CASES, (bus_error, "training: a worker process ran out of space in /dev/shm")]
 )
-def test_a_loader_that_stops_delivering_ends_with_one_line(
-    index: Index, harm: Callable[[], object], expected: str
-) -> None:
+def test_a_stalled_loader_ends_with_a_one_line_error(index: Index, harm: Callable[[], object], expected: str) -> None:
     start = time.monotonic()
     with pytest.raises(PipelineError) as caught:
         list(load(Harmed(index, harm), 2, 0, 0, LoadingPlan(2, label="training")))
@@ -75,7 +73,7 @@ def test_a_loader_that_stops_delivering_ends_with_one_line(
     assert time.monotonic() - start < 60
 
 
-def test_a_fault_of_an_image_is_told_without_a_workers_traceback(index: Index) -> None:
+def test_an_image_error_is_raised_without_a_workers_traceback(index: Index) -> None:
     with pytest.raises(PipelineError) as caught:
         list(load(Harmed(index, unreadable), 2, 0, 0, LoadingPlan(2)))
     assert caught.value.lines == ("img_005.jpg: cannot be read",)
@@ -93,7 +91,7 @@ def test_workers_end_with_their_epoch_however_it_ends(index: Index) -> None:
 
 
 @pytest.mark.parametrize(("harm", "expected"), CASES)
-def test_a_pool_that_stops_delivering_ends_with_one_line(harm: Callable[[], object], expected: str) -> None:
+def test_a_stalled_pool_ends_with_a_one_line_error(harm: Callable[[], object], expected: str) -> None:
     start = time.monotonic()
     with pytest.raises(PipelineError) as caught, parallel("training", 2, chunk=1) as each:
         list(each(call, [int, harm, int, int]))
@@ -130,7 +128,7 @@ class TestSharedMemory:
             (0, LoadingPlan(0, 1, "x")),
         ],
     )
-    def test_the_workers_fit(
+    def test_workers_are_limited_to_what_fits(
         self,
         dataset: TrainingSet,
         monkeypatch: pytest.MonkeyPatch,
@@ -146,14 +144,14 @@ class TestSharedMemory:
         if said:
             assert f"x: /dev/shm has {megabytes} MB free, and 4 workers (batches of 10 MB) need 112 MB: " in said
 
-    def test_without_workers_nothing_is_said(
+    def test_without_workers_nothing_is_printed(
         self, dataset: TrainingSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(loader, "_free", lambda folder: 0)
         assert loading_plan(dataset, 2, 0, "x").workers == 0
         assert capsys.readouterr().out == ""
 
-    def test_the_largest_image_counts_where_nothing_is_cropped(self, index: Index) -> None:
+    def test_without_a_crop_the_largest_image_sets_the_batch_size(self, index: Index) -> None:
         of = {
             Augmentation(): 24 * 32,
             Augmentation(side="short", length=(48, 96)): 96 * 128,
@@ -163,12 +161,12 @@ class TestSharedMemory:
             dataset = TrainingSet(index.images("train"), 3, settings, 0)
             assert loader._batch_bytes(dataset, 4) == 4 * pixels * 12
 
-    def test_a_batch_without_room_is_an_error_of_one_line(self, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As where another program fills /dev/shm after the plan was made."""
+    def test_a_batch_that_does_not_fit_is_a_one_line_error(self, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Another program may fill /dev/shm after the plan was computed."""
 
         def full(tensor: Any) -> None:
             raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
         monkeypatch.setattr("torch.Tensor.share_memory_", full)
-        with pytest.raises(PipelineError, match=r"^/dev/shm: no room for another batch .*--shm-size 1g, or use fewer"):
+        with pytest.raises(PipelineError, match=r"^/dev/shm: no space for another batch .*--shm-size 1g\) or use"):
             list(load(Harmed(index, int), 2, 0, 0, LoadingPlan(2)))

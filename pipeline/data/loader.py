@@ -118,7 +118,7 @@ def _shared(batch: Batch) -> Batch:
                 tensor.share_memory_()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise PipelineError(
-            f"{SHARED}: no room for another batch ({error}); enlarge it, as by docker run --shm-size 1g, "
+            f"{SHARED}: no space for another batch ({error}); enlarge it (e.g. docker run --shm-size 1g) "
             "or use fewer --workers"
         ) from None
     return batch

@@ -1,6 +1,7 @@
-"""Long work on many images that goes on where it was: rasters are computed block by block, and each block is kept.
+"""Resumable computation of a raster store: block by block, with each finished block saved to disk.
 
-A store's file cannot be resumed (``stores.raster``), so finished blocks lie as parts beside it until it is whole.
+An HDF5 store that was cut off cannot be continued (``stores.raster``). Finished blocks are therefore saved as separate
+part files until the store is complete.
 """
 
 import os
@@ -44,43 +45,47 @@ def write_blocks(
     size: int = 128,
     progress: Callable[[Sequence[_Image]], Iterable[_Image]] = iter,
 ) -> None:
-    """Write the rasters of all ``images`` in their order; images without a raster are named in the store.
+    """Write the rasters of all ``images`` in their order; the store also lists images without a raster.
 
     Args:
-        compute: gives the rows of a block of at most ``size`` images, in any order (so that it may batch images of
-            equal shape), none for an image that has no raster. It must depend on nothing but its block.
-        checkpoint: ``Work.checkpoint``: the folder of the parts, which the stage frame removes once the store is
+        compute: returns the rows of a block of at most ``size`` images in any order, so that it may batch images of
+            equal shape. An image may have no row. The result must depend on the block alone.
+        checkpoint: folder of the part files (``Work.checkpoint``). The stage frame removes it once the store is
             published.
-        progress: wraps the images, e.g. ``partial(stage.progress, label=work.job.label)``.
+        progress: wraps the iteration over the images, e.g. ``partial(stage.progress, label=work.job.label)``.
 
     Raises:
-        ValueError: a row of an image that is not in its block.
+        ValueError: ``compute`` returned a row of an image that is not in the block.
     """
     rows: dict[str, list[tuple[int, Raster]]] = {}
     for number, image in enumerate(progress(images)):
         interrupts.check()
         if number % size == 0:
             block = images[number : number + size]
-            rows = _block(checkpoint / f"{number // size:05d}.npz", block, compute)
+            rows = _load_or_compute(checkpoint / f"{number // size:05d}.npz", block, compute)
         writer.add_image(image.id)
         for class_id, raster in rows[image.id]:
             writer.append(image.id, raster, class_id)
 
 
-def _block(
+def _load_or_compute(
     part: Path, block: Sequence[_Image], compute: Callable[[Sequence[_Image]], Iterable[Row]]
 ) -> dict[str, list[tuple[int, Raster]]]:
-    """The block's rows by image: from its part, or computed and kept as one."""
+    """Rows of the block by image: read from its part file, or computed and saved there."""
     ids = [image.id for image in block]
     rows = _load(part, ids)
     if rows is None:
-        rows = _ordered(ids, compute(block))
+        rows = _by_image(ids, compute(block))
         _save(part, ids, rows)
     return rows
 
 
 def require(store: RasterStore, images: Sequence[Identified]) -> None:
-    """Raises PipelineError naming the training images that the store lacks."""
+    """Check that the store has all ``images``.
+
+    Raises:
+        PipelineError: some are missing; the message lists them.
+    """
     if missing := [image.id for image in images if image.id not in store]:
         raise PipelineError(
             f"{store.path}: lacks {len(missing)} training images: {listed(missing)}; run its stage again"
@@ -88,17 +93,17 @@ def require(store: RasterStore, images: Sequence[Identified]) -> None:
 
 
 def listed(ids: Sequence[str]) -> str:
-    """Up to 20 image ids for an error message, and how many more there are."""
+    """Format image ids for an error message: the first 20, then the number of the others."""
     return ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
 
 
-def _ordered(ids: list[str], rows: Iterable[Row]) -> dict[str, list[tuple[int, Raster]]]:
-    found: dict[str, list[tuple[int, Raster]]] = {image_id: [] for image_id in ids}
+def _by_image(ids: list[str], rows: Iterable[Row]) -> dict[str, list[tuple[int, Raster]]]:
+    grouped: dict[str, list[tuple[int, Raster]]] = {image_id: [] for image_id in ids}
     for image_id, class_id, raster in rows:
-        if image_id not in found:
-            raise ValueError(f"a raster of image {image_id}, which is not in the block at work")
-        found[image_id].append((class_id, raster))
-    return found
+        if image_id not in grouped:
+            raise ValueError(f"image {image_id} has a raster but is not in the current block")
+        grouped[image_id].append((class_id, raster))
+    return grouped
 
 
 def _save(part: Path, ids: list[str], rows: dict[str, list[tuple[int, Raster]]]) -> None:
@@ -114,7 +119,7 @@ def _save(part: Path, ids: list[str], rows: dict[str, list[tuple[int, Raster]]])
 
 
 def _load(part: Path, ids: list[str]) -> dict[str, list[tuple[int, Raster]]] | None:
-    """The part's rows, or None where it is missing, damaged (its arrays carry a CRC) or of other images."""
+    """Read a part file; None if it is missing, damaged (its arrays carry a CRC) or holds other images."""
     try:
         with np.load(part, allow_pickle=False) as arrays:
             stored, table, values = arrays["ids"].tolist(), arrays["table"].tolist(), arrays["values"]
@@ -132,13 +137,13 @@ def _load(part: Path, ids: list[str]) -> dict[str, list[tuple[int, Raster]]] | N
 
 @contextmanager
 def parallel(label: str, workers: int, chunk: int = 4) -> Iterator[Callable[..., Iterator[Any]]]:
-    """Yield a ``map(function, items)`` that keeps the items' order: the built-in one, or one over worker processes.
+    """Yield an order-preserving ``map(function, items)``: the built-in one if ``workers`` is 0, else a parallel one.
 
-    The processes are spawned, so that they inherit no lock or HDF5 handle from this one; ``function`` must be
-    picklable. Each takes ``chunk`` items at a time.
+    Worker processes are spawned, so that they inherit no lock or HDF5 handle; ``function`` must be picklable. Each
+    worker takes ``chunk`` items at a time.
 
     Raises:
-        PipelineError: a worker ended before its time, or the workers stopped delivering.
+        PipelineError: a worker died, or the workers stalled.
     """
     if workers == 0:
         yield map
@@ -150,7 +155,7 @@ def parallel(label: str, workers: int, chunk: int = 4) -> Iterator[Callable[...,
         except BrokenProcessPool:
             raise processes.failure() from None
         except BaseException:
-            processes.kill()  # the executor would let them finish
+            processes.kill()  # the executor would wait for them to finish
             raise
 
 
@@ -178,14 +183,14 @@ def _awaited(futures: "deque[Future[list[Any]]]", workers: Workers) -> Iterator[
 
 
 def _start_worker() -> None:
-    """One thread of arithmetic each, and no worker outlives a parent that was killed."""
+    """Limit OpenCV to one thread, and exit when the parent process dies."""
     import cv2
 
     cv2.setNumThreads(1)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Hashes, and files that appear whole or not at all."""
+"""File hashes and atomic writes."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SOURCES = (".py", ".j2", ".css")  # file name endings of code: Python, templates and the style sheet of the report
+SOURCES = (".py", ".j2", ".css")  # suffixes of source files: Python, report templates and style sheet
 
 
 def sha256(path: Path) -> str:
@@ -17,9 +17,9 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """What an input is: a file's sha256, or for a folder the sha256 of its sorted (path, size) listing.
+    """Identify an input: sha256 of a file, or of a folder's sorted (path, size) listing.
 
-    A dataset's folder is listed, not read: its images' own hashes are in the index. Hidden files are left out.
+    Files in a folder are not read: the index already has the hash of every image. Hidden files are skipped.
     """
     if not path.is_dir():
         return sha256(path)
@@ -41,12 +41,12 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
 
 
 def partial(path: Path) -> Path:
-    """The temporary name under which ``path`` is written until it is whole."""
+    """Temporary path at which ``path`` is written until it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 
 def publish(path: Path) -> None:
-    """Flush ``partial(path)`` to the disk and rename it to ``path``; a folder takes the place of the old one whole."""
+    """Flush ``partial(path)`` to disk and rename it to ``path``; a folder replaces an existing one."""
     temporary = partial(path)
     if temporary.is_dir() and path.exists():
         shutil.rmtree(path)
@@ -60,7 +60,7 @@ def publish(path: Path) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path; rename it to ``path`` if the block ends without an exception."""
+    """Yield a temporary path and rename it to ``path`` if the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     yield partial(path)
     publish(path)

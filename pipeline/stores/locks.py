@@ -1,7 +1,7 @@
-"""Locks between processes, on file systems that may have none: Lustre mounted without them, some NFS.
+"""Advisory file locks between processes, with a fallback for file systems without them (some Lustre and NFS mounts).
 
-The system frees a lock when the process that holds it ends, however it ends. Every lock of the project is taken here.
-HDF5's own locks are off (``stores.raster``): a store is written under a temporary name and never changed afterwards.
+The kernel releases a lock when its process ends for any reason. Every lock of the project is taken here. HDF5's own
+locking is disabled (``stores.raster``): a store is written under a temporary name and never changes afterwards.
 """
 
 import errno
@@ -15,21 +15,21 @@ _warned: set[str] = set()
 
 
 class Lock(Enum):
-    """What ``take`` found."""
+    """Outcome of ``take``."""
 
-    HELD = "held"  # by this process now, until it closes the file or ends
+    HELD = "held"  # by this process, until it closes the file or ends
     BUSY = "busy"  # another process holds it
     NONE = "none"  # the file system has no locks
 
 
 def take(file: IO[Any], unguarded: str, *, shared: bool = False, wait: bool = False) -> Lock:
-    """Lock an open file.
+    """Try to lock an open file.
 
     Args:
-        unguarded: what can go wrong without the lock, and what to do about it. Where the file system has no locks, a
-            warning says so once per process.
+        unguarded: warning for file systems without locks, printed once per process: what can go wrong without the
+            lock, and how to avoid it.
         shared: let other processes share the lock.
-        wait: wait until no other process holds the lock, rather than return BUSY.
+        wait: block until the lock is free instead of returning BUSY.
 
     Raises:
         OSError: the file cannot be locked for another reason.

@@ -1,4 +1,4 @@
-"""The manifest beside each output: what it was made of, so that nothing stale or damaged is trusted."""
+"""Manifests: each output folder records its provenance and hashes, so that stale or damaged outputs are detected."""
 
 import json
 import platform
@@ -15,16 +15,16 @@ VERSIONED = ("torch", "torchvision", "numpy", "opencv-contrib-python-headless", 
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest in ``folder``, or None where there is none or it is not whole."""
+    """Read the manifest in ``folder``; None if it is missing or not valid JSON."""
     try:
-        found = json.loads((folder / NAME).read_text())
+        manifest = json.loads((folder / NAME).read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def write(folder: Path, **fields: Any) -> None:
-    """Write the manifest, with the versions of what computed the outputs, atomically."""
+    """Write the manifest atomically; the versions of Python and the numerical packages are added."""
     versions = {"python": platform.python_version()}
     for name in VERSIONED:
         try:
@@ -36,25 +36,25 @@ def write(folder: Path, **fields: Any) -> None:
 
 
 def verify(path: Path) -> str:
-    """Return the sha256 of ``path``; refuse it if the manifest beside it says another.
+    """Return the sha256 of ``path`` after comparing it with the manifest in the same folder.
 
-    Called before a store or checkpoint is opened: a flipped bit in a checkpoint loads silently, and a corrupt
-    HDF5 file can hang the library.
+    Call this before opening a store or checkpoint: PyTorch loads a checkpoint with a flipped bit without an error, and
+    a corrupt HDF5 file can hang the library.
 
     Raises:
-        PipelineError: the file's bytes are not those that were published.
+        PipelineError: the file differs from the one that was published.
     """
-    found = sha256(path)
+    actual = sha256(path)
     manifest = read(path.parent)
     expected = manifest.get("outputs", {}).get(path.name) if manifest else None
-    if expected is not None and expected != found:
+    if expected is not None and expected != actual:
         raise PipelineError(
-            f"{path}: damaged or changed by hand: sha256 is {found}, its manifest says {expected}; "
+            f"{path}: damaged or changed by hand: sha256 is {actual}, its manifest says {expected}; "
             f"delete {path} and run its stage again"
         )
-    return found
+    return actual
 
 
 def host() -> str:
-    """The machine in words, for manifests and reports."""
+    """Describe the machine for manifests and reports, e.g. 'Linux x86_64, Python 3.11'."""
     return f"{platform.system()} {platform.machine()}, Python {sys.version_info.major}.{sys.version_info.minor}"

@@ -1,8 +1,9 @@
-"""One HDF5 container for ragged 8-bit rasters: attention, localization maps, saliency, labels and predictions.
+"""HDF5 container for 8-bit rasters of varying size: attention, localization maps, saliency, labels and predictions.
 
-Layout: ``values`` (flat uint8; gzip-1 chunks, or as it is) and one row a raster in ``offset`` (int64), ``height``,
-``width`` (int32), ``image`` (int32 index into ``image_ids``) and ``class_id`` (int16; 0 where a raster has no class).
-Rows of one image lie together. A map's value is value / 255; a label's is its class id (0 background, 255 ignore).
+The pixels of all rasters are concatenated in ``values`` (flat uint8, gzip level 1 or uncompressed). The columns
+``offset`` (int64), ``height``, ``width`` (int32), ``image`` (int32 index into ``image_ids``) and ``class_id`` (int16; 0
+for a raster without a class) have one row per raster. Rows of one image are contiguous. A map stores value / 255; a
+label map stores class ids (0 background, 255 ignore).
 """
 
 import os
@@ -24,9 +25,9 @@ COLUMNS = (("offset", "i8"), ("height", "i4"), ("width", "i4"), ("image", "i4"),
 
 
 class RasterWriter:
-    """Append rasters image by image; memory stays at one buffer whatever the number of images.
+    """Append rasters image by image, with one write buffer whatever the number of images.
 
-    Write under a temporary name and rename (``stores.files``): a published store is never opened for update.
+    Write to a temporary path and rename it (``stores.files``): a published store is never opened for update.
     """
 
     def __init__(self, path: Path, kind: str) -> None:
@@ -42,16 +43,16 @@ class RasterWriter:
         self._images: dict[str, int] = {}
 
     def append(self, image_id: str, raster: Raster, class_id: int = 0) -> None:
-        """Add one H x W uint8 raster.
+        """Append one H x W uint8 raster.
 
         Raises:
-            ValueError: not a 2-D uint8 array, or the image's rows would not lie together.
+            ValueError: the raster is not 2-D uint8, or the image's rows would not be contiguous.
         """
         if raster.ndim != 2 or raster.dtype != np.uint8:
             raise ValueError(f"a raster is 2-D uint8, not {raster.ndim}-D {raster.dtype}")
         image = self._images.setdefault(image_id, len(self._images))
         if image != len(self._images) - 1:
-            raise ValueError(f"rows of image {image_id} must lie together")
+            raise ValueError(f"rows of image {image_id} must be contiguous")
         self._rows.append((self._total, *raster.shape, image, class_id))
         self._pending.append(np.ascontiguousarray(raster).reshape(-1))
         self._pending_bytes += raster.size
@@ -60,7 +61,7 @@ class RasterWriter:
             self._flush()
 
     def add_image(self, image_id: str) -> None:
-        """Name an image that has no raster, so that readers can tell 'none' from 'unknown'."""
+        """Register an image that may have no raster, so that readers can tell it from an unknown image."""
         self._images.setdefault(image_id, len(self._images))
 
     def _flush(self) -> None:
@@ -88,13 +89,13 @@ class RasterWriter:
 def write_store(
     path: Path, kind: str, image_ids: Sequence[str], rows: NDArray[np.int64], values: NDArray[np.uint8]
 ) -> None:
-    """Write a whole store at once, uncompressed, from rasters that lie in one array already.
+    """Write a complete store at once, uncompressed, from rasters that are already in one array.
 
     Args:
-        image_ids: all images, those without a raster too.
-        rows: R x 5, a raster's offset in ``values``, height, width, image (index into ``image_ids``) and class id;
+        image_ids: all images, including those without a raster.
+        rows: R x 5: offset in ``values``, height, width, image (index into ``image_ids``) and class id of each raster,
             sorted by image.
-        values: flat; rasters lie in it in any order, and what no row points to is written all the same.
+        values: flat uint8 array, written as it is; the rasters may be in any order.
     """
     with h5py.File(path, "w", track_order=False, locking=False) as file:
         file.attrs["kind"] = kind
@@ -110,10 +111,10 @@ def _write_rows(file: h5py.File, image_ids: Sequence[str], rows: NDArray[np.int6
 
 
 class RasterStore:
-    """Read a store by image id and class id; safe to use from forked loader workers.
+    """Read a store by image id and class id; safe to use in forked loader workers.
 
     Raises:
-        PipelineError: the file is no raster store.
+        PipelineError: the file is not a raster store.
     """
 
     def __init__(self, path: Path) -> None:
@@ -158,10 +159,10 @@ class RasterStore:
         return values.reshape(height, width)
 
     def get(self, image_id: str, class_id: int = 0) -> Raster:
-        """The image's H x W uint8 raster of this class.
+        """H x W uint8 raster of this class in the image.
 
         Raises:
-            KeyError: there is none.
+            KeyError: the store has no such raster.
         """
         for row in self._rows(image_id):
             if self._class[row] == class_id:
@@ -169,7 +170,11 @@ class RasterStore:
         raise KeyError(f"{self.path} has no class {class_id} of image {image_id}")
 
     def maps(self, image_id: str) -> dict[int, Raster]:
-        """All rasters of the image by class id; empty where it has none."""
+        """All rasters of the image by class id; empty if it has none.
+
+        Raises:
+            KeyError: the store does not list the image.
+        """
         return {int(self._class[row]): self._read(row) for row in self._rows(image_id)}
 
     def __iter__(self) -> Iterator[str]:

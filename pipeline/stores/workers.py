@@ -1,4 +1,4 @@
-"""Worker processes that cannot hang their stage: one that is killed, or that stops working, ends it with one line."""
+"""Watchdog for worker processes: one that dies or stalls ends the stage with a one-line error instead of a hang."""
 
 import os
 import signal
@@ -15,15 +15,15 @@ from pathlib import Path
 from pipeline import interrupts
 from pipeline.errors import PipelineError
 
-PATIENCE = 40  # seconds without a result, without computation and without a read from the disk
-_TICKS = 2  # clock ticks of computation: a worker that decodes an image uses more, one that waits in vain less
-_GRACE = 10  # seconds for the main thread to notice that its workers are gone
+PATIENCE = 40  # seconds without a result, CPU use or disk reads after which the workers count as stalled
+_TICKS = 2  # CPU clock ticks that count as progress: decoding an image takes more, idle waiting less
+_GRACE = 10  # seconds for the main thread to notice that its workers have died
 
 
 class Workers:
-    """The processes that were started within ``started``, and a watch over them while their parent waits.
+    """The worker processes started within ``started``; while the parent waits for them, a thread checks for stalls.
 
-    Workers that are slow are left alone: one that computes, or that the system keeps in a read (state D), is at work.
+    Slow workers are tolerated: one that uses the CPU or is blocked in disk I/O (process state D) is not stalled.
     """
 
     def __init__(self, label: str) -> None:
@@ -35,7 +35,7 @@ class Workers:
 
     @contextmanager
     def started(self) -> Iterator[None]:
-        """Take charge of the processes that the block starts; they never see Ctrl-C or SIGTERM."""
+        """Track the processes that the block starts, and shield them from Ctrl-C and SIGTERM."""
         before = set(active_children())
         with interrupts.shielded():
             yield
@@ -43,7 +43,7 @@ class Workers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Watch over the workers until the block ends; none outlives it."""
+        """Watch the workers during the block and kill the remaining ones at its end."""
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()
         try:
@@ -55,7 +55,7 @@ class Workers:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Mark that the parent can go on only once a worker has delivered."""
+        """Mark the block in which the parent waits for a result."""
         self._waiting.set()
         try:
             yield
@@ -70,26 +70,26 @@ class Workers:
             process.join(_GRACE)
 
     def gone(self) -> bool:
-        """Whether one of them ended before its time."""
+        """Whether any worker has exited."""
         return any(process.exitcode is not None for process in self._processes)
 
     def failure(self) -> PipelineError:
-        """Kill the workers that are left; what happened to those that are gone, in one line."""
+        """Kill the remaining workers and return an error that says why the others died."""
         ended = wait([process.sentinel for process in self._processes], _GRACE)
         for process in self._processes:
             for _ in range(100):
                 if process.sentinel not in ended or process.exitcode is not None:
                     break
-                time.sleep(0.01)  # an executor's thread may be taking its status at this moment
+                time.sleep(0.01)  # a thread of the executor may be reaping the process at this moment
         codes = [process.exitcode for process in self._processes if process.exitcode]
         self.kill()
         if self._stalled:
             return PipelineError(self._stall())
         names = {signal.Signals(-code).name for code in codes if code < 0}
         if "SIGBUS" in names:
-            why = "found no room in /dev/shm; enlarge it, as by docker run --shm-size 1g, or use fewer --workers"
+            why = "ran out of space in /dev/shm; enlarge it (e.g. docker run --shm-size 1g) or use fewer --workers"
         elif "SIGKILL" in names:
-            why = "was killed, as the system does where memory runs out; use fewer --workers, or allow more memory"
+            why = "was killed, probably because memory ran out; use fewer --workers or allow more memory"
         else:
             how = ", ".join(sorted(names)) or f"exit status {codes[0]}" if codes else "no exit status"
             why = f"ended unexpectedly ({how}); run the stage with --workers 0 to see why"
@@ -97,12 +97,12 @@ class Workers:
 
     def _stall(self) -> str:
         return (
-            f"{self.label}: the worker processes delivered nothing and did nothing for {PATIENCE} s; "
-            "run the stage again, with fewer --workers if it repeats"
+            f"{self.label}: the worker processes stalled: no result and no activity for {PATIENCE} s; "
+            "run the stage again, with fewer --workers if this repeats"
         )
 
     def _watch(self) -> None:
-        """Count seconds that pass while this process runs: a suspended stage (Ctrl-Z) is not one that hangs."""
+        """Count idle seconds by ticks of this process, so that a suspended stage (Ctrl-Z) does not count as stalled."""
         idle, computed = 0, -_TICKS
         while not self._ended.wait(1):
             if not self._waiting.is_set():
@@ -114,17 +114,17 @@ class Workers:
                 idle, computed = 0, ticks
                 continue
             idle += 1
-            if idle == PATIENCE and not self.gone():  # a dead one the main thread finds by itself
+            if idle == PATIENCE and not self.gone():  # the main thread detects a dead worker by itself
                 self._stalled = True
                 for process in self._processes:
                     process.kill()
-            if idle == PATIENCE + _GRACE:  # a worker may have died within a message that the main thread now reads
+            if idle == PATIENCE + _GRACE:  # the main thread may be reading a message that a worker never completed
                 print(f"error: {self._stall()}", file=sys.stderr, flush=True)
                 os._exit(1)
 
 
 def _state(pid: int | None) -> tuple[str, int]:
-    """The state of a process (R, S, D, T, Z; none once it is gone) and the clock ticks that it has computed."""
+    """Process state (R, S, D, T, Z; empty once it is gone) and CPU clock ticks used."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
