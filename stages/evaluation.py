@@ -8,7 +8,7 @@ from pipeline.data.index import Image, Index
 from pipeline.errors import PipelineError
 from pipeline.evaluation.confusion import ConfusionMatrix
 from pipeline.evaluation.maps import HalfMaximum, ThresholdSweep, prepare
-from pipeline.evaluation.scores import label_scores, map_scores, plain, prediction_scores
+from pipeline.evaluation.scores import jsonable, label_scores, map_scores, prediction_scores
 from pipeline.stores.blocks import listed
 from pipeline.stores.raster import RasterStore
 from pipeline.workflow.stage import Work, progress, run
@@ -28,7 +28,7 @@ def main(work: Work) -> None:
         scores |= score_maps(work, index, masks, images)
     elif images:
         scores |= score_labels(work, index, masks, images, kind)
-    work.outputs["scores"].write_text(json.dumps(plain(scores), indent=1, sort_keys=True, allow_nan=False) + "\n")
+    work.outputs["scores"].write_text(json.dumps(jsonable(scores), indent=1, sort_keys=True, allow_nan=False) + "\n")
     shown = ("recall", "noise", "best_threshold_miou", "miou", "ignored", "pixel_accuracy")
     told = ", ".join(f"{name} {scores[name]:.4f}" for name in shown if name in scores) or "no masks to score against"
     print(f"{work.job.name} on {len(images)} {split} images: {told}", flush=True)

@@ -1,4 +1,4 @@
-"""IRN's confident labels, and a background made of the classes' scores."""
+"""IRN's confident labels, and background scores computed from the class scores."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,8 +27,8 @@ def grey(*rows: list[float]) -> Raster:
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.float32]]:
-    """The probabilities that the CRF is given; its answer is the same."""
+def inputs(monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.float32]]:
+    """Probabilities passed to a CRF that returns them unchanged."""
     found: list[NDArray[np.float32]] = []
 
     def unchanged(image: Any, probabilities: NDArray[np.float32], settings: Crf) -> NDArray[np.float32]:
@@ -40,24 +40,24 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.float32]]:
     return found
 
 
-def test_objects_background_and_what_is_between(given: list[NDArray[np.float32]]) -> None:
-    """Both backgrounds below the class; one; none. Of two classes the stronger; the first pass says which."""
+def test_objects_background_and_ignored_pixels(inputs: list[NDArray[np.float32]]) -> None:
+    """The class exceeds both backgrounds, one or none. Of two classes the stronger one in the ``high`` pass wins."""
     maps = {3: grey([0.31, 0.29, 0.06, 0.04, 0.5, 0.0]), 7: grey([0.0, 0.0, 0.0, 0.04, 0.6, 0.0])}
     image = np.zeros((1, 6, 3), np.uint8)
     assert label_image(maps, None, image, RULE, "none", (1, 6)).tolist() == [[3, 255, 255, 0, 7, 0]]
-    first, second = given
+    first, second = inputs
     assert first[:, 0, 0].tolist() == pytest.approx([0.15, 0.7, 0.15])  # 0.3 shared by the two others
     assert first[:, 0, 1].tolist() == pytest.approx([0.7, 0.15, 0.15])
     assert second[:, 0, 1].tolist() == pytest.approx([0.15, 0.7, 0.15])
-    for chances in given:
+    for chances in inputs:
         np.testing.assert_allclose(chances.sum(0), 1, atol=1e-6)
 
 
-def test_its_numbers_are_the_rules(given: list[NDArray[np.float32]]) -> None:
+def test_it_uses_the_settings_of_the_rule(inputs: list[NDArray[np.float32]]) -> None:
     rule = replace(RULE, high=0.6, low=0.33, certainty=0.9)  # AMR's backgrounds
     labels = label_image({3: grey([0.61, 0.59, 0.34, 0.32])}, None, np.zeros((1, 4, 3), np.uint8), rule, "none", (1, 4))
     assert labels.tolist() == [[3, 255, 255, 0]]
-    assert given[0][:, 0, 0].tolist() == pytest.approx([0.1, 0.9])
+    assert inputs[0][:, 0, 0].tolist() == pytest.approx([0.1, 0.9])
 
 
 def test_where_the_passes_disagree_on_an_object_the_first_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_where_the_passes_disagree_on_an_object_the_first_decides(monkeypatch: p
     assert labels.tolist() == [[3, 3, 3, 255, 0]]
 
 
-def test_with_the_crf_as_worked_out_here() -> None:
+def test_it_equals_two_explicit_crf_passes() -> None:
     random = np.random.default_rng(0)
     image = random.integers(0, 255, (20, 24, 3)).astype(np.uint8)
     image[:, :10] //= 4
@@ -89,18 +89,18 @@ def test_with_the_crf_as_worked_out_here() -> None:
     assert set(np.unique(found)) == {0, 2, 255}
 
 
-def test_without_a_class_all_is_background() -> None:
+def test_without_a_class_all_pixels_are_background() -> None:
     assert not label_image({}, None, np.zeros((4, 5, 3), np.uint8), RULE, "none", (4, 5)).any()
 
 
-def test_it_needs_the_image_alone() -> None:
+def test_it_needs_only_the_image() -> None:
     assert RULE.needs_image
     assert not RULE.needs_saliency
-    with pytest.raises(ValueError, match="needs the image, and there is none"):
+    with pytest.raises(ValueError, match="needs the image, but there is none"):
         label_image({}, None, None, RULE, "none", (1, 1))
 
 
-def test_backgrounds_are_in_order_and_certainty_is_a_chance() -> None:
+def test_low_is_at_most_high_and_certainty_is_a_probability() -> None:
     data = read([ROOT / "params.yaml"])
     where = "params.yaml: pseudo_labels.cam.rule.confident"
     for settings, fault in [

@@ -1,4 +1,4 @@
-"""The dense CRF: against pydensecrf used plainly, and what it does to a noisy edge."""
+"""The dense CRF against direct calls of pydensecrf, and its effect on a noisy edge."""
 
 import sys
 
@@ -14,7 +14,7 @@ HEIGHT, WIDTH = 32, 44
 
 
 def scene() -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Two coloured discs on grey, and noisy probabilities of background and two classes."""
+    """Two coloured discs on grey, with noisy probabilities of background and two classes."""
     random = np.random.default_rng(3)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     truth = np.where((y - 15) ** 2 + (x - 13) ** 2 < 90, 1, 0)
@@ -83,12 +83,12 @@ def test_background_alone_is_certain() -> None:
 
 
 @pytest.mark.parametrize("image", [np.zeros((3, HEIGHT, WIDTH), np.uint8), np.zeros((HEIGHT, WIDTH, 3), np.float32)])
-def test_an_image_that_does_not_fit_is_refused(image: NDArray[np.uint8]) -> None:
-    with pytest.raises(ValueError, match="an image of 32x44x3 uint8"):
+def test_an_image_of_another_shape_or_dtype_is_refused(image: NDArray[np.uint8]) -> None:
+    with pytest.raises(ValueError, match="the image must be 32x44x3 uint8"):
         dense_crf(image, np.ones((2, HEIGHT, WIDTH), np.float32), Crf())
 
 
-def test_without_pydensecrf_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pydensecrf_the_error_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     with pytest.raises(PipelineError, match="pip install pydensecrf2"):
         dense_crf(*scene(), Crf())

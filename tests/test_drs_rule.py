@@ -17,16 +17,16 @@ CODE = Drs(alpha=0.2, beta=51 / 255, conflict=0.9)
 @pytest.mark.parametrize(
     ("saliency", "cat", "dog", "expected"),
     [
-        (0, 0, 0, 0),  # background cue alone
-        (255, 200, 0, 3),  # object cue alone
-        (255, 100, 120, 5),  # of two object cues the stronger
-        (255, 100, 100, 3),  # of equals the lower id
-        (255, 0, 0, 255),  # neither
-        (255, 51, 0, 255),  # 0.2 itself is no object cue
+        (0, 0, 0, 0),  # only the background cue
+        (255, 200, 0, 3),  # only an object cue
+        (255, 100, 120, 5),  # two object cues: the stronger wins
+        (255, 100, 100, 3),  # a tie: the lower id wins
+        (255, 0, 0, 255),  # no cue
+        (255, 51, 0, 255),  # a score of exactly 0.2 is no object cue
         (255, 52, 0, 3),
-        (0, 255, 0, 0),  # both: background counts 1
+        (0, 255, 0, 0),  # both cues: the background scores 1
         (15, 0, 0, 0),  # 15/255 is below 0.06
-        (16, 0, 0, 255),  # 16/255 is not
+        (16, 0, 0, 255),  # 16/255 is not below 0.06
         (16, 255, 0, 3),
         (255, 255, 250, 3),
     ],
@@ -37,7 +37,7 @@ def test_the_paper_pixel_by_pixel(saliency: int, cat: int, dog: int, expected: i
 
 @pytest.mark.parametrize(("saliency", "expected"), [(15, 0), (16, 0), (50, 0), (51, 3)])
 def test_beta_decides_between_the_paper_and_the_code(saliency: int, expected: int) -> None:
-    """A pixel of saliency 16 to 50 with an object cue is an object in the paper, background in the code."""
+    """A pixel with an object cue and saliency 16 to 50 is an object in the paper but background in the code."""
     assert label(CODE, saliency, cat=200) == expected
     assert label(PAPER, saliency, cat=200) == (0 if saliency <= 15 else 3)
 
@@ -47,11 +47,11 @@ def test_more_than_two_strong_scores_are_ignored_by_the_code_alone() -> None:
     assert label(CODE, 255, **strong) == 255
     assert label(PAPER, 255, **strong) == 3
     assert label(CODE, 255, cat=250, dog=240, horse=229) == 3  # 229/255 is below 0.9
-    assert label(CODE, 0, cat=250, dog=240) == 255  # the background counts among them
+    assert label(CODE, 0, cat=250, dog=240) == 255  # the background counts as one of the three
 
 
 def test_strong_scores_are_counted_pixel_by_pixel() -> None:
-    """Three pixels of a strong class each are no conflict; nor are three scores of the threshold itself (204/255)."""
+    """Three pixels with one strong class each do not conflict; neither do three scores at the threshold (204/255)."""
     maps = {3: np.full((1, 3), 250, np.uint8)}
     assert label_image(maps, np.full((1, 3), 255, np.uint8), None, CODE, "none", (1, 3)).tolist() == [[3, 3, 3]]
     rule = replace(CODE, conflict=0.8)
@@ -75,5 +75,5 @@ def test_the_crf_leaves_pixels_without_a_cue_ignored() -> None:
 
 def test_it_needs_saliency() -> None:
     assert PAPER.needs_saliency
-    with pytest.raises(ValueError, match="needs a saliency map, and there is none"):
+    with pytest.raises(ValueError, match="needs a saliency map, but there is none"):
         label_image({}, None, None, PAPER, "none", (2, 2))

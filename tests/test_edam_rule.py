@@ -23,17 +23,17 @@ PAPER = Edam(background=0.1, alpha=0.25, beta=0.95, theta=THETA / 255)
 @pytest.mark.parametrize(
     ("saliency", "cat", "dog", "expected"),
     [
-        (255, 200, 100, 3),  # salient, and a class of at least alpha
+        (255, 200, 100, 3),  # salient, and the class score is at least alpha
         (255, 100, 200, 5),
-        (255, 60, 0, 0),  # salient, and no class reaches alpha: suppressed
+        (255, 60, 0, 0),  # salient, but no class reaches alpha: suppressed
         (255, 63, 0, 0),  # 63/255 is below 0.25
         (255, 64, 0, 3),
         (255, 20, 10, 0),  # background wins the argmax, whatever the saliency
-        (0, 200, 0, 0),  # not salient, and no class is sure
+        (0, 200, 0, 0),  # not salient, and no class is above beta
         (0, 242, 0, 0),  # 242/255 is below 0.95
-        (0, 243, 0, 3),  # popped up
-        (0, 250, 255, 5),  # of several above beta the highest
-        (0, 250, 250, 3),  # of equals the lower id
+        (0, 243, 0, 3),  # not salient, but above beta: pops up
+        (0, 250, 255, 5),  # several above beta: the highest wins
+        (0, 250, 250, 3),  # a tie: the lower id wins
         (0, 0, 0, 0),
         (THETA - 1, 200, 0, 0),
         (THETA, 200, 0, 3),  # saliency equal to theta is salient
@@ -44,8 +44,8 @@ def test_algorithm_1_pixel_by_pixel(saliency: int, cat: int, dog: int, expected:
     assert label(PAPER, saliency, cat=cat, dog=dog) == expected
 
 
-def test_its_rows_of_table_7() -> None:
-    """Without alpha nothing salient is suppressed, without beta nothing pops up."""
+def test_the_ablations_of_table_7() -> None:
+    """Without alpha no salient pixel is suppressed; without beta no pixel pops up."""
     without_alpha = replace(PAPER, alpha=0)
     assert label(without_alpha, 255, cat=60) == 3
     assert label(without_alpha, 0, cat=200) == 0
@@ -55,7 +55,7 @@ def test_its_rows_of_table_7() -> None:
 
 
 def test_a_score_of_alpha_is_kept_and_one_of_beta_is_not() -> None:
-    """51/255 is 0.2 and 204/255 is 0.8 to the bit."""
+    """51/255 equals 0.2 and 204/255 equals 0.8 exactly."""
     assert label(replace(PAPER, alpha=0.2), 255, cat=51) == 3
     assert label(replace(PAPER, alpha=0.2), 255, cat=50) == 0
     assert label(replace(PAPER, beta=0.8), 0, cat=204) == 0
@@ -63,7 +63,7 @@ def test_a_score_of_alpha_is_kept_and_one_of_beta_is_not() -> None:
 
 
 def test_background_is_final() -> None:
-    """A background above alpha and beta is none the less no object."""
+    """A background score above alpha and beta does not turn the pixel into an object."""
     rule = replace(PAPER, background=0.99)
     assert label(rule, 255, cat=250) == 0
     assert label(rule, 0, cat=250) == 0
@@ -82,18 +82,18 @@ def test_the_backgrounds_score_is_a_constant_or_a_power_never_the_saliency() -> 
 
 
 def test_golden() -> None:
-    """A row of eight pixels, two classes, every branch."""
+    """Eight pixels and two classes cover every branch."""
     cat = np.array([[250, 200, 50, 10, 200, 245, 255, 0]], np.uint8)
     dog = np.array([[10, 210, 40, 5, 100, 250, 100, 255]], np.uint8)
     saliency = np.array([[255, 120, 255, 255, 19, 0, 5, 20]], np.uint8)
     found = label_image({3: cat, 5: dog}, saliency, None, PAPER, "none", (1, 8))
     assert found.tolist() == [[3, 5, 0, 0, 0, 5, 3, 5]]
     assert found.dtype == np.uint8
-    assert not label_image({}, saliency, None, PAPER, "none", (1, 8)).any()  # an image without a class
+    assert not label_image({}, saliency, None, PAPER, "none", (1, 8)).any()  # an image without tags
 
 
 class TestCrf:
-    def test_the_marginals_are_what_is_compared(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_thresholds_apply_to_the_marginals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         given: list[NDArray[np.float32]] = []
 
         def marginals(image: Any, probabilities: NDArray[np.float32], settings: Crf) -> NDArray[np.float32]:
@@ -123,11 +123,11 @@ class TestCrf:
         assert np.array_equal(refined, np.where(np.arange(32) < 16, 5, 0) * np.ones((24, 1)))
 
     def test_it_needs_the_image(self) -> None:
-        with pytest.raises(ValueError, match="needs the image, and there is none"):
+        with pytest.raises(ValueError, match="needs the image, but there is none"):
             label_image({}, np.zeros((1, 1), np.uint8), None, replace(PAPER, crf=LabelCrf()), "none", (1, 1))
 
 
 def test_it_needs_saliency() -> None:
     assert PAPER.needs_saliency
-    with pytest.raises(ValueError, match="needs a saliency map, and there is none"):
+    with pytest.raises(ValueError, match="needs a saliency map, but there is none"):
         label_image({}, None, None, PAPER, "none", (2, 2))

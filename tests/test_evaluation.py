@@ -12,7 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation import confusion
 from pipeline.evaluation.confusion import ConfusionMatrix
 from pipeline.evaluation.maps import THRESHOLDS, HalfMaximum, ThresholdSweep, prepare
-from pipeline.evaluation.scores import label_scores, map_scores, plain
+from pipeline.evaluation.scores import jsonable, label_scores, map_scores
 from pipeline.runtime import Runtime
 from pipeline.stores.raster import RasterWriter
 from pipeline.workflow.graph import Job
@@ -41,7 +41,7 @@ def loop(ground_truth: Any, prediction: Any, size: int, ignored_as_background: b
     return counts
 
 
-def test_matrix_is_that_of_a_plain_loop() -> None:
+def test_matrix_equals_a_plain_loop() -> None:
     values = np.array([0, 1, 2, 3, 255], np.uint8)
     matrix = ConfusionMatrix(3)
     expected = np.zeros((2, 4, 4), int)
@@ -55,7 +55,7 @@ def test_matrix_is_that_of_a_plain_loop() -> None:
 
 
 def test_scores_by_hand() -> None:
-    # background: 2 of 4 right, one foreign pixel taken; class 1: 1 right, 2 taken from background, 1 lost to it.
+    # Background: 2 of 4 pixels correct, 1 false positive. Class 1: 1 pixel correct, 2 false positives, 1 miss.
     matrix = counted(labels([0, 0, 0, 0], [1, 1, 255, 255]), labels([0, 0, 1, 1], [1, 0, 1, 0]), 1)
     assert confusion.iou(matrix.matrix()).tolist() == [2 / 5, 1 / 4]
     assert confusion.class_accuracy(matrix.matrix()).tolist() == [2 / 4, 1 / 2]
@@ -67,7 +67,7 @@ def test_absent_classes_are_left_out_of_the_mean_and_named() -> None:
     scores = label_scores(counted(labels([0, 1, 1, 1]), labels([0, 1, 1, 3]), 4), ["background", "a", "b", "c", "d"])
     assert scores["absent"] == ["b", "d"]
     assert math.isnan(scores["iou"]["b"])
-    assert scores["iou"]["c"] == 0  # predicted, though nowhere in the masks
+    assert scores["iou"]["c"] == 0  # predicted, but absent from the masks
     assert scores["miou"] == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 
@@ -86,7 +86,7 @@ def test_ignored_predictions_are_left_out_or_background() -> None:
         (labels([0, 1]), labels([0, 1]).astype(np.int64), "int64"),
     ],
 )
-def test_what_is_no_label_map_is_refused(truth: Any, guess: Any, words: str) -> None:
+def test_invalid_label_maps_are_refused(truth: Any, guess: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ConfusionMatrix(3).update(truth, guess)
 
@@ -95,7 +95,7 @@ def test_recall_and_noise_by_hand() -> None:
     truth = labels([1, 1, 1, 1, 0, 255], [2, 2, 0, 0, 0, 255])
     first = labels(
         [200, 100, 99, 0, 150, 200], [0, 0, 0, 0, 0, 0]
-    )  # half of its maximum is 100: finds 2 of 4, 1 foreign
+    )  # half of its maximum is 100: 2 of 4 pixels found, 1 false positive
     half = HalfMaximum(3)
     half.update(prepare(truth, {1: first}))  # class 2 has no map
     assert half.recall().tolist()[:2] == [2 / 4, 0]
@@ -106,10 +106,10 @@ def test_recall_and_noise_by_hand() -> None:
     half.update(prepare(labels([1, 0]), {1: labels([9, 0]), 2: labels([0, 0])}))
     assert half.recall()[0] == 3 / 5  # pooled over the images
     assert half.noise()[0] == 1 / 4
-    assert np.isnan(half.noise()[1])  # a map of zeros claims nothing
+    assert np.isnan(half.noise()[1])  # a zero map claims no pixel
 
 
-def test_maps_are_brought_to_the_mask() -> None:
+def test_maps_are_resized_to_the_mask() -> None:
     scored = prepare(labels(*[[0] * 8] * 4), {2: labels([0, 100], [0, 100])})
     assert scored.values.shape == (1, 32)
     assert scored.values.max() == 1
@@ -118,7 +118,7 @@ def test_maps_are_brought_to_the_mask() -> None:
     assert (np.diff(row) >= 0).all()
 
 
-def test_sweep_is_that_of_one_threshold_at_a_time() -> None:
+def test_sweep_equals_one_threshold_at_a_time() -> None:
     sweep = ThresholdSweep(3)
     images = []
     for classes in [(1, 3), (2,), ()]:
@@ -144,14 +144,17 @@ def test_best_threshold() -> None:
     half.update(image)
     sweep.update(image)
     scores = map_scores(half, sweep, ["background", "a"])
-    assert (scores["best_threshold"], scores["best_threshold_miou"]) == (0.3, 1)  # 30 is not above it, 40 is
+    assert (scores["best_threshold"], scores["best_threshold_miou"]) == (
+        0.3,
+        1,
+    )  # 0.3 does not exceed the threshold, 0.4 does
     assert scores["best_threshold_iou"] == {"background": 1, "a": 1}
     assert scores["recall"] == 0.5
 
 
 def test_json_holds_rounded_numbers_and_null() -> None:
     values = {"a": np.array([1 / 3, np.nan]), "b": np.float64(2 / 3), "c": (1, "x")}
-    assert plain(values) == {"a": [0.333333, None], "b": 0.666667, "c": [1, "x"]}
+    assert jsonable(values) == {"a": [0.333333, None], "b": 0.666667, "c": [1, "x"]}
 
 
 MASKS = {"one": labels([1, 1, 0, 0]), "two": labels([2, 2, 0, 255]), "three": labels([0, 1, 1, 0])}
@@ -159,7 +162,7 @@ MASKS = {"one": labels([1, 1, 0, 0]), "two": labels([2, 2, 0, 255]), "three": la
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """Train: one, two, unmasked; evaluation: three, the only one where class 2 is nowhere."""
+    """Training images one, two and unmasked; evaluation image three, the only one without class 2."""
     entry = {"file": "x.png", "height": 1, "width": 4, "mask": None, "saliency": None}
     tags = {"one": [1], "two": [2], "unmasked": [1], "three": []}
     index = {
@@ -229,14 +232,14 @@ def test_stage_without_snapshots_has_no_curve(dataset: Path) -> None:
     assert (scores["recall"], scores["noise"]) == (0.0, None)
 
 
-def test_stage_says_where_there_are_no_masks(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stage_reports_missing_masks(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store(dataset / "masks.h5", {})
     scores = score(dataset, "localizations/x", maps=store(dataset / "maps.h5", {}))
     assert scores == {"kind": "maps", "split": "train", "images": 0, "classes": ["cat", "dog"]}
     assert "no masks" in capsys.readouterr().out
 
 
-def test_stage_names_what_is_missing_or_unfit(dataset: Path) -> None:
+def test_stage_names_missing_or_invalid_inputs(dataset: Path) -> None:
     path = store(dataset / "labels.h5", {"two": {0: labels([2, 2, 0, 0])}})
     with pytest.raises(PipelineError, match=r"labels\.h5: holds nothing of 1 images with masks \(one\)"):
         score(dataset, "pseudo_labels/x", labels=path)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.config.schema import Dataset
 from pipeline.data.build_index import build_index
-from pipeline.data.checks import Unfit, image_size, mask_values
+from pipeline.data.checks import InvalidFile, image_size, mask_values
 from pipeline.data.index import Index
 from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
@@ -204,9 +204,9 @@ def test_no_truncation_of_a_jpeg_passes_and_trailing_bytes_do(tmp_path: Path) ->
         assert image_size(data) == (40, 60)
         assert image_size(data + bytes(100)) == (40, 60)
         for length in range(2, len(data)):
-            with pytest.raises(Unfit):
+            with pytest.raises(InvalidFile):
                 image_size(data[:length])
-            with pytest.raises(Unfit):
+            with pytest.raises(InvalidFile):
                 image_size(data[:length] + bytes(len(data) - length))  # as an interrupted copy may leave it
 
 
@@ -216,10 +216,10 @@ def test_any_flipped_bit_of_a_png_is_found(tmp_path: Path) -> None:
     data = path.read_bytes()
     assert mask_values(data).tolist() == np.eye(5).tolist()
     for position in range(len(data)):
-        with pytest.raises(Unfit):
+        with pytest.raises(InvalidFile):
             mask_values(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
     for length in range(len(data)):
-        with pytest.raises(Unfit):
+        with pytest.raises(InvalidFile):
             mask_values(data[:length])
 
 
@@ -230,9 +230,9 @@ def test_a_png_with_sound_checksums_and_broken_pixels_is_refused(side: int) -> N
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
     data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(7))) + chunk(b"IEND", b"")
-    with pytest.raises(Unfit, match="cannot be decoded"):
+    with pytest.raises(InvalidFile, match="cannot be decoded"):
         mask_values(data)
-    with pytest.raises(Unfit, match="cannot be decoded"):
+    with pytest.raises(InvalidFile, match="cannot be decoded"):
         image_size(data)
 
 

@@ -1,4 +1,4 @@
-"""What every registered label rule promises."""
+"""Contract tests that every registered label rule must pass."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def default(name: str) -> Rule:
 class TestContract:
     @pytest.fixture
     def cues(self) -> Any:
-        """Saliency and image of 12 x 16 pixels, and maps of 3 x 4 of two classes."""
+        """Saliency and image of 12 x 16 pixels, and 3 x 4 maps of two classes."""
         random = np.random.default_rng(0)
         saliency, image = random.integers(0, 256, (12, 16), np.uint8), random.integers(0, 256, (12, 16, 3), np.uint8)
         maps = {class_id: random.integers(0, 256, (3, 4), np.uint8) for class_id in (15, 3)}
@@ -41,7 +41,7 @@ class TestContract:
         assert set(np.unique(labels)) <= {0, 3, 15, IGNORE}
         assert {3, 15} & set(np.unique(labels))
 
-    def test_it_reads_only_what_it_says_that_it_needs(self, name: str, cues: Any) -> None:
+    def test_it_reads_only_its_declared_inputs(self, name: str, cues: Any) -> None:
         maps, saliency, image = cues
         rule = default(name)
         needed = saliency if rule.needs_saliency else None, image if rule.needs_image else None
@@ -82,7 +82,7 @@ class TestContract:
         ({"oaa": {"background": {"power": 0}}}, "0.0 must be above 0"),
     ],
 )
-def test_a_background_that_cannot_be_is_named(rule: dict[str, Any], fault: str, tmp_path: Path) -> None:
+def test_an_invalid_background_is_named(rule: dict[str, Any], fault: str, tmp_path: Path) -> None:
     raw = minimal_params(make_tree(tmp_path), tmp_path / "Saliency")
     raw["pseudo_labels"]["cam"]["rule"] = rule
     with pytest.raises(PipelineError) as caught:

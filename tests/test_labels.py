@@ -45,16 +45,16 @@ def grey(*rows: list[float]) -> Raster:
 @pytest.mark.parametrize(
     ("saliency", "cat", "dog", "label"),
     [
-        (0, 0, 0, 0),  # nothing speaks for an object
+        (0, 0, 0, 0),  # no evidence for an object
         (0, 180, 100, 0),  # background 1 beats 0.71
         (255, 180, 100, 3),
         (255, 180, 200, 15),
-        (255, 180, 180, 3),  # of equals the lower id
+        (255, 180, 180, 3),  # a tie: the lower id wins
         (31, 128, 0, 0),  # saliency just below 32/255
-        (32, 128, 0, 255),  # salient, yet background wins
-        (255, 70, 60, 255),  # all below 0.3: background by default, and salient
+        (32, 128, 0, 255),  # salient, but background wins
+        (255, 70, 60, 255),  # all below 0.3: background by default, but salient
         (178, 77, 0, 255),  # background 0.302 and class 0.302: background wins, salient
-        (179, 77, 0, 3),  # background falls below 0.3 and counts as nothing
+        (179, 77, 0, 3),  # the background score falls below 0.3 and is set to 0
         (10, 210, 0, 255),  # background 0.96 beats an object above 0.8
         (10, 204, 0, 0),  # 0.8 itself is not above it
         (255, 240, 235, 255),  # two classes above 0.9
@@ -99,12 +99,12 @@ def test_oaa_ignores_an_image_with_too_little_foreground(objects: int, kept: boo
     rule = replace(OAA, minimum_foreground=0.1)
     saliency = np.zeros((10, 10), np.uint8)
     saliency.flat[:objects] = 255
-    saliency.flat[50:60] = 100  # ignored pixels are no foreground
+    saliency.flat[50:60] = 100  # ignored pixels do not count as foreground
     label = label_image({3: saliency}, saliency, None, rule, "none", (10, 10))
     assert np.unique(label).tolist() == ([0, 3, 255] if kept else [255])
 
 
-def test_oaa_thresholds_are_the_rules() -> None:
+def test_oaa_uses_the_thresholds_of_the_rule() -> None:
     at_threshold = replace(OAA, attention=0.2)
     assert label_image({3: raster([50, 51])}, raster([255, 255]), None, at_threshold, "none", (1, 2)).tolist() == [
         [255, 3]
@@ -119,7 +119,7 @@ def test_oaa_thresholds_are_the_rules() -> None:
 
 
 def test_oaa_at_its_thresholds() -> None:
-    """204/255 is 0.8 to the bit: saliency of the threshold is salient, two scores of it are no conflict."""
+    """204/255 equals 0.8 exactly: saliency at the threshold is salient; two scores at the threshold do not conflict."""
     rule = replace(OAA, saliency=0.8, conflict=0.8, object=1.0)
     assert label_image({3: raster([50, 50])}, raster([203, 204]), None, rule, "none", (1, 2)).tolist() == [[0, 255]]
     both = raster([204, 205])
@@ -133,8 +133,8 @@ def test_oaa_counts_every_class_as_foreground() -> None:
         assert (label_image({class_id: salient}, salient, None, rule, "none", (2, 2)) == class_id).all()
 
 
-def test_a_power_of_the_background_takes_no_score_above_1() -> None:
-    """Upsampling may round above 1, where a root has no value."""
+def test_a_background_power_clips_scores_above_1() -> None:
+    """Upsampling may round above 1, where a fractional power of 1 - score is undefined."""
     rule = replace(PLAIN, background=Power(0.5))
     for size in range(1, 60):
         full = np.full((3, 7), 255, np.uint8)
@@ -148,7 +148,7 @@ def test_threshold_rule() -> None:
     assert label_image(maps, grey([0.9, 0.6, 0.0]), None, salient, "none", (1, 3)).tolist() == [[7, 0, 0]]
 
 
-def test_no_class_is_background_or_nothing() -> None:
+def test_without_a_class_all_pixels_are_background_or_ignored() -> None:
     assert label_image({}, None, None, PLAIN, "none", (2, 2)).tolist() == [[0, 0], [0, 0]]
     rule = replace(OAA, minimum_foreground=0.01)
     assert label_image({}, np.zeros((2, 2), np.uint8), None, rule, "none", (2, 2)).tolist() == [[255, 255], [255, 255]]
@@ -162,7 +162,7 @@ def test_normalisation(normalise: str, expected: list[float]) -> None:
 
 
 @pytest.mark.parametrize("normalise", ["none", "max", "minmax"])
-def test_an_empty_map_scores_nothing(normalise: str) -> None:
+def test_an_empty_map_has_zero_scores(normalise: str) -> None:
     assert not class_score(np.zeros((3, 3), np.uint8), normalise, (5, 4)).any()
 
 
@@ -174,17 +174,17 @@ def test_a_small_map_is_upsampled_bilinearly_and_then_stretched() -> None:
     assert class_score(raster([0, 0]), "max", (2, 4)).dtype == np.float32
 
 
-def test_what_the_rule_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs a saliency map, and there is none"):
+def test_missing_or_mismatched_inputs_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs a saliency map, but there is none"):
         label_image({}, None, None, OAA, "none", (1, 1))
-    with pytest.raises(ValueError, match=r"the saliency map is \(2, 1\), the image \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"the saliency map is \(2, 1\), but the image is \(1, 2\)"):
         label_image({}, np.zeros((2, 1), np.uint8), None, OAA, "none", (1, 2))
-    with pytest.raises(ValueError, match="needs the image, and there is none"):
+    with pytest.raises(ValueError, match="needs the image, but there is none"):
         label_image({}, None, None, replace(PLAIN, crf=LabelCrf()), "none", (1, 1))
 
 
 def halves() -> tuple[NDArray[np.uint8], Raster]:
-    """An image red on the left and blue on the right, and a map that misses two columns of the red half."""
+    """An image that is red on the left and blue on the right, and a map that misses two columns of the red half."""
     image = np.zeros((24, 32, 3), np.uint8)
     image[:, :16, 0], image[:, 16:, 2] = 200, 200
     attention = np.zeros((24, 32), np.uint8)
@@ -200,7 +200,7 @@ def test_crf_moves_the_label_to_the_edge() -> None:
     assert np.array_equal(label, np.where(np.arange(32) < 16, 5, 0) * np.ones((24, 1)))
 
 
-def test_crf_confidence_ignores_what_is_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crf_confidence_ignores_unsure_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[NDArray[np.float32]] = []
 
     def marginals(image: Any, probabilities: NDArray[np.float32], settings: Crf) -> NDArray[np.float32]:
@@ -221,7 +221,7 @@ def test_crf_confidence_ignores_what_is_unsure(monkeypatch: pytest.MonkeyPatch) 
     ]
     unsure = replace(OAA, crf=LabelCrf(confidence=0.75))
     assert label_image(maps, saliency, image, unsure, "none", (1, 4)).tolist() == [[0, 255, 255, 255]]
-    assert given[1][:, 0, 2].tolist() == [0.5, 0.5]  # thresholding left nothing: no preference
+    assert given[1][:, 0, 2].tolist() == [0.5, 0.5]  # all scores are below the threshold: uniform
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -287,8 +287,8 @@ def test_pseudo_labels_of_the_training_split(maps: Path) -> None:
     assert store.ids == ["d", "a", "b", "c"]
     assert store.get("d")[5].tolist() == [1] * 9 + [0] * 7
     assert store.get("a")[5].tolist() == [1] * 9 + [0] * 2 + [2] * 5
-    assert not store.get("b").any()  # a tag without a map
-    assert set(np.unique(store.get("c"))) == {0, 2}  # the map of a class that is no tag is not used
+    assert not store.get("b").any()  # its tag has no map
+    assert set(np.unique(store.get("c"))) == {0, 2}  # maps of untagged classes are ignored
 
 
 def test_pseudo_labels_by_saliency(maps: Path) -> None:
@@ -297,7 +297,7 @@ def test_pseudo_labels_by_saliency(maps: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", [OAA, replace(PLAIN, crf=LabelCrf(iterations=2, confidence=0.6))])
-def test_pseudo_labels_by_processes_are_the_same_bytes(maps: Path, rule: Rule) -> None:
+def test_pseudo_labels_by_worker_processes_are_the_same_bytes(maps: Path, rule: Rule) -> None:
     alone = label(maps, rule).path.read_bytes()
     for part in (maps / "parts").iterdir():
         part.unlink()
@@ -310,7 +310,7 @@ def test_pseudo_labels_name_the_images_without_maps(maps: Path) -> None:
         label(maps, PLAIN)
 
 
-def test_pseudo_labels_go_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pseudo_labels_resume_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"i{number:03d}" for number in range(150)]
     write_index(tmp_path, {name: [1] for name in names}, (4, 4))
     random = np.random.default_rng(0)
@@ -366,7 +366,7 @@ def test_mixture_draws_a_share_by_seed(tmp_path: Path, two_kinds: dict[str, Path
 
 
 def test_mixture_draws_among_the_images_with_masks(tmp_path: Path, two_kinds: dict[str, Path]) -> None:
-    """i0 is named without a raster, i1 not at all: 8 of the 10 have a mask."""
+    """i0 is in the store without a raster and i1 is missing from it: 8 of the 10 images have a mask."""
     mask = {0: np.full((2, 2), 2, np.uint8)}
     masks = {"i0": {}, **{f"i{number}": mask for number in range(2, 10)}}
     two_kinds["ground_truth"] = write_store(tmp_path / "some.h5", "labels", masks)
@@ -408,14 +408,14 @@ def test_maps_are_exported_grey(tmp_path: Path) -> None:
             assert np.array_equal(np.asarray(picture), values)
 
 
-def test_export_notices_values_that_change_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_detects_values_that_change_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pillow.Image, "putpalette", lambda image, palette: image.paste(1, (0, 0, 1, 1)))
-    with pytest.raises(PipelineError, match=r"i\.png: reads back other values"):
+    with pytest.raises(PipelineError, match=r"i\.png: the values read back differ"):
         export.write_png(tmp_path / "i.png", raster([0, 2]), np.zeros((256, 3), np.uint8))
     assert not (tmp_path / "i.png").exists()
 
 
-def test_export_tells_its_faults_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_reports_errors_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.h5").write_text("no store")
     for name, message in [("missing.h5", "no such file"), ("text.h5", "not a raster store")]:
         with pytest.raises(SystemExit, match="1"):

@@ -1,4 +1,4 @@
-"""The saliency stage: every kind, and what it refuses."""
+"""The saliency stage: every kind of source, and the inputs it refuses."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def disc(height: int, width: int) -> NDArray[np.bool_]:
 
 
 def scene(height: int, width: int) -> NDArray[np.uint8]:
-    """A bright, striped disc in the middle of a grey plane."""
+    """A bright, striped disc in the centre of a grey image."""
     image = np.full((height, width, 3), 128, np.uint8)
     inside = disc(height, width)
     stripes = np.arange(width) // 3 % 2 == 0
@@ -83,12 +83,12 @@ def test_folder_names_every_unfit_map(dataset: Path) -> None:
     first, second, third = caught.value.lines
     assert "a.png" in first
     assert "RGB" in first
-    assert "b.png: is 50x30, its image 30x50" in second
+    assert "b.png: is 50x30, but its image is 30x50" in second
     assert "c.png" in third
     assert "16 bits" in third
 
 
-def test_folder_names_what_is_missing(dataset: Path) -> None:
+def test_folder_names_missing_maps(dataset: Path) -> None:
     (dataset / "Saliency/a.png").unlink()
     (dataset / "Saliency/c.png").unlink()
     with pytest.raises(PipelineError, match="no saliency map of 2 images: a, c; add them"):
@@ -117,7 +117,7 @@ def test_store_in_any_order(dataset: Path) -> None:
 
 
 def test_store_of_other_sizes_is_refused(dataset: Path) -> None:
-    with pytest.raises(PipelineError, match=r"own\.h5: image b: is 50x30, its image 30x50"):
+    with pytest.raises(PipelineError, match=r"own\.h5: image b: is 50x30, but its image is 30x50"):
         run(dataset, users_store(dataset / "own.h5", {**SIZES, "b": (30, 50)}))
 
 
@@ -148,7 +148,7 @@ def test_processes_give_the_same_store(dataset: Path) -> None:
     assert run(dataset, Saliency("fine_grained"), workers=2).path.read_bytes() == alone
 
 
-def test_nothing_stands_out_of_a_uniform_image() -> None:
+def test_a_uniform_image_has_no_saliency() -> None:
     assert not detect(np.full((20, 30, 3), 90, np.uint8), "fine_grained").any()
 
 
@@ -158,7 +158,7 @@ def test_none_names_the_images(dataset: Path) -> None:
     assert len(store) == 0
 
 
-def test_opencv_without_saliency_is_told_in_one_line(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opencv_without_saliency_is_a_one_line_error(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(cv2, "saliency")
     with pytest.raises(PipelineError, match="pip install opencv-contrib-python-headless") as caught:
         run(dataset, Saliency("spectral_residual"))

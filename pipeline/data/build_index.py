@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.schema import Dataset
-from pipeline.data.checks import IGNORE, Unfit, image_size, mask_values, saliency_values
+from pipeline.data.checks import IGNORE, InvalidFile, image_size, mask_values, saliency_values
 from pipeline.data.faults import Faults, hint
 from pipeline.data.tags import IMAGE_SUFFIXES, Tags, read_list, read_tags
 from pipeline.data.voc import CLASSES
@@ -241,7 +241,7 @@ def _inspect(files: Files, num_classes: int) -> tuple[dict[str, Any], list[Fault
                 data = path.read_bytes()
                 entry[key] = hashlib.sha256(data).hexdigest()
                 return decode(data)
-        except Unfit as error:
+        except InvalidFile as error:
             faults.append((kind, f"{path}: {error}"))
         except OSError as error:
             faults.append((kind, f"{path}: cannot be read ({error.strerror}); mend its permissions or the disk"))

@@ -27,7 +27,7 @@ _END_OF_IMAGE = 0xD9
 _WITHOUT_LENGTH = (0x01, 0xD8)
 
 
-class Unfit(ValueError):
+class InvalidFile(ValueError):
     """What is wrong with a file, and the mend, without the file's name."""
 
 
@@ -35,7 +35,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     """Height and width of a whole JPEG or PNG, decoded as training will decode it.
 
     Raises:
-        Unfit: truncated, damaged, or another kind of file.
+        InvalidFile: truncated, damaged, or another kind of file.
     """
     if data.startswith(_JPEG):
         _check_jpeg(data)
@@ -46,7 +46,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     except cv2.error:  # more pixels than OpenCV takes
         found = None
     if found is None:
-        raise Unfit("cannot be decoded; copy or download it again")
+        raise InvalidFile("cannot be decoded; copy or download it again")
     return found.shape[0], found.shape[1]
 
 
@@ -54,7 +54,7 @@ def mask_values(data: bytes) -> Raster:
     """H x W class ids of a mask: the indices of a palette PNG or the values of a grey one.
 
     Raises:
-        Unfit: no whole PNG of 8-bit indices.
+        InvalidFile: no whole PNG of 8-bit indices.
     """
     return _grey(data, ("P", "L"), "a palette or grey PNG of class ids")
 
@@ -63,7 +63,7 @@ def saliency_values(data: bytes) -> Raster:
     """H x W saliency, value / 255.
 
     Raises:
-        Unfit: no whole grey 8-bit PNG.
+        InvalidFile: no whole grey 8-bit PNG.
     """
     return _grey(data, ("L",), "a grey 8-bit PNG")
 
@@ -95,12 +95,12 @@ def _grey(data: bytes, modes: tuple[str, ...], wanted: str) -> Raster:
     try:
         with Pillow.open(BytesIO(data), formats=("PNG",)) as picture:
             if picture.mode not in modes:
-                raise Unfit(f"its pixels are {_MODES.get(picture.mode, picture.mode)}; save it as {wanted}")
+                raise InvalidFile(f"its pixels are {_MODES.get(picture.mode, picture.mode)}; save it as {wanted}")
             return np.asarray(picture, np.uint8)
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
-        if isinstance(error, Unfit):
+        if isinstance(error, InvalidFile):
             raise
-        raise Unfit(f"cannot be decoded ({error}); copy or download it again") from None
+        raise InvalidFile(f"cannot be decoded ({error}); copy or download it again") from None
 
 
 _MODES: dict[str, str] = {
@@ -122,13 +122,13 @@ def _check_jpeg(data: bytes) -> None:
             return
         if code not in _WITHOUT_LENGTH:
             at += int.from_bytes(data[at : at + 2])
-    raise Unfit("truncated JPEG; copy or download it again")
+    raise InvalidFile("truncated JPEG; copy or download it again")
 
 
 def _check_png(data: bytes, otherwise: str) -> None:
     """Walk from chunk to chunk to IEND, with every checksum."""
     if not data.startswith(_PNG):
-        raise Unfit(otherwise)
+        raise InvalidFile(otherwise)
     view: Any = memoryview(data)
     at = len(_PNG)
     while at + 12 <= len(data):
@@ -138,4 +138,4 @@ def _check_png(data: bytes, otherwise: str) -> None:
         if view[at + 4 : at + 8] == b"IEND":
             return
         at = end + 4
-    raise Unfit("truncated or damaged PNG; copy or download it again")
+    raise InvalidFile("truncated or damaged PNG; copy or download it again")

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from pipeline.data import matlab
-from pipeline.data.checks import IGNORE, Unfit, image_size
+from pipeline.data.checks import IGNORE, InvalidFile, image_size
 from pipeline.data.faults import Faults
 from pipeline.data.palette import write_mask
 from pipeline.data.tags import read_list
@@ -122,7 +122,7 @@ def _files(source: Path, name: str) -> tuple[Path, Path]:
 def _size(image: Path) -> tuple[int, int]:
     try:
         return image_size(image.read_bytes())
-    except Unfit as error:
+    except InvalidFile as error:
         raise PipelineError(f"{image}: {error}") from None
     except OSError as error:
         raise PipelineError(f"{image}: cannot be read ({error.strerror}); mend its permissions or the disk") from None

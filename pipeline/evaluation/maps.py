@@ -1,6 +1,6 @@
-"""How well attention and localization maps cover objects: recall and noise, coverage, best-threshold mIoU.
+"""Quality of attention and localization maps: recall, noise, coverage and best-threshold mIoU.
 
-Maps are scored at the size of the mask: upsampled bilinearly, then divided by their own maximum.
+Maps are upsampled bilinearly to the size of the mask and divided by their own maximum before scoring.
 """
 
 from collections.abc import Mapping
@@ -12,76 +12,83 @@ from numpy.typing import NDArray
 
 from pipeline.evaluation.confusion import IGNORE, Counts, Labels, Ratios, iou, mean, ratio
 
-THRESHOLDS = 100  # background scores tried: 0, 0.01, ... 0.99 (SEAM ends at 0.59, where walked maps are still rising)
-TIE = 1e-4  # of a hundredth: 0.3 in float32 is no more than the threshold 0.3
+# Background scores 0, 0.01, ... 0.99. SEAM stops at 0.59, where the mIoU of random-walk maps is still rising.
+THRESHOLDS = 100
+TIE = 1e-4  # tolerance in units of 0.01, so that 0.3 in float32 does not exceed the threshold 0.3
 
 
 @dataclass(frozen=True)
-class Scored:
-    """An image's N pixels with ground truth. ``target``: (N,) class ids; ``values``: (n, N) of the n ``classes``."""
+class MapPixels:
+    """Maps of an image at its N pixels with ground truth.
+
+    Attributes:
+        target: (N,) ground-truth class ids.
+        classes: (n,) class ids of the maps.
+        values: (n, N) map values in [0, 1].
+    """
 
     target: Labels
     classes: NDArray[np.intp]
     values: NDArray[np.float32]
 
 
-def prepare(ground_truth: Labels, maps: Mapping[int, NDArray[np.uint8]]) -> Scored:
-    """Bring an image's maps (class id -> h x w uint8) to its H x W mask; a map of zeros stays zero."""
+def prepare(ground_truth: Labels, maps: Mapping[int, NDArray[np.uint8]]) -> MapPixels:
+    """Resize and normalise an image's maps (class id -> h x w uint8) to its H x W mask; a zero map stays zero."""
     height, width = ground_truth.shape
     valid = ground_truth != IGNORE
     values = np.empty((len(maps), int(valid.sum())), np.float32)
     for row, raster in enumerate(maps.values()):
         resized = cv2.resize(raster.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
         values[row] = resized[valid] / max(float(resized.max()), 1e-5)
-    return Scored(ground_truth[valid], np.array(list(maps), np.intp), values)
+    return MapPixels(ground_truth[valid], np.array(list(maps), np.intp), values)
 
 
 class HalfMaximum:
-    """Maps cut at half of their maximum (OAA Sec. 4.3), against masks.
+    """Scores of maps thresholded at half of their maximum (OAA Sec. 4.3).
 
-    Pixels are pooled over the set, class by class. A class that is in the mask but has no map is not discovered.
+    Pixels of each class are pooled over all images. A class in the mask without a map counts as not discovered.
     """
 
     def __init__(self, num_classes: int) -> None:
-        self._target = np.zeros(num_classes + 1, np.int64)  # pixels of the class
-        self._claimed = np.zeros(num_classes + 1, np.int64)  # pixels that maps of the class claim
-        self._found = np.zeros(num_classes + 1, np.int64)  # pixels that are both
+        self._target = np.zeros(num_classes + 1, np.int64)  # ground-truth pixels of the class
+        self._claimed = np.zeros(num_classes + 1, np.int64)  # pixels where its maps reach half of their maximum
+        self._correct = np.zeros(num_classes + 1, np.int64)  # pixels in both
 
-    def update(self, image: Scored) -> None:
+    def update(self, image: MapPixels) -> None:
         """Add an image."""
         size = len(self._target)
         self._target += np.bincount(image.target, minlength=size)
         for class_id, values in zip(image.classes, image.values, strict=True):
             claimed = np.bincount(image.target[values >= 0.5], minlength=size)
             self._claimed[class_id] += claimed.sum()
-            self._found[class_id] += claimed[class_id]
+            self._correct[class_id] += claimed[class_id]
 
     def recall(self) -> Ratios:
-        """(K,) share of each object class's pixels that its maps discover; NaN for an absent class."""
-        return ratio(self._found, self._target)[1:]
+        """(K,) share of each object class's pixels that its maps claim; NaN for an absent class."""
+        return ratio(self._correct, self._target)[1:]
 
     def noise(self) -> Ratios:
-        """(K,) share of the pixels claimed that are not of the class: 1 - precision; NaN where nothing is claimed."""
-        return ratio(self._claimed - self._found, self._claimed)[1:]
+        """(K,) 1 - precision: share of the claimed pixels that belong to other classes; NaN if none is claimed."""
+        return ratio(self._claimed - self._correct, self._claimed)[1:]
 
     def coverage(self) -> float:
-        """Share of all object pixels that the map of their class discovers (OAA Fig. 11); NaN where there are none."""
-        return float(ratio(self._found[1:].sum(), self._target[1:].sum()))
+        """Share of all object pixels that the map of their class claims (OAA Fig. 11); NaN if there are none."""
+        return float(ratio(self._correct[1:].sum(), self._target[1:].sum()))
 
 
 class ThresholdSweep:
-    """mIoU of the maps' argmax against a constant background score, for all thresholds from one pass of counts.
+    """mIoU of the maps' argmax against a constant background score, for all thresholds in a single pass.
 
-    A pixel takes the class of its highest value where that is above the threshold, and background elsewhere. How many
-    thresholds it passes is one number between 0 and 100, so that (target, class, number) is counted once and the
-    confusion matrix of any threshold is a cumulative sum.
+    A pixel takes the class of its highest value if that is above the threshold, else background. The number of
+    thresholds that its value exceeds lies between 0 and 100. Counting pixels by (target, class, number) therefore
+    gives the confusion matrix of every threshold as a cumulative sum.
     """
 
     def __init__(self, num_classes: int) -> None:
         self._shape = (num_classes + 1, num_classes + 1, THRESHOLDS + 1)
         self._counts = np.zeros(self._shape, np.int64)
 
-    def update(self, image: Scored) -> None:
+    def update(self, image: MapPixels) -> None:
         """Add an image."""
         winner = np.zeros(len(image.target), np.intp)
         value = np.zeros(len(image.target), np.float32)
@@ -93,9 +100,9 @@ class ThresholdSweep:
         self._counts += np.bincount(cell, minlength=self._counts.size).reshape(self._shape)
 
     def matrices(self) -> Counts:
-        """(100, K+1, K+1) confusion matrices, one a threshold."""
+        """(100, K+1, K+1) confusion matrices, one per threshold."""
         total = self._counts.sum(axis=2)
-        failed = self._counts.cumsum(axis=2)[..., :THRESHOLDS]  # passed number <= threshold: background
+        failed = self._counts.cumsum(axis=2)[..., :THRESHOLDS]  # pixels that do not pass the threshold: background
         matrices: Counts = np.moveaxis(total[..., None] - failed, 2, 0)
         matrices[:, :, 0] += np.moveaxis(failed.sum(axis=1), 1, 0)
         return matrices

@@ -1,4 +1,4 @@
-"""The scores of a stage's output as a mapping ready for JSON: stable keys, numbers of 6 digits, null for 'none'."""
+"""Scores of a stage's output as a mapping for JSON, with stable keys."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pipeline.evaluation.maps import THRESHOLDS, HalfMaximum, ThresholdSweep
 
 
 def label_scores(matrix: ConfusionMatrix, names: Sequence[str]) -> dict[str, Any]:
-    """Scores of label maps that may ignore pixels. ``names``: background first, K+1 of them."""
+    """Scores of label maps that may contain ignored pixels. ``names``: K+1 class names, background first."""
     return {
         **_matrix_scores(matrix.matrix(), names),
         "ignored": matrix.ignored,
@@ -31,7 +31,7 @@ def prediction_scores(matrix: ConfusionMatrix, names: Sequence[str]) -> dict[str
 
 
 def map_scores(half: HalfMaximum, sweep: ThresholdSweep, names: Sequence[str]) -> dict[str, Any]:
-    """Scores of maps. What begins with ``best_threshold`` is swept on ground truth: an upper bound, not a result."""
+    """Scores of maps. Keys with ``best_threshold`` are chosen on ground truth: an upper bound, not a result."""
     recall, noise, miou = half.recall(), half.noise(), sweep.miou()
     best = int(np.argmax(miou))
     return {
@@ -47,14 +47,14 @@ def map_scores(half: HalfMaximum, sweep: ThresholdSweep, names: Sequence[str]) -
     }
 
 
-def plain(value: Any) -> Any:
-    """As JSON may hold it: arrays as lists, numbers rounded to 6 digits, NaN as null."""
+def jsonable(value: Any) -> Any:
+    """Convert to JSON types: arrays to lists, floats rounded to 6 decimals, NaN and infinity to None."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return jsonable(value.tolist())
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float):
         return round(float(value), 6) if math.isfinite(value) else None
     return value

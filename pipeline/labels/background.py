@@ -1,4 +1,4 @@
-"""Where a rule takes the score of the background from, as the key ``background`` states it."""
+"""Background scores of label rules: the values of the key ``background`` and the scores they define."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ from pipeline.labels.base import Cues, Scores
 
 @dataclass(frozen=True)
 class Power:
-    """The score (1 - strongest class)^power: EDAM has power 1 before its CRF, AGEN 8 (Eq. 4)."""
+    """Background score (1 - strongest class score)^power: 1 for EDAM (before its CRF), 8 for AGEN (Eq. 4)."""
 
     power: Positive
 
@@ -22,7 +22,7 @@ Source = float | Power | Literal["saliency"]
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads a constant, {power: VALUE}, or 'saliency' where that is allowed."""
+    """Parses a constant, {power: VALUE}, or 'saliency' if the rule allows it."""
 
     saliency: bool
 
@@ -38,14 +38,14 @@ class _Reader:
 
 
 Background = Annotated[Source, _Reader(saliency=True)]
-OwnBackground = Annotated[float | Power, _Reader(saliency=False)]
+BackgroundWithoutSaliency = Annotated[float | Power, _Reader(saliency=False)]
 
 
 def with_background(source: Source, cues: Cues) -> Scores:
-    """(1 + C) x H x W: the background's score, then the class scores.
+    """Prepend the background score to the class scores: (1 + C) x H x W.
 
     Raises:
-        ValueError: ``source`` is 'saliency', and there is no saliency map.
+        ValueError: ``source`` is 'saliency' but ``cues`` has no saliency map.
     """
     scores = np.empty((1 + len(cues.scores), *cues.scores.shape[1:]), np.float32)
     scores[1:] = cues.scores
@@ -57,7 +57,7 @@ def with_background(source: Source, cues: Cues) -> Scores:
 
 
 def describe(source: Source) -> str:
-    """As 'constant background 0.3', 'background 1 - saliency' or 'background (1 - strongest)^8'."""
+    """Return 'constant background 0.3', 'background 1 - saliency' or 'background (1 - strongest)^8'."""
     if isinstance(source, Power):
         return f"background (1 - strongest)^{source.power:g}"
     return "background 1 - saliency" if source == "saliency" else f"constant background {source:g}"

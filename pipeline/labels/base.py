@@ -1,7 +1,7 @@
-"""What a label rule is: it turns the class scores, saliency and colours of one image into a label map.
+"""Interface of label rules, which turn the class scores, saliency and colours of one image into a label map.
 
-A rule registers itself in its own file (``@RULES.register("drs")``); its settings are its fields. Label maps are uint8:
-0 background, 1..K classes, 255 ignored. No module of this package imports torch.
+Each rule registers itself in its own file (``@RULES.register("drs")``); its dataclass fields are its settings. Label
+maps are uint8: 0 background, 1..K classes, 255 ignored. No module of this package imports torch.
 """
 
 from abc import ABC, abstractmethod
@@ -22,11 +22,11 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Cues:
-    """The evidence for the labels of one image.
+    """Input of a label rule for one image.
 
     Attributes:
         classes: ids of the image's tags, ascending.
-        scores: C x H x W in [0, 1], one channel a class.
+        scores: C x H x W in [0, 1], one channel per class.
         saliency: H x W uint8, value / 255; None unless the rule ``needs_saliency``.
         image: H x W x 3 uint8, RGB; None unless the rule ``needs_image``.
     """
@@ -47,7 +47,7 @@ class Cues:
 
     @property
     def not_salient(self) -> Scores:
-        """H x W, 1 - saliency, rounded as class scores are.
+        """H x W: (255 - saliency) / 255, which rounds as class scores do.
 
         Raises:
             ValueError: there is no saliency map.
@@ -56,17 +56,17 @@ class Cues:
 
     def _saliency(self) -> Raster:
         if self.saliency is None:
-            raise ValueError("the rule needs a saliency map, and there is none")
+            raise ValueError("the rule needs a saliency map, but there is none")
         return self.saliency
 
     def rgb(self) -> NDArray[np.uint8]:
-        """The image.
+        """The H x W x 3 image.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no image.
         """
         if self.image is None:
-            raise ValueError("the rule's CRF needs the image, and there is none")
+            raise ValueError("the rule's CRF needs the image, but there is none")
         return self.image
 
 
@@ -85,23 +85,23 @@ class Rule(ABC):
 
     @abstractmethod
     def label(self, cues: Cues) -> Raster:
-        """The H x W uint8 label map."""
+        """Return the H x W uint8 label map."""
 
     @abstractmethod
     def describe(self) -> str:
-        """What the report says after the rule's name, such as 'background 1 - saliency, dense CRF off'."""
+        """Summarise the settings for the report, e.g. 'background 1 - saliency, dense CRF off'."""
 
 
 @dataclass(frozen=True)
 class LabelCrf(Crf):
-    """A dense CRF on the scores of background and tags, before the label is chosen."""
+    """Dense CRF that refines the scores of background and tags before each pixel gets its label."""
 
     confidence: Share = 0.0  # pixels whose highest marginal is below it are ignored
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrfRule(Rule):
-    """A rule whose scores a CRF may refine."""
+    """A rule with an optional CRF on its scores."""
 
     crf: LabelCrf | None = None
 
@@ -109,14 +109,18 @@ class CrfRule(Rule):
     def needs_image(self) -> bool:
         return self.crf is not None
 
-    def refined(self, scores: Scores, cues: Cues) -> tuple[Scores, Mask]:
-        """The CRF's marginals, and where the highest is below ``crf.confidence``; without a CRF, the scores.
+    def refine(self, scores: Scores, cues: Cues) -> tuple[Scores, Mask]:
+        """Apply the CRF, if there is one.
 
         Args:
-            scores: (1 + C) x H x W, the background's first.
+            scores: (1 + C) x H x W, background first.
+
+        Returns:
+            The CRF's marginals and the H x W mask of pixels whose highest marginal is below ``crf.confidence``; without
+            a CRF, the scores and an empty mask.
 
         Raises:
-            ValueError: the CRF needs the image, and there is none.
+            ValueError: the CRF needs the image, but ``cues`` has none.
         """
         if self.crf is None:
             return scores, np.zeros(scores.shape[1:], np.bool_)
@@ -124,24 +128,24 @@ class CrfRule(Rule):
         return marginals, marginals.max(axis=0) < self.crf.confidence
 
     def decide(self, scores: Scores, cues: Cues) -> tuple[NDArray[np.intp], Mask]:
-        """Each pixel's channel of the highest (refined) score, and where the CRF is unsure; ties go to the first."""
-        found, unsure = self.refined(scores, cues)
-        return found.argmax(axis=0), unsure
+        """H x W channel of the highest score after ``refine`` (the first of equals), and the mask of ``refine``."""
+        refined, unsure = self.refine(scores, cues)
+        return refined.argmax(axis=0), unsure
 
-    def described(self, *parts: str) -> str:
-        """``parts`` and the CRF, separated by commas."""
+    def summary(self, *parts: str) -> str:
+        """Join ``parts`` and a description of the CRF with commas."""
         return ", ".join([*parts, f"dense CRF {describe_crf(self.crf)}"])
 
 
 def as_probabilities(scores: Scores) -> Scores:
-    """Scores divided by their sum. None is below ``FLOOR``, and where all are 0 every class is equally likely."""
+    """Divide scores, clipped below at ``FLOOR``, by their sum over classes; all-zero pixels become uniform."""
     floored = np.maximum(scores, np.float32(FLOOR))
     floored /= floored.sum(axis=0)
     return floored
 
 
 def as_labels(winners: NDArray[np.intp], ignored: Mask, classes: tuple[int, ...]) -> Raster:
-    """H x W channels (0: background, then ``classes``) as class ids, with 255 where ``ignored``."""
+    """Map H x W channel numbers (0: background, then ``classes``) to class ids; ``ignored`` pixels become 255."""
     labels = np.asarray((0, *classes), np.uint8)[winners]
     labels[ignored] = IGNORE
     return labels

@@ -1,4 +1,4 @@
-"""IRN's confident labels, from which affinities are learned: only pixels of which two CRFs are sure have a label."""
+"""IRN's confident labels for affinity learning: pixels on which two CRF passes disagree are ignored."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ IRN_CRF = Crf(10, 3.0, 3.0, 50.0, 5.0, 10.0)
 @RULES.register("confident")
 @dataclass(frozen=True, kw_only=True)
 class Confident(Rule):
-    """Two passes with constant background scores, ``high`` and ``low`` (IRN; passes and numbers are its code's).
+    """Two CRF passes with the constant background scores ``high`` and ``low`` (from IRN's public code).
 
-    In each pass the label of the highest score gets the probability ``certainty``, the others share the rest, and the
-    CRF refines that. A pixel belongs to an object where the pass with ``high`` says so, to the background where both
-    passes do, and is ignored where only the pass with ``low`` finds an object.
+    In each pass the label with the highest score gets the probability ``certainty`` and the other labels share the
+    rest equally; a CRF refines these probabilities. A pixel is an object where the ``high`` pass finds one, background
+    where both passes find background, and ignored where only the ``low`` pass finds an object.
     """
 
     high: Share = 0.3  # AMR: 0.6
@@ -48,7 +48,7 @@ class Confident(Rule):
         return f"constant backgrounds {self.high:g} and {self.low:g}, dense CRF {describe_crf(self.crf)}"
 
     def _pass(self, background: float, cues: Cues) -> NDArray[np.intp]:
-        """Each pixel's channel after the CRF; 0 is the background."""
+        """H x W channel of the highest marginal after the CRF; 0 is the background."""
         image = cues.rgb()
         scores = np.concatenate([np.full((1, *image.shape[:2]), background, np.float32), cues.scores])
         rest = (1 - self.certainty) / max(1, len(scores) - 1)

@@ -1,4 +1,4 @@
-"""The fully connected CRF (Kraehenbuehl and Koltun, NIPS 2011) by pydensecrf's mean field."""
+"""Fully connected CRF (Kraehenbuehl and Koltun, NIPS 2011), with mean-field inference by pydensecrf."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,34 +6,34 @@ from numpy.typing import NDArray
 from pipeline.config.schema import Crf
 from pipeline.errors import PipelineError
 
-FLOOR = 1e-5  # of a probability, whose logarithm is an energy
+FLOOR = 1e-5  # smallest probability, so that its unary energy -log p is finite
 
 
 def describe_crf(settings: Crf | None) -> str:
-    """As 'on (10 iterations)' or 'off'."""
+    """Return 'on (10 iterations)' or 'off'."""
     return "off" if settings is None else f"on ({settings.iterations} iterations)"
 
 
 def dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.float32], settings: Crf) -> NDArray[np.float32]:
-    """Marginals after ``settings.iterations`` of mean field.
+    """Run ``settings.iterations`` mean-field iterations and return the marginals.
 
-    Its time grows with C: give the background and the classes that the image has. That leaves the labels as they are,
-    for a class without evidence is carried by no neighbour.
+    The run time grows with C, so pass only the background and the classes of the image. This does not change the
+    labels: a class without unary evidence anywhere gains none from neighbours.
 
     Args:
         image: H x W x 3 uint8, RGB.
-        probabilities: C x H x W, sums to 1 over C.
+        probabilities: C x H x W float32, summing to 1 over C.
 
     Returns:
-        C x H x W float32, sums to 1 over C.
+        C x H x W float32, summing to 1 over C.
 
     Raises:
-        ValueError: the image's shape or type does not fit.
+        ValueError: the image has another shape or dtype.
         PipelineError: pydensecrf is not installed.
     """
     count, height, width = probabilities.shape
     if image.shape != (height, width, 3) or image.dtype != np.uint8:
-        raise ValueError(f"an image of {height}x{width}x3 uint8 is wanted, not {image.shape} {image.dtype}")
+        raise ValueError(f"the image must be {height}x{width}x3 uint8, not {image.shape} {image.dtype}")
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError as error:

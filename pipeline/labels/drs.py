@@ -15,14 +15,14 @@ from pipeline.stores.raster import Raster
 class Drs(CrfRule):
     """DRS's label generation from object cues and background cues; a pixel with neither is ignored.
 
-    Object cues are scores above ``alpha``, background cues saliency below ``beta``. A pixel with both is background,
-    which counts 1 (the public code; the paper does not say). Of several object cues the strongest wins.
+    Object cues are scores above ``alpha``; the background cue is saliency below ``beta``. The background cue has the
+    score 1, so that it wins over object cues (the public code; the paper leaves this open). Among object cues the
+    strongest wins.
     """
 
     alpha: Share = 0.2
-    beta: Share = 0.06  # the paper's; its public code cuts at 50/255, which is 0.2 (51/255) here
-    # Pixels with more than two scores above it, the background's among them, are ignored (the public code); 1 (the
-    # paper): none.
+    beta: Share = 0.06  # paper; the public code cuts at 50/255, which corresponds to 0.2 (51/255) here
+    # Public code: ignore pixels with more than two scores (background included) above this. 1 disables it (paper).
     conflict: Share = 0.9
 
     @property
@@ -37,4 +37,4 @@ class Drs(CrfRule):
         return as_labels(winners, unsure | conflict | ~scores.any(axis=0), cues.classes)
 
     def describe(self) -> str:
-        return self.described(f"background where saliency is below {self.beta:g}")
+        return self.summary(f"background where saliency is below {self.beta:g}")

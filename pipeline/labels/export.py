@@ -1,4 +1,4 @@
-"""Stores as folders of PNG, for eyes and for other people's tools."""
+"""Export of raster stores to folders of PNG files, for viewing and for other tools."""
 
 from pathlib import Path
 
@@ -11,16 +11,16 @@ from pipeline.errors import PipelineError
 from pipeline.stores.files import atomic
 from pipeline.stores.raster import Raster, RasterStore
 
-LABELS = "labels"  # the kind of a store whose values are class ids
+LABELS = "labels"  # kind of the stores that hold class ids
 
 
 def write_png(path: Path, raster: Raster, palette: NDArray[np.uint8] | None = None) -> None:
     """Write H x W values as a palette (mode P) or grey (mode L) PNG, atomically, and read it back.
 
-    Without its palette a mode P image may be packed to fewer bits, and its labels change without an error.
+    The check is needed because Pillow may pack a mode P image to fewer bits, which silently changes labels.
 
     Raises:
-        PipelineError: what is read back differs.
+        PipelineError: the values read back differ.
     """
     image = Image.fromarray(np.ascontiguousarray(raster), "L")
     if palette is not None:
@@ -29,13 +29,15 @@ def write_png(path: Path, raster: Raster, palette: NDArray[np.uint8] | None = No
         image.save(temporary, format="PNG")
         with Image.open(temporary) as written:
             if written.mode != image.mode or not np.array_equal(np.asarray(written), raster):
-                raise PipelineError(f"{path}: reads back other values than were written; check the disk and Pillow")
+                raise PipelineError(
+                    f"{path}: the values read back differ from those written; check the disk and Pillow"
+                )
 
 
 def export(store: RasterStore, folder: Path) -> int:
-    """Write every raster of the store and return how many: ID.png, or ID_CLASS.png where rasters have a class.
+    """Write every raster of the store as ID.png, or ID_CLASS.png if it has a class, and return their number.
 
-    Label maps get VOC's palette; attention, localization and saliency maps are grey.
+    Label maps use the VOC palette; attention, localization and saliency maps are grey.
     """
     palette = voc_palette() if store.kind == LABELS else None
     written = 0

@@ -1,4 +1,4 @@
-"""From the class maps of one image to the cues of a label rule, and to its label map."""
+"""Pseudo labels: class maps of one image -> cues of a label rule -> label map."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -21,20 +21,21 @@ def label_image(
     normalise: Normalise,
     shape: tuple[int, int],
 ) -> Raster:
-    """The pseudo label of one image.
+    """Compute the pseudo label of one image, H x W uint8.
 
     Args:
-        maps: by class id, any size, value / 255; of the image's tags alone. A tag without a map has no pixel.
+        maps: class id -> h x w map of any size, value / 255, for the image's tags only. A tag without a map gets no
+            pixel.
         saliency: H x W, value / 255; required where ``rule.needs_saliency``.
         image: H x W x 3, RGB; required where ``rule.needs_image``.
         normalise: see ``class_score``.
         shape: (H, W) of the image and of the label.
 
     Raises:
-        ValueError: something that the rule needs is missing, or the saliency map has another size.
+        ValueError: an input that the rule needs is missing, or the saliency map has another size.
     """
     if saliency is not None and saliency.shape != shape:
-        raise ValueError(f"the saliency map is {saliency.shape}, the image {shape}")
+        raise ValueError(f"the saliency map is {saliency.shape}, but the image is {shape}")
     classes = tuple(sorted(maps))
     scores = np.empty((len(classes), *shape), np.float32)
     for channel, class_id in enumerate(classes):
@@ -43,7 +44,7 @@ def label_image(
 
 
 def class_score(stored: Raster, normalise: Normalise, shape: tuple[int, int]) -> Scores:
-    """A stored map at ``shape`` (bilinear), then stretched from its own range ('minmax') or maximum ('max') to 1."""
+    """Resize a stored map to ``shape`` (bilinear) and normalise it by its range ('minmax') or maximum ('max')."""
     score = np.asarray(cv2.resize(stored.astype(np.float32) / 255, shape[::-1], interpolation=cv2.INTER_LINEAR))
     low = score.min() if normalise == "minmax" else np.float32(0)
     reach = score.max() - low if normalise != "none" else np.float32(1)

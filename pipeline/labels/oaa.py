@@ -14,22 +14,22 @@ from pipeline.stores.raster import Raster
 @RULES.register("oaa")
 @dataclass(frozen=True, kw_only=True)
 class Oaa(CrfRule):
-    """OAA's label generation (Sec. 4). The paper names no symbols; all thresholds are those of its public code.
+    """OAA's label generation (Sec. 4). The paper gives no symbols; all thresholds are those of the public code.
 
-    The highest score wins, after scores below ``attention`` have been set to 0 (where none remains, the background
-    wins). A pixel is ignored where two scores are above ``conflict``, or where the background wins although the pixel
-    is salient or a class is above ``object``. The whole image is ignored where objects keep less than
+    Scores below ``attention`` are set to 0, and each pixel takes the label with the highest score (background if all
+    are 0). A pixel is ignored if two scores are above ``conflict``, or if background wins although the pixel is
+    salient or a class score is above ``object``. The whole image is ignored if objects cover less than
     ``minimum_foreground`` of it.
 
-    With a CRF, its marginals of the thresholded scores choose the winner (where none remains, all are equally likely
-    and the neighbours decide). The conditions are then tested on the thresholded scores as before.
+    With a CRF, the marginals of the thresholded scores decide the label; pixels whose scores are all 0 start uniform.
+    The conditions above still use the thresholded scores.
     """
 
     background: Background = "saliency"
     attention: Share = 0.3
     conflict: Share = 0.9
     object: Share = 0.8
-    saliency: Share | None = 0.125  # at which a pixel counts as salient (32/255); null: saliency ignores nothing
+    saliency: Share | None = 0.125  # a pixel is salient from this value (32/255) on; null ignores no pixel for it
     minimum_foreground: Share = 0.01
 
     @property
@@ -50,4 +50,4 @@ class Oaa(CrfRule):
 
     def describe(self) -> str:
         salient = ["salient background ignored"] if self.saliency is not None else []
-        return self.described(describe(self.background), *salient)
+        return self.summary(describe(self.background), *salient)

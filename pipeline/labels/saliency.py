@@ -1,4 +1,4 @@
-"""Saliency maps: those the user brings, and two detectors that need no weights."""
+"""Saliency maps: user-supplied files or stores, and two OpenCV detectors that need no weights."""
 
 import hashlib
 from typing import Any
@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.checks import Unfit, saliency_values
+from pipeline.data.checks import InvalidFile, saliency_values
 from pipeline.data.index import Image
 from pipeline.errors import PipelineError
 from pipeline.stores.raster import Raster, RasterStore
@@ -16,14 +16,14 @@ DETECTORS = {
     "spectral_residual": "StaticSaliencySpectralResidual_create",  # Hou and Zhang, CVPR 2007
     "fine_grained": "StaticSaliencyFineGrained_create",  # Montabone and Soto, IVC 2010
 }
-SMOOTHING = 0.1  # sigma over the short side of the image
+SMOOTHING = 0.1  # sigma of the Gaussian as a fraction of the short side of the image
 
 
 def read_file(image: Image) -> Raster:
-    """The image's grey PNG from the folder that the index was made with: H x W uint8, value / 255.
+    """Read the image's indexed saliency PNG: H x W uint8, value / 255.
 
     Raises:
-        PipelineError: gone, changed since it was indexed, not 8-bit grey, or not of the image's size.
+        PipelineError: the file is missing, changed since it was indexed, not 8-bit grey, or not of the image's size.
         ValueError: the index has no saliency map of the image.
     """
     path = image.saliency
@@ -31,39 +31,39 @@ def read_file(image: Image) -> Raster:
         raise ValueError(f"image {image.id} has no saliency map")
     try:
         data = path.read_bytes()
-        found = saliency_values(data)
+        raster = saliency_values(data)
     except OSError as error:
         raise PipelineError(f"{path}: cannot be read ({error.strerror}); run the index stage again") from None
-    except Unfit as error:
+    except InvalidFile as error:
         raise PipelineError(f"{path}: {error}") from None
     if image.saliency_sha256 not in (None, hashlib.sha256(data).hexdigest()):
         raise PipelineError(f"{path}: changed since it was indexed; run the index stage again")
-    return _of_size(found, str(path), image)
+    return _checked_size(raster, str(path), image)
 
 
 def read_stored(store: RasterStore, image: Image) -> Raster:
-    """The image's saliency map from the user's raster store.
+    """Read the image's saliency map from a user-supplied raster store: H x W uint8, value / 255.
 
     Raises:
-        PipelineError: it is not of the image's size.
+        PipelineError: the map does not have the image's size.
     """
-    return _of_size(store.get(image.id), f"{store.path}: image {image.id}", image)
+    return _checked_size(store.get(image.id), f"{store.path}: image {image.id}", image)
 
 
-def _of_size(found: Raster, name: str, image: Image) -> Raster:
-    height, width = found.shape
+def _checked_size(raster: Raster, name: str, image: Image) -> Raster:
+    height, width = raster.shape
     if (height, width) != (image.height, image.width):
         raise PipelineError(
-            f"{name}: is {width}x{height}, its image {image.width}x{image.height}; resize the saliency map to its image"
+            f"{name}: is {width}x{height}, but its image is {image.width}x{image.height}; resize the saliency map"
         )
-    return found
+    return raster
 
 
 def detector(kind: str) -> Any:
-    """The OpenCV detector of this kind.
+    """Create the OpenCV detector ``kind``.
 
     Raises:
-        PipelineError: this OpenCV comes without its saliency module.
+        PipelineError: the installed OpenCV has no saliency module.
     """
     if not hasattr(cv2, "saliency"):
         raise PipelineError(
@@ -74,14 +74,17 @@ def detector(kind: str) -> Any:
 
 
 def detect(image: NDArray[np.uint8], kind: str) -> Raster:
-    """Saliency of an RGB image, H x W uint8, stretched over 0..255; all 0 where nothing stands out.
+    """Detect saliency in an H x W x 3 RGB image: H x W uint8, stretched to 0..255; all 0 if nothing stands out.
 
-    Both detectors answer to edges and small contrasts. A wide Gaussian joins these into regions; it counts what lies
+    Both detectors respond to edges and small contrasts. A wide Gaussian merges these into regions. It treats the area
     outside the image as not salient, since photographers seldom let the frame cut their subject.
+
+    Raises:
+        ValueError: the detector cannot process the image.
     """
-    worked, raw = detector(kind).computeSaliency(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    if not worked:
-        raise ValueError(f"OpenCV's {kind} detector refused an image of {image.shape}")
+    success, raw = detector(kind).computeSaliency(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    if not success:
+        raise ValueError(f"OpenCV's {kind} detector cannot process an image of {image.shape}")
     sigma = SMOOTHING * min(image.shape[:2])
     smooth = np.asarray(cv2.GaussianBlur(raw.astype(np.float32), (0, 0), sigma, borderType=cv2.BORDER_CONSTANT))
     low, high = float(smooth.min()), float(smooth.max())

@@ -1,4 +1,4 @@
-"""The highest score wins, the background's among them: how CAM, AMR and IRN label."""
+"""Label rule of CAM, AMR and IRN: each pixel takes the highest score, background included."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from pipeline.stores.raster import Raster
 @RULES.register("threshold")
 @dataclass(frozen=True, kw_only=True)
 class Threshold(CrfRule):
-    """The highest score wins. Only pixels of which the CRF is unsure are ignored."""
+    """Argmax over background and class scores; only pixels below the CRF's ``confidence`` are ignored."""
 
     background: Background = 0.3
 
@@ -24,4 +24,4 @@ class Threshold(CrfRule):
         return as_labels(winners, unsure, cues.classes)
 
     def describe(self) -> str:
-        return self.described(describe(self.background))
+        return self.summary(describe(self.background))
