@@ -1,4 +1,4 @@
-"""Label rules in tests: the label of one pixel, and the block of params.yaml that names a rule."""
+"""Helpers for tests of label rules: the label of one pixel, and a pseudo_labels block with a rule."""
 
 import numpy as np
 
@@ -9,13 +9,13 @@ from pipeline.labels.labelling import label_image
 
 
 def label(rule: Rule, saliency: int, **scores: int) -> int:
-    """The label of one pixel; scores in grey levels by class: cat 3, dog 5, horse 7."""
+    """The label of one pixel; scores are grey levels of the classes cat (3), dog (5) and horse (7)."""
     ids = {"cat": 3, "dog": 5, "horse": 7}
     maps = {ids[name]: np.full((1, 1), value, np.uint8) for name, value in scores.items()}
     return int(label_image(maps, np.full((1, 1), saliency, np.uint8), None, rule, "none", (1, 1))[0, 0])
 
 
 def block(rule: Rule) -> PseudoLabels:
-    """A block with this rule, for maps that are not normalised."""
+    """A pseudo_labels block with this rule, without normalisation of the maps."""
     name = next(name for name in RULES.names() if type(rule) is RULES[name])
     return PseudoLabels("classifiers/x", Choice(RULES, name, plain(rule)), "none")

@@ -299,5 +299,5 @@ def test_the_stage_names_images_without_labels(tmp_path: Path) -> None:
     make_index(tmp_path, train=3)
     with RasterWriter(tmp_path / "labels.h5", "labels") as writer:
         writer.add_image("img_000")
-    with pytest.raises(PipelineError, match=r"labels\.h5: has no label map of 2 training images, img_001 the first"):
+    with pytest.raises(PipelineError, match=r"labels\.h5: has no label map for 2 training images, first img_001"):
         affinity.main(work(tmp_path, settings()))

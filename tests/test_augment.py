@@ -1,4 +1,4 @@
-"""Augmentation: image and label map stay together, the crop costs nothing but its own pixels, sizes and filters."""
+"""Augmentation: alignment of image and label map, cropping before the jitter, sizes and resize filters."""
 
 import colorsys
 from collections import Counter
@@ -14,11 +14,11 @@ from pipeline.config.schema import Augmentation
 from pipeline.data.geometry import Window
 from pipeline.data.loading import IGNORE, MEAN, STD, augment, normalise, resize, resized
 
-COLOURS = np.array([(10, 200, 30), (220, 40, 90), (60, 60, 240)], np.uint8)  # of the label's classes 0, 1, 2
+COLOURS = np.array([(10, 200, 30), (220, 40, 90), (60, 60, 240)], np.uint8)  # colours of the classes 0, 1, 2
 
 
 def blocks(height: int, width: int, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """An image of 8 x 8 blocks whose colour tells its class, and its label map."""
+    """An image of 8 x 8 blocks whose colours encode their classes, and its label map."""
     random = np.random.default_rng(seed)
     label = random.integers(0, 3, (-(-height // 8), -(-width // 8))).astype(np.uint8)
     label = label.repeat(8, 0).repeat(8, 1)[:height, :width]
@@ -38,13 +38,13 @@ def nearest_colour(rgb: NDArray[np.float32]) -> NDArray[np.intp]:
 
 
 def filter_matrix(before: int, after: int) -> NDArray[np.float64]:
-    """How an axis is resized, after x before: means over areas if it shrinks, cubic convolution if it grows."""
+    """Resampling matrix of an axis (after x before): area means if it shrinks, cubic convolution if it grows."""
     if after <= before:
         edges = np.arange(after + 1) * before / after
         covered = np.minimum(edges[1:, None], np.arange(before) + 1) - np.maximum(edges[:-1, None], np.arange(before))
         weights: NDArray[np.float64] = covered.clip(0) * after / before
         return weights
-    a = -0.75  # OpenCV's
+    a = -0.75  # coefficient of OpenCV's cubic kernel
     matrix = np.zeros((after, before))
     for row, place in enumerate((np.arange(after) + 0.5) * before / after - 0.5):
         for cell in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
@@ -66,8 +66,8 @@ class TestAugment:
             Augmentation(side="square", length=(64, 64)),
         ],
     )
-    def test_label_and_image_stay_together(self, settings: Augmentation, seed: int) -> None:
-        """Every pixel of the label map still names the colour below it, but for the blur at the blocks' edges."""
+    def test_label_and_image_stay_aligned(self, settings: Augmentation, seed: int) -> None:
+        """Every label still matches the colour of its pixel, except for the blur at block edges."""
         rgb, label = blocks(72, 90, seed)
         tensor, classes, _ = augment(rgb, label, settings, np.random.default_rng(seed))
         assert classes is not None
@@ -76,16 +76,16 @@ class TestAugment:
         found = classes.numpy()
         kept = found != IGNORE
         assert kept.any()
-        assert not tensor[:, torch.from_numpy(~kept)].any()  # padding of both lies at the same place
+        assert not tensor[:, torch.from_numpy(~kept)].any()  # both have the same padding
         inner = cv2.erode(kept.astype(np.uint8), np.ones((5, 5)), borderValue=0) > 0
-        for class_id in range(3):  # away from the blocks' edges
+        for class_id in range(3):  # away from block edges
             same = cv2.erode((found == class_id).astype(np.uint8), np.ones((5, 5)), borderValue=0) > 0
             inner[(found == class_id) & ~same] = False
         assert inner.sum() > 100
         assert (nearest_colour(pixels(tensor)) == found)[inner].all()
 
-    def test_the_window_tells_where_the_crop_lies(self) -> None:
-        """A colour ramp gives each pixel's own place away: it is the one that the window says."""
+    def test_the_window_locates_the_crop(self) -> None:
+        """A colour ramp encodes each pixel's position, which must match the window."""
         y, x = np.mgrid[:100, :150].astype(np.float32)
         rgb = np.stack([y, x, 0 * y], -1).astype(np.uint8)
         sides = set()
@@ -103,7 +103,7 @@ class TestAugment:
         assert sides == {False, True}
 
     def test_padding_is_ignore_and_the_mean_colour(self) -> None:
-        """An image of 20 x 30 lies whole, somewhere, in a crop of 48."""
+        """An image of 20 x 30 lies completely, at a random place, within a crop of 48."""
         rgb, label = blocks(20, 30)
         corners = set()
         for seed in range(12):
@@ -154,7 +154,7 @@ class TestAugment:
 
     @pytest.mark.parametrize("size", [(7, 23), (29, 13), (20, 20), (33, 50)])
     def test_a_label_map_is_resized_to_the_label_under_each_centre(self, size: tuple[int, int]) -> None:
-        """Shrunk and grown by fractions; the label under a corner would be half a pixel off."""
+        """Sizes change by fractions; sampling at pixel corners would be half a pixel off."""
         label = np.arange(11 * 19, dtype=np.uint8).reshape(11, 19)  # odd: no centre lies between two labels
         rows, columns = (
             [int((n + 0.5) * before / after) for n in range(after)]
@@ -172,14 +172,14 @@ class TestAugment:
 
 
 class TestCropFirst:
-    """Jitter and normalisation after the crop, where few pixels are left, against the crop of the whole result."""
+    """Jitter and normalisation after the crop must equal the crop of the fully processed image."""
 
     @pytest.mark.parametrize("crop", [1, 17, 40, 90])
     @pytest.mark.parametrize("jitter", [None, (0.3, 0.3, 0.3, 0.0), (0.4, 0.9, 0.5, 0.2)])
-    def test_a_crop_is_that_of_the_whole_image_to_the_byte(
+    def test_a_crop_equals_that_of_the_whole_image_to_the_byte(
         self, crop: int, jitter: tuple[float, float, float, float] | None
     ) -> None:
-        """Without a crop the generator draws the same jitter: offsets are drawn last."""
+        """The jitter is the same without a crop, since the offsets are drawn last."""
         noise = np.random.default_rng(0)
         starts = set()
         for seed in range(10):
@@ -242,7 +242,7 @@ class TestJitter:
             assert green == pytest.approx(grey + factor * (100 - grey), abs=1.5)
 
     def test_hue_turns_within_its_bounds(self) -> None:
-        """Pure red is turned by at most a tenth of the circle: green or blue rise to 0.6 of red at most."""
+        """Pure red rotates by at most a tenth of the circle, so that green and blue reach at most 0.6 of red."""
         red = np.broadcast_to(np.array([200, 0, 0], np.uint8), (4, 4, 3)).copy()
         rises = []
         for seed in range(60):
@@ -255,7 +255,7 @@ class TestJitter:
 
     @pytest.mark.parametrize("strength", [(0.4, 0.5, 0.6, 0.0), (1.5, 0.2, 0.0, 0.0), (0.0, 1.5, 1.5, 0.0)])
     def test_the_formula(self, strength: tuple[float, float, float, float]) -> None:
-        """In float64, from the same draws: brightness, contrast about the mean grey level, saturation about grey."""
+        """Compare with float64: brightness, contrast about the mean grey level, saturation about each pixel's grey."""
         grey = np.array([0.299, 0.587, 0.114])
         for seed in range(20):
             rgb = np.random.default_rng(seed).integers(0, 256, (9, 11, 3)).astype(np.uint8)
@@ -270,7 +270,7 @@ class TestJitter:
             assert np.abs(found - values.clip(0, 255)).max() <= 0.5 + 1e-2
 
     def test_the_hue_turns_by_the_draw(self) -> None:
-        """Against Python's colorsys, within the steps that OpenCV's hue and saturation have."""
+        """Compare with Python's colorsys, within the step size of OpenCV's hue and saturation."""
         rgb = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
         for seed in range(20):
             random = np.random.default_rng(seed)
@@ -311,14 +311,14 @@ class TestSizes:
         assert resized(900, 1, "long", 100) == (100, 1)
 
     def test_shrinking_averages(self) -> None:
-        """A chequerboard of single pixels becomes its mean: nothing is skipped (aliasing)."""
+        """A chequerboard of single pixels becomes its mean, without aliasing."""
         y, x = np.mgrid[:32, :32]
         board = (((y + x) % 2) * 255).astype(np.uint8)[..., None].repeat(3, 2)
         assert np.abs(resize(board, (8, 8)).astype(int) - 128).max() <= 1
 
     @pytest.mark.parametrize("size", [(30, 41), (61, 90), (30, 90), (61, 41), (47, 41), (30, 53), (47, 90), (47, 53)])
     def test_each_axis_is_filtered_by_its_own_rule(self, size: tuple[int, int]) -> None:
-        """Random pixels of 47 x 53, each axis shrunk, grown or kept, against the filters' matrices in float64."""
+        """Compare random 47 x 53 images, each axis shrunk, grown or unchanged, with float64 filter matrices."""
         rgb = np.random.default_rng(0).integers(60, 190, (47, 53, 3)).astype(np.uint8)
         rows, columns = (filter_matrix(*pair) for pair in zip(rgb.shape, size, strict=False))
         expected = np.einsum("yi,ijc,xj->yxc", rows, rgb, columns).clip(0, 255)
@@ -326,7 +326,7 @@ class TestSizes:
 
     @pytest.mark.parametrize("shape", [(375, 500), (500, 375)])
     def test_stripes_of_a_pixel_do_not_alias(self, shape: tuple[int, int]) -> None:
-        """VOC to DRS: stripes along the axis that shrinks to 384 keep the deviation of the area filter."""
+        """From VOC sizes to DRS's: stripes along the axis that shrinks to 384 keep the area filter's deviation."""
         stripes = np.arange(500) % 2 * 255.0
         image = np.broadcast_to(stripes if shape[1] == 500 else stripes[:, None], shape)
         found = resize(image.astype(np.uint8)[..., None].repeat(3, 2), (384, 384))[..., 0]

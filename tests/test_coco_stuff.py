@@ -1,4 +1,4 @@
-"""COCO-Stuff 10k, from a small folder in its layout that the test makes."""
+"""Conversion of COCO-Stuff 10k, with a small generated folder in its layout."""
 
 import json
 import os
@@ -43,19 +43,19 @@ TAGS = {TRAIN[0]: [15], TRAIN[1]: [12, 20], TRAIN[2]: [], TEST[0]: [], TEST[1]: 
 
 
 def spread(values: list[int], dtype: Any) -> np.ndarray[Any, Any]:
-    """A map of SIZE with ``values`` in turn."""
+    """A map of shape SIZE that cycles through ``values``."""
     return np.resize(values, SIZE).astype(dtype)
 
 
 def annotate(name: str, stuff: Any) -> None:
-    """As COCO-Stuff keeps it: captions and regions beside S."""
+    """Write an annotation in COCO-Stuff's format, with captions and regions besides S."""
     content = {"S": stuff, "captions": np.array(["a", "b"], object), "regionMapStuff": np.ones(SIZE, np.uint16)}
     scipy_io.savemat(SOURCE / f"annotations/{name}.mat", content, do_compression=True)
 
 
 @pytest.fixture(autouse=True)
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """COCO-Stuff in coco/ of the working folder: three training and two test images."""
+    """Create COCO-Stuff in coco/ of the working folder: three training and two test images."""
     monkeypatch.chdir(tmp_path)
     for folder in ("images", "annotations", "imageLists"):
         (SOURCE / folder).mkdir(parents=True)
@@ -79,7 +79,7 @@ def read(name: str) -> list[str]:
     return (VOC / f"ImageSets/Segmentation/{name}.txt").read_text().split()
 
 
-def test_makes_vocs_layout_and_leaves_out_what_cannot_be_tagged() -> None:
+def test_creates_voc_layout_and_leaves_out_untaggable_images() -> None:
     assert convert(SOURCE, VOC) == 1
     assert read("train") == TRAIN[:2]
     assert read("val") == TEST
@@ -90,7 +90,7 @@ def test_makes_vocs_layout_and_leaves_out_what_cannot_be_tagged() -> None:
 
 
 def test_every_class_of_voc_has_cocos_id() -> None:
-    """COCO's categories as its annotation files number them."""
+    """The ids are those of COCO's annotation files."""
     coco = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
     every = np.arange(24 * 8).reshape(8, 24) % 183
     cv2.imwrite(str(SOURCE / f"images/{TRAIN[0]}.jpg"), np.zeros((8, 24, 3), np.uint8))
@@ -103,7 +103,7 @@ def test_every_class_of_voc_has_cocos_id() -> None:
     assert np.array_equal(mask(TRAIN[0]), wanted)
 
 
-def test_images_are_copied_where_no_link_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_copied_if_links_are_not_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(18, "Invalid cross-device link")
 
@@ -135,11 +135,11 @@ FAULTS: list[tuple[Callable[[], Any], str, str]] = [
         "imageLists/test.txt",
         "cannot be read as image list (No such file or directory); correct its path in params.yaml",
     ),
-    (lambda: (SOURCE / IMAGE).unlink(), IMAGE, f"missing, though listed in coco/imageLists/test.txt; {AGAIN}"),
+    (lambda: (SOURCE / IMAGE).unlink(), IMAGE, f"missing, but listed in coco/imageLists/test.txt; {AGAIN}"),
     (
         lambda: (SOURCE / ANNOTATION).unlink(),
         ANNOTATION,
-        f"missing, though listed in coco/imageLists/test.txt; {AGAIN}",
+        f"missing, but listed in coco/imageLists/test.txt; {AGAIN}",
     ),
     (lambda: damage(IMAGE, 0.6), IMAGE, "truncated JPEG; copy or download it again"),
     (lambda: damage(ANNOTATION, 0.4), ANNOTATION, f"; {AGAIN}"),
@@ -148,7 +148,7 @@ FAULTS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: annotate(TEST[0], spread([1], np.uint8).T),
         ANNOTATION,
-        f"S is 4x6, its image 6x4; {AGAIN}",
+        f"S is 4x6, but its image is 6x4; {AGAIN}",
     ),
     (
         lambda: annotate(TEST[0], spread([1, 183, 200], np.uint8)),
@@ -163,7 +163,7 @@ FAULTS: list[tuple[Callable[[], Any], str, str]] = [
     (
         first_release,
         f"annotations/{TRAIN[0]}.mat",
-        "is of COCO-Stuff 10k v1.0, which numbers classes otherwise; get v1.1 instead",
+        "is from COCO-Stuff 10k v1.0, which numbers classes differently; get v1.1 instead",
     ),
 ]
 
@@ -185,13 +185,13 @@ def test_another_dataset_is_left_alone() -> None:
     kept.parent.mkdir(parents=True)
     kept.write_text("mine\n")
     with pytest.raises(
-        PipelineError, match=r"data/voc: holds another dataset; set dataset\.root anew, or dataset\.coco"
+        PipelineError, match=r"data/voc: holds another dataset; choose another dataset\.root, or set dataset\.coco"
     ):
         convert(SOURCE, VOC)
     assert kept.read_text() == "mine\n"
 
 
-def test_without_scipy_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scipy_the_error_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ImportError(name)
 
@@ -202,7 +202,7 @@ def test_without_scipy_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         convert(SOURCE, VOC)
 
 
-def test_the_index_takes_what_was_made() -> None:
+def test_the_index_accepts_the_dataset() -> None:
     convert(SOURCE, VOC)
     found = build_index(Dataset(root=str(VOC), masks="SegmentationClass"))
     assert found["splits"] == {"train": TRAIN[:2], "evaluation": TEST}
@@ -213,7 +213,7 @@ def test_the_index_takes_what_was_made() -> None:
 
 @pytest.fixture
 def raw() -> dict[str, Any]:
-    """Written to params.yaml: the params of a run on what is made."""
+    """Params of a run on the converted dataset, also written to params.yaml."""
     for part in ("pipeline", "stages"):
         Path(part).symlink_to(ROOT / part)
     dataset = Dataset(root=str(VOC), masks="SegmentationClass", coco_stuff=str(SOURCE))
@@ -242,13 +242,13 @@ def test_the_stages_up_to_the_scores(raw: dict[str, Any], capsys: pytest.Capture
     assert RasterStore(masks).ids == [*TRAIN[:2], *TEST]
     predictions = Path("results/test/predictions/cam/labels.h5")
     predictions.parent.mkdir(parents=True)
-    shutil.copy(masks, predictions)  # perfect ones: on test images without tags, too
+    shutil.copy(masks, predictions)  # perfect predictions, also on test images without tags
     run("evaluation", evaluation.main, ["predictions/cam"])
     scores = json.loads(Path("results/test/evaluation/predictions/cam/scores.json").read_text())
     assert (scores["images"], scores["miou"]) == (2, 1.0)
 
 
-def test_another_source_is_made_again_and_a_missing_one_refused(
+def test_another_source_is_converted_again_and_a_missing_one_refused(
     raw: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("coco_stuff", main, [])
@@ -262,13 +262,13 @@ def test_another_source_is_made_again_and_a_missing_one_refused(
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run("coco_stuff", main, [])
-    mend = "unpack COCO-Stuff 10k v1.1 there, or correct dataset.coco_stuff"
-    assert capsys.readouterr().err == f"error: coco: missing (coco_stuff of coco_stuff); {mend}\n"
+    fix = "unpack COCO-Stuff 10k v1.1 there, or correct dataset.coco_stuff"
+    assert capsys.readouterr().err == f"error: coco: missing (coco_stuff of coco_stuff); {fix}\n"
 
 
 @pytest.mark.parametrize("images", range(len(STUFF) + 1))
 def test_killed_it_starts_over(raw: dict[str, Any], images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After any image, or (the last case) between the move to the temporary name and the publication."""
+    """The kill comes after any image, or (last case) between the move to the temporary name and the publication."""
 
     def killed(items: Any, *_: Any) -> Any:
         for number, item in enumerate(items):

@@ -1,4 +1,4 @@
-"""The demo: the same bytes for the same settings, exact masks, true tags, and a dataset that the index stage takes."""
+"""The demo: equal settings give identical bytes, masks and tags are exact, and the index stage accepts the dataset."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def test_same_settings_same_bytes(root: Path, tmp_path: Path) -> None:
     assert hashes(tmp_path) == hashes(root)
 
 
-def test_images_do_not_depend_on_how_many_there_are(root: Path, tmp_path: Path) -> None:
+def test_images_do_not_depend_on_their_number(root: Path, tmp_path: Path) -> None:
     generate(tmp_path, Demo(train=2, evaluation=1, size=64, seed=3))
     few, many = hashes(tmp_path), hashes(root)
     pictures = {name for name in few if name.endswith((".jpg", ".png"))}
@@ -67,7 +67,7 @@ def test_another_seed_gives_other_images(root: Path, tmp_path: Path) -> None:
         assert (mask_of(tmp_path, name) != mask_of(root, name)).any()
 
 
-def test_the_index_takes_it_whole(root: Path) -> None:
+def test_the_index_accepts_the_dataset(root: Path) -> None:
     index = build_index(Dataset(str(root), "classes.txt", masks="SegmentationClass"), root / "Saliency")
     assert index["classes"] == list(CLASSES)
     assert {split: len(ids) for split, ids in index["splits"].items()} == {"train": 30, "evaluation": 10}
@@ -76,7 +76,7 @@ def test_the_index_takes_it_whole(root: Path) -> None:
     assert all(entry["saliency"] for entry in index["images"].values())
 
 
-def test_tags_are_the_masks_classes(root: Path, tags: dict[str, list[int]]) -> None:
+def test_tags_are_the_classes_of_the_masks(root: Path, tags: dict[str, list[int]]) -> None:
     assert len(tags) == 40
     for name, found in tags.items():
         assert found == sorted(set(np.unique(mask_of(root, name)).tolist()) - {0, 255})
@@ -85,8 +85,8 @@ def test_tags_are_the_masks_classes(root: Path, tags: dict[str, list[int]]) -> N
     assert any(len(found) > 1 for found in tags.values())
 
 
-def test_objects_are_what_the_masks_say() -> None:
-    """The heads are the only vivid colours of an image, and lie in its objects alone."""
+def test_masks_cover_the_objects() -> None:
+    """The heads are the only vivid colours of an image and lie within its objects."""
     for number in range(10):
         image, mask = draw(96, np.random.default_rng([0, number]))
         assert image.shape == (96, 96, 3)
@@ -106,8 +106,8 @@ def test_masks_carry_vocs_palette(root: Path) -> None:
     assert palette[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
 
 
-def test_saliency_is_imperfect_but_of_use() -> None:
-    """About the pooled IoU that the detectors of the field's papers have: neither the masks nor noise."""
+def test_saliency_is_imperfect_but_useful() -> None:
+    """The pooled IoU is near that of the papers' detectors: the maps are neither exact nor noise."""
     both = either = 0
     for number in range(60):
         random = np.random.default_rng([5, number])
@@ -133,7 +133,7 @@ def stage_work(tmp_path: Path) -> Work:
 
 
 def test_the_stage_starts_afresh(tmp_path: Path) -> None:
-    """What an interrupted run left under the temporary name does not end in the dataset."""
+    """Files of an interrupted run in the temporary folder do not enter the dataset."""
     work = stage_work(tmp_path)
     images = work.outputs["root"] / "JPEGImages"
     images.mkdir(parents=True)
@@ -142,14 +142,14 @@ def test_the_stage_starts_afresh(tmp_path: Path) -> None:
     assert sorted(path.name for path in images.iterdir()) == [f"demo_0000{number}.jpg" for number in range(3)]
 
 
-def test_the_stage_replaces_a_demo_but_nobodys_images(tmp_path: Path) -> None:
+def test_the_stage_replaces_a_demo_but_not_user_images(tmp_path: Path) -> None:
     work = stage_work(tmp_path)
     generate(tmp_path / "demo", Demo(train=1, evaluation=1, size=48))
     demo.main(work)
     assert (work.outputs["root"] / "tags.json").exists()
     shutil.rmtree(tmp_path / "demo")
     (tmp_path / "demo").mkdir()
-    demo.main(work)  # an empty folder is nobody's
+    demo.main(work)  # an empty folder may be used
     (tmp_path / "demo" / "mine.jpg").touch()
     with pytest.raises(PipelineError, match=r"demo: holds something else .*; set dataset\.demo to null"):
         demo.main(work)

@@ -1,4 +1,4 @@
-"""The download, from small archives that the test makes and a server of its own."""
+"""The download, with small generated archives and a local server."""
 
 import hashlib
 import io
@@ -43,7 +43,7 @@ def png(mask: np.ndarray[Any, Any]) -> bytes:
 
 
 def mat(mask: np.ndarray[Any, Any]) -> bytes:
-    """As SBD keeps it: a struct with the masks of the borders beside the classes."""
+    """Encode a mask as SBD does: a struct with boundaries and classes."""
     borders = np.empty((20, 1), object)
     borders[:, 0] = [np.zeros(SIZE, np.uint8) for _ in range(20)]
     buffer = io.BytesIO()
@@ -90,11 +90,11 @@ def release(tmp_path: Path) -> Release:
         pack(source / "sbd.tgz", {f"benchmark_RELEASE/dataset/{name}": data for name, data in sbd.items()}),
         train=4,
         evaluation=1,
-        needs=1000,
+        disk_bytes=1000,
     )
 
 
-def test_makes_train_aug_in_voc_layout(tmp_path: Path, release: Release) -> None:
+def test_creates_train_aug_in_voc_layout(tmp_path: Path, release: Release) -> None:
     root = tmp_path / "data/voc"
     assert not is_complete(root, release)
     download(release, root)
@@ -114,7 +114,7 @@ def test_makes_train_aug_in_voc_layout(tmp_path: Path, release: Release) -> None
     assert not list(tmp_path.rglob("escaped.jpg"))
 
 
-def test_the_index_takes_what_was_downloaded(tmp_path: Path, release: Release) -> None:
+def test_the_index_accepts_the_download(tmp_path: Path, release: Release) -> None:
     download(release, tmp_path / "voc")
     lists = "ImageSets/Segmentation"
     dataset = Dataset(
@@ -126,12 +126,12 @@ def test_the_index_takes_what_was_downloaded(tmp_path: Path, release: Release) -
     }
 
 
-def test_a_wrong_checksum_is_one_line_and_the_file_goes(tmp_path: Path, release: Release) -> None:
+def test_a_wrong_checksum_is_one_line_and_the_file_is_deleted(tmp_path: Path, release: Release) -> None:
     wrong = replace(release, sbd=replace(release.sbd, md5="0" * 32))
     with pytest.raises(PipelineError) as caught:
         download(wrong, tmp_path / "voc")
     (line,) = caught.value.lines
-    assert line.startswith(f"{release.sbd.url}: arrived damaged or was changed: its MD5 is {release.sbd.md5}, not 000")
+    assert line.startswith(f"{release.sbd.url}: damaged or changed: its MD5 is {release.sbd.md5}, not 000")
     assert [path.name for path in (tmp_path / "voc/.archives").iterdir()] == ["voc.tar"]
     download(release, tmp_path / "voc")
     assert is_complete(tmp_path / "voc", release)
@@ -143,22 +143,22 @@ def test_an_unreachable_source_is_one_line(tmp_path: Path, release: Release) -> 
         download(gone, tmp_path / "voc")
     (line,) = caught.value.lines
     assert line.startswith(f"{gone.voc.url}: ")
-    assert line.endswith("run the stage again: it goes on from what has arrived")
+    assert line.endswith("run the stage again to resume the download")
 
 
-def test_too_little_disk_is_told_before_anything_is_fetched(tmp_path: Path, release: Release) -> None:
+def test_too_little_disk_is_an_error_before_the_download(tmp_path: Path, release: Release) -> None:
     with pytest.raises(PipelineError, match=r"GB free on its disk, but the download needs 1000000000\.0 GB; free some"):
-        download(replace(release, needs=10**18), tmp_path / "voc")
+        download(replace(release, disk_bytes=10**18), tmp_path / "voc")
     assert not list((tmp_path / "voc/.archives").iterdir())
 
 
-def test_archives_that_give_other_images_are_refused(tmp_path: Path, release: Release) -> None:
-    with pytest.raises(PipelineError, match=r"do not give the 5 \+ 1 images"):
+def test_archives_with_other_images_are_refused(tmp_path: Path, release: Release) -> None:
+    with pytest.raises(PipelineError, match=r"do not contain the expected 5 \+ 1 images"):
         download(replace(release, train=5), tmp_path / "voc")
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one folder's files, ranges too; breaks off after ``limit`` bytes of a response where it is set."""
+    """Serves the files of a folder with range requests; breaks off after ``limit`` bytes of a response if set."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -181,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[start:][: self.server.limit])
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keep the test's output clean."""
+        """Suppress the request log."""
 
 
 @pytest.fixture
@@ -195,13 +195,13 @@ def server(tmp_path: Path, release: Release) -> Iterator[Server]:
 
 
 def served(release: Release, server: Server) -> Release:
-    """The release as the server gives it."""
+    """The release with the server's addresses."""
     base = f"http://127.0.0.1:{server.server_port}"
     voc, sbd = (replace(archive, url=f"{base}/{archive.name}") for archive in (release.voc, release.sbd))
     return replace(release, voc=voc, sbd=sbd)
 
 
-def test_goes_on_from_the_bytes_it_has(tmp_path: Path, release: Release, server: Server) -> None:
+def test_resumes_from_the_bytes_received(tmp_path: Path, release: Release, server: Server) -> None:
     root, release = tmp_path / "voc", served(release, server)
     server.limit = 700
     with pytest.raises(PipelineError, match=r"voc\.tar: broke off \d+ bytes before the end; run the stage again"):
@@ -213,7 +213,7 @@ def test_goes_on_from_the_bytes_it_has(tmp_path: Path, release: Release, server:
     assert server.asked == [("voc.tar", None), ("voc.tar", "bytes=700-"), ("sbd.tgz", None)]
 
 
-def test_killed_before_the_checksum_it_fetches_nothing_again(tmp_path: Path, release: Release, server: Server) -> None:
+def test_a_complete_file_is_not_fetched_again_after_a_kill(tmp_path: Path, release: Release, server: Server) -> None:
     archives = tmp_path / "voc/.archives"
     archives.mkdir(parents=True)
     for archive, kept in ((release.voc, "voc.tar"), (release.sbd, "sbd.tgz.part")):
@@ -229,7 +229,7 @@ def job(tmp_path: Path) -> Job:
     return Job("download", "", {}, {"root": root}, {"download": "voc2012_aug"}, dataset, home)
 
 
-def test_the_stage_fetches_once(tmp_path: Path, release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stage_downloads_once(tmp_path: Path, release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "voc2012_aug", lambda: release)
     root = job(tmp_path).outputs["root"]
     execute(job(tmp_path), stage.main, Runtime())
@@ -241,7 +241,7 @@ def test_the_stage_fetches_once(tmp_path: Path, release: Release, monkeypatch: p
     assert [path.name for path in root.parent.iterdir()] == ["voc"]
 
 
-def test_the_stage_leaves_what_else_is_there(tmp_path: Path, release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stage_leaves_other_files_alone(tmp_path: Path, release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "voc2012_aug", lambda: release)
     saliency = tmp_path / "data/voc/Saliency/2007_1.png"
     saliency.parent.mkdir(parents=True)
@@ -251,7 +251,7 @@ def test_the_stage_leaves_what_else_is_there(tmp_path: Path, release: Release, m
     assert saliency.read_bytes() == b"map"
 
 
-def test_the_stage_finds_what_a_killed_run_had_moved(
+def test_the_stage_recovers_the_folder_that_a_killed_run_moved(
     tmp_path: Path, release: Release, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage, "voc2012_aug", lambda: release)
@@ -266,7 +266,7 @@ def test_the_stage_finds_what_a_killed_run_had_moved(
     assert is_complete(root, release)
 
 
-def test_the_true_source_is_torchvisions() -> None:
+def test_the_release_uses_torchvisions_addresses() -> None:
     release = voc2012_aug()
     assert (release.train, release.evaluation) == (10582, 1449)
     for archive in (release.voc, release.sbd):

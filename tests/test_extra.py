@@ -1,4 +1,4 @@
-"""Images with single tags in a folder beside the dataset: the index, what is refused and stale, who needs masks."""
+"""Images with single tags in a separate folder: their index, faults, staleness, and the need for masks."""
 
 import json
 import shutil
@@ -38,11 +38,11 @@ def picture(path: Path, size: tuple[int, int] = (20, 28)) -> None:
 
 @pytest.fixture
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
-    """A tree of four training images in data/, and more/ with two cats, a bird, and what is to be passed over."""
+    """Four training images in data/, and more/ with two cats, a bird and files to be skipped."""
     monkeypatch.chdir(tmp_path)
     for part in ("pipeline", "stages"):
         (tmp_path / part).symlink_to(ROOT / part)
-    made = make_tree(Path("data"))
+    tree = make_tree(Path("data"))
     for name in ("cat/zebra_1.jpg", "cat/cat_9.PNG", "bird/a_bird.jpeg"):
         picture(Path("more", name))
         saliency = Path("data/Saliency", Path(name).stem).with_suffix(".png")
@@ -50,7 +50,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     Path("more/README.txt").write_text("no folder, no class")
     Path("more/cat/notes.txt").write_text("no image")
     Path("more/cat/._zebra_1.jpg").write_bytes(b"hidden")
-    return replace(made, extra="more")
+    return replace(tree, extra="more")
 
 
 def test_extra_images_follow_the_training_list_with_their_folders_tag(dataset: Dataset) -> None:
@@ -64,7 +64,7 @@ def test_extra_images_follow_the_training_list_with_their_folders_tag(dataset: D
     assert found["tag_source"] == "tags.json; 3 images with single tags: more"
 
 
-def test_an_index_without_extra_images_is_as_before(dataset: Dataset) -> None:
+def test_without_extra_images_the_index_is_unchanged(dataset: Dataset) -> None:
     found = build_index(replace(dataset, extra=None))
     assert found["splits"]["train"] == LISTED
     assert found["tag_source"] == "tags.json"
@@ -80,8 +80,8 @@ def test_extra_images_are_read_where_root_is_a_link(dataset: Dataset, tmp_path: 
     assert read_rgb(image).shape == (20, 28, 3)
 
 
-def test_neither_a_mask_nor_a_tag_of_the_dataset_is_taken_for_an_extra_images(dataset: Dataset) -> None:
-    """An unlisted image of the dataset may have the same name, as one that was copied from it has."""
+def test_extra_images_take_no_mask_or_tags_of_the_dataset(dataset: Dataset) -> None:
+    """An unlisted image of the dataset may have the same name, e.g. if the extra image was copied from it."""
     shutil.copy("data/JPEGImages/img_000.jpg", "data/JPEGImages/a_bird.jpg")
     shutil.copy("data/SegmentationClass/img_000.png", "data/SegmentationClass/a_bird.png")
     tags = json.loads(Path("data/tags.json").read_text())
@@ -114,11 +114,11 @@ FAULTS: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: picture(Path("more/brid/other.jpg")),
-        "more/brid: is named like none of dataset.classes; did you mean bird?",
+        "more/brid: is not named after any of dataset.classes; did you mean bird?",
     ),
     (
         lambda: picture(Path("more/251.airplanes/other.jpg")),
-        "more/251.airplanes: is named like none of dataset.classes; rename or remove it",
+        "more/251.airplanes: is not named after any of dataset.classes; rename or remove it",
     ),
     (cut, "more/cat/zebra_1.jpg: truncated JPEG; copy or download it again"),
     (
@@ -131,7 +131,7 @@ FAULTS: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: [shutil.rmtree(f"more/{name}") for name in ("cat", "bird")],
-        "more: holds no image in a folder of a class, such as more/cat; add some, or set dataset.extra to null",
+        "more: no class folder (such as more/cat) holds an image; add some, or set dataset.extra to null",
     ),
 ]
 
@@ -149,7 +149,7 @@ def test_a_listed_image_that_is_missing_is_not_taken_from_the_extra_folder(datas
     with pytest.raises(PipelineError) as caught:
         build_index(dataset)
     assert list(caught.value.lines) == [
-        "data/JPEGImages/img_001.jpg (or .png): missing, though listed; add it or unlist it"
+        "data/JPEGImages/img_001.jpg (or .png): missing, but it is listed; add it or unlist it"
     ]
 
 
@@ -198,7 +198,7 @@ def test_the_supervised_row_trains_on_the_images_with_masks(params: dict[str, An
     run("ground_truth", ground_truth.main, [])
     run("segmentation", segmentation.main, ["supervised", "--device", "cpu"])
     log = json.loads(Path("results/test/segmentations/supervised/log.json").read_text())
-    assert len(log["steps"]) == 2  # steps of two of the four images; of all seven there would be four
+    assert len(log["steps"]) == 2  # two steps for the four images with masks; all seven images would take four
 
 
 def test_a_training_list_without_any_mask_is_refused(
@@ -212,13 +212,13 @@ def test_a_training_list_without_any_mask_is_refused(
         run("segmentation", segmentation.main, ["supervised", "--device", "cpu"])
     (line,) = capsys.readouterr().err.splitlines()
     labels = "results/test/ground_truth/labels.h5"
-    assert line == f"error: {labels}: has no label map of 7 training images, img_000 the first"
+    assert line == f"error: {labels}: has no label map for 7 training images, first img_000"
 
 
 def test_a_mixture_draws_its_share_of_all_among_the_images_with_masks(
     params: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of seven images 0.5 are 4 (3.5 to the even), which are the four with masks; 0.8 are more than there are."""
+    """0.5 of seven images are 4 (3.5 rounds to even): the four with masks. 0.8 of them exceed the four."""
     params["mixtures"] = {
         name: {"labels": "pseudo_labels/cam", "share": share} for name, share in (("half", 0.5), ("most", 0.8))
     }

@@ -1,4 +1,4 @@
-"""Maps carried between a window and its image, against a linear ramp whose value is known at every point."""
+"""Resampling of maps between a window and its image, tested on a linear ramp with known values everywhere."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.data.geometry import Window, to_image, to_window
 
-SLOPES = (0.3, 0.6)  # of the ramp, down and to the right, over the whole image
+SLOPES = (0.3, 0.6)  # slopes of the ramp over the image: downwards, to the right
 WINDOWS = [
     Window(0.25, 0.1, 0.75, 0.8),  # a crop
     Window(0.25, 0.1, 0.75, 0.8, flip=True),
@@ -19,7 +19,7 @@ WINDOWS = [
 
 
 def ramp(y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The ramp at rows ``y`` and columns ``x``, in units of the image."""
+    """Values of the ramp at rows ``y`` and columns ``x``, in units of the image."""
     values: NDArray[np.float64] = 0.1 + SLOPES[0] * y[:, None] + SLOPES[1] * x[None, :]
     return values
 
@@ -29,7 +29,7 @@ def centres(cells: int) -> NDArray[np.float64]:
 
 
 def places(window: Window, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Where the centres of a window's cells lie in the image: the crop undone, then the flip."""
+    """Positions of a window's cell centres in the image: undo the crop, then the flip."""
     y = window.top + centres(rows) * (window.bottom - window.top)
     x = window.left + centres(columns) * (window.right - window.left)
     return y, 1 - x if window.flip else x
@@ -45,7 +45,7 @@ def as_map(values: NDArray[np.float64]) -> Tensor:
 
 
 def seen_by(window: Window, rows: int, columns: int) -> NDArray[np.bool_]:
-    """Which cells of the image's grid have their centre in the window."""
+    """Mask of the cells of the image's grid whose centre is in the window."""
     x = 1 - centres(columns) if window.flip else centres(columns)
     y = centres(rows)
     across = (x >= window.left) & (x <= window.right)
@@ -55,7 +55,7 @@ def seen_by(window: Window, rows: int, columns: int) -> NDArray[np.bool_]:
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_to_image_undoes_flip_and_crop(window: Window) -> None:
-    """A network's map of the ramp lies on the ramp again; only at a window's edge is there nothing to interpolate."""
+    """A window's map of the ramp equals the ramp in the image, except at the edges, where it cannot interpolate."""
     rows, columns = 40, 50
     maps = as_map(ramp(*places(window, rows, columns)))
     found, inside = to_image(maps, window, (24, 32))
@@ -86,19 +86,19 @@ def test_to_window_sees_the_image_through_the_window(window: Window) -> None:
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_to_window_inverts_to_image(window: Window) -> None:
-    """From the window to the image and back: the cells that a cell of both grids surrounds come back."""
+    """From the window to the image and back: cells surrounded by cells of both grids are recovered."""
     y, x = places(window, 30, 30)
     maps = as_map(ramp(y, x))
     image, _ = to_image(maps, window, (90, 90))
     back = to_window(image, window, (30, 30))
     margin = 2 / 90 + 1 / 30
     safe = within((y - margin) / (1 - 2 * margin), (x - margin) / (1 - 2 * margin))
-    safe[[0, -1]] = safe[:, [0, -1]] = False  # beyond the window's edge cells lies nothing of it
+    safe[[0, -1]] = safe[:, [0, -1]] = False  # edge cells have no neighbour to interpolate with
     assert safe.sum() > 100
     torch.testing.assert_close(back[0][torch.from_numpy(safe)], maps[0][torch.from_numpy(safe)], rtol=0, atol=1e-4)
 
 
-def test_the_whole_image_is_its_own_window() -> None:
+def test_the_full_window_changes_nothing() -> None:
     maps = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
     found, inside = to_image(maps, Window(), (5, 7))
     assert torch.equal(found, maps)
@@ -115,7 +115,7 @@ def test_a_flip_mirrors_cell_by_cell() -> None:
 
 
 def test_a_crop_at_whole_cells_is_a_slice() -> None:
-    """Rows 1..2 and columns 2..4 of a 4 x 6 grid, flipped or not."""
+    """Crops rows 1..2 and columns 2..4 of a 4 x 6 grid, flipped or not."""
     image = torch.rand(1, 4, 6, generator=torch.Generator().manual_seed(0))
     window = Window(1 / 4, 2 / 6, 3 / 4, 5 / 6)
     mirrored = window._replace(flip=True)
@@ -130,7 +130,7 @@ def test_a_crop_at_whole_cells_is_a_slice() -> None:
 
 
 def test_cells_on_the_edge_of_a_window_lie_inside() -> None:
-    """Centres of a grid of 4: 0.125, 0.375, 0.625, 0.875; the window's edges go through the inner two."""
+    """A grid of 4 has the centres 0.125, 0.375, 0.625 and 0.875; the window's edges pass through the inner two."""
     window = Window(0.375, 0.375, 0.625, 0.625)
     found, inside = to_image(torch.ones(1, 2, 2), window, (4, 4))
     expected = torch.zeros(4, 4)

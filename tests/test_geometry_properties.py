@@ -1,4 +1,4 @@
-"""Properties of windows that hold for any image, crop and flip: what goes to the image and back is unchanged."""
+"""Property tests of windows for any image, crop and flip: maps survive the round trip to the image and back."""
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @st.composite
 def windows(draw: st.DrawFn) -> Window:
-    """Any window: of 0.1 to 3 times the image, that overlaps it, wherever its edges lie."""
+    """Any window of 0.1 to 3 times the image's size that overlaps it."""
     spans = []
     for _ in range(2):
         extent = draw(st.floats(0.1, 3))
@@ -33,7 +33,7 @@ def noise(channels: int, rows: int, columns: int, seed: int) -> Tensor:
 
 
 def ramp(y: Tensor, x: Tensor) -> Tensor:
-    """A plane over the image at rows ``y`` and columns ``x``, 1 x |y| x |x|: bilinear sampling reproduces it."""
+    """A linear function of rows ``y`` and columns ``x``, 1 x |y| x |x|, which bilinear sampling reproduces."""
     return (0.2 + 0.5 * y[:, None] - 0.3 * x[None, :])[None]
 
 
@@ -42,7 +42,7 @@ def centres(cells: int) -> Tensor:
 
 
 def clear_of_edges(window: Window, rows: int, columns: int) -> Tensor:
-    """Cells through whose centre no edge of the window goes: float32 may put such a one on either side."""
+    """Mask of cells whose centre is not on an edge of the window, where float32 may decide either way."""
     y, x = centres(rows), centres(columns)
     x = 1 - x if window.flip else x
     down = (y - window.top).abs().minimum((y - window.bottom).abs())[:, None]
@@ -59,7 +59,7 @@ def between(values: Tensor, low: float, high: float) -> Tensor:
 def test_a_window_of_whole_cells_is_a_padded_slice(
     height: int, width: int, rows: int, columns: int, data: st.DataObject, flip: bool, seed: int
 ) -> None:
-    """Also its inverse: all cells of the image that the window holds come back, the others are 0."""
+    """The inverse recovers all cells of the image in the window; the others are 0."""
     top = data.draw(st.integers(1 - rows, height - 1), "top")
     left = data.draw(st.integers(1 - columns, width - 1), "left")
     image = noise(2, height, width, seed)
@@ -80,10 +80,10 @@ def test_a_window_of_whole_cells_is_a_padded_slice(
 
 @any_case
 @given(windows(), sides, sides, sides, sides)
-def test_a_plane_comes_back_through_any_window(
+def test_a_plane_survives_the_round_trip_through_any_window(
     window: Window, height: int, width: int, rows: int, columns: int
 ) -> None:
-    """From the image's grid to the window's and back, but for cells less than a cell from an edge of either."""
+    """The round trip recovers the image's grid, except for cells less than a cell from an edge of either grid."""
     image = ramp(centres(height), centres(width))
     back, inside = to_image(to_window(image, window, (rows, columns)), window, (height, width))
     y, x = centres(height), centres(width)
@@ -122,7 +122,7 @@ def test_a_flipped_window_is_that_of_the_mirrored_image(
 def test_resampling_exceeds_no_value(
     window: Window, height: int, width: int, rows: int, columns: int, seed: int
 ) -> None:
-    """Resampled maps stay between 0 and their maximum, and padding is 0."""
+    """Resampled maps stay between 0 and their maximum, and the padding is 0."""
     maps = noise(3, rows, columns, seed)
     image, inside = to_image(maps, window, (height, width))
     assert image.shape == (3, height, width)
@@ -130,7 +130,7 @@ def test_resampling_exceeds_no_value(
     assert image.min() >= 0
     assert (image.amax((1, 2)) <= maps.amax((1, 2)) + 1e-6).all()
     full, _ = to_image(torch.ones_like(maps), window, (height, width))
-    torch.testing.assert_close(full, inside.expand_as(full).float())  # nothing fades towards an edge
+    torch.testing.assert_close(full, inside.expand_as(full).float())  # values do not fade towards an edge
     seen = to_window(image, window, (rows, columns))
     assert seen.shape == maps.shape
     assert seen.min() >= 0
@@ -139,10 +139,8 @@ def test_resampling_exceeds_no_value(
 
 @any_case
 @given(sides, sides, st.one_of(st.none(), st.integers(1, 40)), seeds)
-def test_the_window_of_an_augmentation_says_where_each_pixel_lies(
-    height: int, width: int, crop: int | None, seed: int
-) -> None:
-    """The training input is the image seen through its window, and through it comes back to the image."""
+def test_the_window_of_an_augmentation_locates_each_pixel(height: int, width: int, crop: int | None, seed: int) -> None:
+    """The training input equals the image resampled to its window, and maps back to the image."""
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
     found, _, window = augment(rgb, None, Augmentation(crop=crop), np.random.default_rng(seed))
     whole = normalise(rgb)

@@ -1,4 +1,4 @@
-"""The index and the ground truth: what they hold, and every fault that a dataset can have."""
+"""The index and the ground truth: their contents, and every fault of a dataset."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def lines(dataset: Dataset, saliency: Path | None = None) -> list[str]:
-    """The faults of a dataset that must have some."""
+    """Return the faults of an invalid dataset."""
     with pytest.raises(PipelineError) as caught:
         build_index(dataset, saliency, threads=2)
     return list(caught.value.lines)
@@ -49,7 +49,7 @@ def edit(path: Path, change: Callable[[str], str]) -> None:
     path.write_text(change(path.read_text()))
 
 
-def test_a_sound_dataset(tmp_path: Path) -> None:
+def test_a_valid_dataset(tmp_path: Path) -> None:
     root = tmp_path / "voc"
     index = Index(make_index(root, train=3, evaluation=2, size=(20, 30)))
     assert index.classes == list(CLASSES)
@@ -70,11 +70,11 @@ def test_the_index_is_the_same_whatever_the_threads_and_another_after_a_change(d
     assert build_index(dataset, threads=3) == first
     image = Path(dataset.root) / "JPEGImages/img_000.jpg"
     data = image.read_bytes()
-    image.write_bytes(data[:15] + bytes([data[15] ^ 1]) + data[16:])  # in the header's density
+    image.write_bytes(data[:15] + bytes([data[15] ^ 1]) + data[16:])  # density field of the header
     assert build_index(dataset) != first
 
 
-def test_training_images_need_no_masks_and_lists_may_be_psas(dataset: Dataset) -> None:
+def test_training_images_need_no_masks_and_psa_lists_are_read(dataset: Dataset) -> None:
     root = Path(dataset.root)
     (root / "SegmentationClass/img_000.png").unlink()
     edit(root / LISTS / "train.txt", lambda text: "".join(f"/JPEGImages/{i}.jpg /x/{i}.png\n" for i in text.split()))
@@ -133,32 +133,32 @@ def grey(height: int, width: int) -> Callable[[Path], None]:
 TRAIN, VAL = f"{LISTS}/train.txt", f"{LISTS}/val.txt"
 IMAGE, MASK, MAP = "JPEGImages/img_000.jpg", "SegmentationClass/img_005.png", "Saliency/img_002.png"
 FAULTS: list[tuple[Callable[[Path], Any], str, str]] = [
-    (lambda root: (root / IMAGE).unlink(), IMAGE, "(or .png): missing, though listed; add it or unlist it"),
+    (lambda root: (root / IMAGE).unlink(), IMAGE, "(or .png): missing, but it is listed; add it or unlist it"),
     (cut(IMAGE, 0.6), IMAGE, "truncated JPEG; copy or download it again"),
     (cut(IMAGE, 0.999), IMAGE, "truncated JPEG; copy or download it again"),
     (cut(IMAGE, 0), IMAGE, "neither JPEG nor PNG; convert it"),
     (lambda root: (root / IMAGE).write_bytes(b"\xff\xd8\xff\xd9"), IMAGE, "cannot be decoded"),
     (lambda root: (root / IMAGE).write_text("<html>"), IMAGE, "neither JPEG nor PNG; convert it"),
     (lambda root: (root / IMAGE.replace("jpg", "png")).touch(), IMAGE, "img_000.png has the same stem; remove"),
-    (lambda root: (root / MASK).unlink(), MASK, "missing, though an evaluation image; add it or unlist it"),
+    (lambda root: (root / MASK).unlink(), MASK, "missing, but it is an evaluation image; add it or unlist it"),
     (cut(MASK, 0.7), MASK, "truncated or damaged PNG"),
     (rgb, "SegmentationClass/img_004.png", "its pixels are RGB colours; save it as a palette or grey PNG of class ids"),
-    (masked(24, 31, 1), "SegmentationClass/img_001.png", "is 31x24, its image 32x24; make them equal"),
+    (masked(24, 31, 1), "SegmentationClass/img_001.png", "is 31x24, but its image is 32x24; make them equal"),
     (masked(24, 32, 4), "SegmentationClass/img_001.png", "has the values 4, but class ids are 0..3 and 255 (ignore)"),
     (lambda root: (root / MAP).unlink(), MAP, "missing; add it, or choose another saliency.kind"),
-    (grey(32, 24), MAP, "is 24x32, its image 32x24; make them equal"),
-    (lambda root: write_mask(root / MAP, np.zeros((24, 32))), MAP, "indices of a palette; save it as a grey 8-bit PNG"),
+    (grey(32, 24), MAP, "is 24x32, but its image is 32x24; make them equal"),
+    (lambda root: write_mask(root / MAP, np.zeros((24, 32))), MAP, "palette indices; save it as a grey 8-bit PNG"),
     (replaced("tags.json", '"img_001": [2, 3]', '"img_001": ["dgo"]'), "tags.json", "tag 'dgo'; did you mean dog?"),
     (replaced("tags.json", '"img_001": [2, 3]', '"img_001": [2, 4]'), "tags.json", "class id 4, but ids are 1..3 here"),
     (replaced("tags.json", "[2, 3]", "[]"), "tags.json", "training image img_001 has no tag; tag it or unlist it"),
     (lambda root: (root / "tags.json").write_text("{}"), "tags.json", "tags no listed image; correct dataset.tags"),
     (replaced("tags.json", '"img_001"', '"other"'), "tags.json", "has no entry for img_001; tag it or unlist it"),
     (replaced("tags.json", '"img_005"', '"other"'), "tags.json", "has no entry for img_005; tag it or unlist it"),
-    (replaced(TRAIN, "img_001", "img_000"), TRAIN, "img_000 stands twice (lines 1 and 2)"),
+    (replaced(TRAIN, "img_001", "img_000"), TRAIN, "img_000 is listed twice (lines 1 and 2)"),
     (replaced(TRAIN, "img_001", "img_005"), TRAIN, "img_005 is also in"),
     (lambda root: (root / VAL).unlink(), VAL, "cannot be read as image list (No such file"),
-    (replaced("classes.txt", "cat", "background"), "classes.txt", "names background, which is class 0 of itself"),
-    (replaced("classes.txt", "dog", "cat"), "classes.txt", "names cat twice; remove one"),
+    (replaced("classes.txt", "cat", "background"), "classes.txt", "names background, which is always class 0"),
+    (replaced("classes.txt", "dog", "cat"), "classes.txt", "names cat more than once; remove the duplicates"),
     (lambda root: (root / "classes.txt").unlink(), "classes.txt", "write one class name a line, or set"),
     (lambda root: (root / "Saliency").rename(root / "S"), "Saliency", "create it or correct saliency.path"),
 ]
@@ -193,13 +193,13 @@ def test_many_faults_of_a_kind_are_summed_up(tmp_path: Path) -> None:
     assert found[-1] == "... and 7 more of this kind (missing image)"
 
 
-def test_no_truncation_of_a_jpeg_passes_and_trailing_bytes_do(tmp_path: Path) -> None:
+def test_every_truncation_of_a_jpeg_is_refused_but_trailing_bytes_pass(tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
     for options in ([], [cv2.IMWRITE_JPEG_PROGRESSIVE, 1], [cv2.IMWRITE_JPEG_RST_INTERVAL, 2]):
         cv2.imwrite(str(path), noise, options)
         data = path.read_bytes()
-        thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + 64) + data[:62] + b"\xff\xd9"  # an end marker within a segment
+        thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + 64) + data[:62] + b"\xff\xd9"  # contains an end marker
         data = data[:2] + thumbnail + data[2:]
         assert image_size(data) == (40, 60)
         assert image_size(data + bytes(100)) == (40, 60)
@@ -207,10 +207,10 @@ def test_no_truncation_of_a_jpeg_passes_and_trailing_bytes_do(tmp_path: Path) ->
             with pytest.raises(InvalidFile):
                 image_size(data[:length])
             with pytest.raises(InvalidFile):
-                image_size(data[:length] + bytes(len(data) - length))  # as an interrupted copy may leave it
+                image_size(data[:length] + bytes(len(data) - length))  # zeros, as after an interrupted copy
 
 
-def test_any_flipped_bit_of_a_png_is_found(tmp_path: Path) -> None:
+def test_any_flipped_bit_of_a_png_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
     write_mask(path, np.eye(5))
     data = path.read_bytes()
@@ -224,7 +224,7 @@ def test_any_flipped_bit_of_a_png_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("side", [4, 100_000])
-def test_a_png_with_sound_checksums_and_broken_pixels_is_refused(side: int) -> None:
+def test_a_png_with_valid_checksums_and_broken_pixels_is_refused(side: int) -> None:
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -239,7 +239,7 @@ def test_a_png_with_sound_checksums_and_broken_pixels_is_refused(side: int) -> N
 def test_orientation_in_exif_is_not_applied_as_the_loader_does_not(tmp_path: Path) -> None:
     picture = Image.new("RGB", (30, 20))
     exif = picture.getexif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     picture.save(tmp_path / "turned.jpg", exif=exif)
     assert image_size((tmp_path / "turned.jpg").read_bytes()) == (20, 30)
 
@@ -254,7 +254,7 @@ def test_real_images_and_masks_pass() -> None:
 
 
 def stage(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a stage as a command in ``folder``, which looks like the repository."""
+    """Run a stage as a command in ``folder``, which mimics the repository."""
     for room in ("pipeline", "stages"):
         if not (folder / room).exists():
             (folder / room).symlink_to(REPOSITORY / room)
@@ -264,7 +264,7 @@ def stage(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProce
 
 
 def test_the_stages_as_commands(tmp_path: Path) -> None:
-    """Several faults at once are all shown with exit status 1; mended, the stage ends; nothing is done twice."""
+    """All faults are shown with exit status 1; once fixed, the stage succeeds; a second run does nothing."""
     dataset = replace(make_tree(tmp_path / "voc"), root="voc")
     params = tmp_path / "params.json"
     params.write_text(json.dumps(minimal_params(dataset, Path("voc/Saliency"))))
@@ -294,7 +294,7 @@ def truth(index: Path) -> Job:
     return Job("ground_truth", "", {"index": index}, {"labels": index.parent / "truth/labels.h5"}, {})
 
 
-def test_ground_truth_holds_every_mask_and_no_other(tmp_path: Path) -> None:
+def test_ground_truth_holds_exactly_the_masks(tmp_path: Path) -> None:
     dataset = make_tree(tmp_path)
     (tmp_path / "SegmentationClass/img_001.png").unlink()
     index = tmp_path / "index.json"

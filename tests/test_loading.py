@@ -1,4 +1,4 @@
-"""Training inputs: files as they were indexed, and batches that do not depend on who loads them."""
+"""Training inputs: unchanged files, and batches that do not depend on the loading process."""
 
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,13 @@ class TestFiles:
         np.testing.assert_allclose(normalise(rgb)[:, 2, 3].numpy(), expected, rtol=1e-5)
 
     @pytest.mark.parametrize("harm", ["missing", "other size", "no image"])
-    def test_another_file_than_the_indexed_is_refused(self, tmp_path: Path, harm: str) -> None:
+    def test_a_file_that_differs_from_the_index_is_refused(self, tmp_path: Path, harm: str) -> None:
         path = tmp_path / "a.png"
         if harm == "other size":
             cv2.imwrite(str(path), np.zeros((6, 5, 3), np.uint8))
         elif harm == "no image":
             path.write_text("text")
-        with pytest.raises(PipelineError, match=r"a\.png: is not the image that was indexed; run the index stage"):
+        with pytest.raises(PipelineError, match=r"a\.png: differs from the indexed image; run the index stage"):
             read_rgb(Image("a", path, 5, 6, (1,), None, None))
 
 
@@ -83,7 +83,7 @@ class TestTrainingSet:
         for number in range(7):
             assert not torch.equal(forward[0, number][0], forward[1, number][0])
 
-    def test_another_seed_draws_otherwise(self, index: Index) -> None:
+    def test_another_seed_draws_other_batches(self, index: Index) -> None:
         one, other = (TrainingSet(index.images("train"), 3, SETTINGS, seed) for seed in (5, 6))
         assert sum(one[0, number][3] != other[0, number][3] for number in range(7)) >= 6
         assert Batches(one, 2, 0).batches != Batches(other, 2, 0).batches
@@ -101,18 +101,18 @@ class TestTrainingSet:
         list(load(dataset, 2, 0, 0))
         assert torch.equal(torch.get_rng_state(), before)
 
-    def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(self, index: Index) -> None:
+    def test_every_epoch_has_each_image_once_in_its_own_order(self, index: Index) -> None:
         dataset = TrainingSet(index.images("train"), 3, SETTINGS, 5)
         epochs = [[number for batch in Batches(dataset, 3, epoch) for _, number in batch] for epoch in range(4)]
         assert all(sorted(numbers) == list(range(7)) for numbers in epochs)
         assert len({tuple(numbers) for numbers in epochs}) == 4
         assert [len(batch) for batch in Batches(dataset, 3, 0)] == [3, 3, 1]
-        assert Batches(dataset, 3, 2, first=1).batches == Batches(dataset, 3, 2).batches[1:]
-        assert len(Batches(dataset, 3, 2, first=2)) == 1
+        assert Batches(dataset, 3, 2, start=1).batches == Batches(dataset, 3, 2).batches[1:]
+        assert len(Batches(dataset, 3, 2, start=2)) == 1
         assert dataset.group == 1
 
     def test_tags_are_the_indexs(self, index: Index) -> None:
-        """Image n of the tree has class n mod 3 + 1, every second one the next class too."""
+        """Image n of the tree has class n mod 3 + 1; every second image also has the next class."""
         dataset = TrainingSet(index.images("train"), 3, Augmentation(), 5)
         assert dataset.tags[:4].tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 1], [1, 1, 0]]
         assert dataset[0, 3][1].tolist() == [1, 1, 0]
@@ -129,10 +129,10 @@ class TestTrainingSet:
         with RasterWriter(tmp_path / "few.h5", "labels") as writer:
             writer.append("img_001", np.zeros((24, 32), np.uint8))
         few = RasterStore(tmp_path / "few.h5")
-        with pytest.raises(PipelineError, match=r"few\.h5: has no label map of 6 training images, img_000 the first"):
+        with pytest.raises(PipelineError, match=r"few\.h5: has no label map for 6 training images, first img_000"):
             TrainingSet(index.images("train"), 3, SETTINGS, 5, few)
 
-    def test_a_batch_moves_whole(self, index: Index, labels: RasterStore) -> None:
+    def test_a_batch_moves_completely(self, index: Index, labels: RasterStore) -> None:
         dataset = TrainingSet(index.images("train"), 3, SETTINGS, 5, labels)
         batch: Any = next(load(dataset, 4, 0, 0))
         items = [dataset[key] for key in Batches(dataset, 4, 0).batches[0]]
@@ -151,14 +151,12 @@ class TestTrainingSet:
         assert batch.to(torch.device("cpu")).labels is None
 
     @pytest.mark.parametrize("card", [False, True])
-    def test_batches_are_pinned_where_there_is_a_card(
-        self, index: Index, monkeypatch: pytest.MonkeyPatch, card: bool
-    ) -> None:
+    def test_batches_are_pinned_with_a_gpu(self, index: Index, monkeypatch: pytest.MonkeyPatch, card: bool) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
         dataset = TrainingSet(index.images("train"), 3, SETTINGS, 5)
         assert data_loader(dataset, 2, 0, 0, LoadingPlan()).pin_memory == card
 
-    def test_a_worker_leaves_the_cores_to_the_others(self, index: Index) -> None:
+    def test_a_worker_uses_one_thread(self, index: Index) -> None:
         start = data_loader(TrainingSet(index.images("train"), 3, SETTINGS, 5), 2, 0, 0, LoadingPlan(2)).worker_init_fn
         threads = cv2.getNumThreads()
         try:

@@ -1,4 +1,4 @@
-"""The order of the training images: each once an epoch, alike ones side by side where that is asked for."""
+"""The order of the training images: each once per epoch, grouped by class on request."""
 
 from collections import Counter
 from pathlib import Path
@@ -22,7 +22,7 @@ Tags = list[tuple[int, ...]]
 
 
 def many(images: int, classes: int, seed: int = 0) -> Tags:
-    """One to three tags an image."""
+    """Random tags, one to three per image."""
     random = np.random.default_rng(seed)
     counts = random.integers(1, min(classes, 3) + 1, images).tolist()
     return [tuple(sorted((random.choice(classes, count, replace=False) + 1).tolist())) for count in counts]
@@ -51,13 +51,13 @@ def test_groups_share_a_class_until_no_class_has_images_left(images: int, classe
     unlike = [members for members in groups(order, group) if not shared(tags, members)]
     left = [number for members in unlike for number in members] + order[images - images % group :]
     counts = Counter(tag for number in left for tag in tags[number])
-    # Those grouped at random may share a class by chance: they are left of their classes, too.
+    # Groups formed at random may share a class by chance, so their images count as left over as well.
     assert all(count < group for count in counts.values())
     assert len(left) <= classes * (group - 1)
 
 
 def test_by_hand() -> None:
-    """Two cats, two dogs, a bird and a cow: whatever the lot, three groups, of which two are alike."""
+    """Two cats, two dogs, a bird and a cow form three groups for any seed: two share a class."""
     tags: Tags = [(1,), (2,), (1,), (2,), (3,), (4,)]
     for seed in range(20):
         found = {frozenset(members) for members in groups(epoch_order(tags, 2, seed, 0).tolist(), 2)}
@@ -70,7 +70,7 @@ def test_an_image_that_fills_no_group_comes_last() -> None:
 
 
 def plainly(tags: Tags, group: int, seed: int, epoch: int) -> list[int]:
-    """The order as it is described, searching all images for every group."""
+    """Reference implementation that searches all images for every group."""
     random = rng(seed, Purpose.ORDER, epoch)
     order = random.permutation(len(tags)).tolist()
     left, found = list(order), []
@@ -88,14 +88,14 @@ def plainly(tags: Tags, group: int, seed: int, epoch: int) -> list[int]:
 
 @pytest.mark.parametrize("group", [2, 3, 4])
 @pytest.mark.parametrize(("images", "classes"), [(150, 20), (60, 3), (25, 9), (9, 5), (1, 1)])
-def test_the_order_is_the_one_described(images: int, classes: int, group: int) -> None:
+def test_the_order_equals_the_reference(images: int, classes: int, group: int) -> None:
     for epoch in range(4):
         tags = many(images, classes, seed=epoch)
         assert epoch_order(tags, group, 7, epoch).tolist() == plainly(tags, group, 7, epoch)
 
 
-def test_alike_and_random_groups_are_shuffled() -> None:
-    """Of 20 alike pairs and 20 random ones, half of the alike ones lie in the first half of an epoch."""
+def test_class_sharing_and_random_groups_are_shuffled() -> None:
+    """Of 20 class-sharing and 20 random pairs, half of the class-sharing ones are in the first half of an epoch."""
     tags: Tags = [(1,)] * 40 + [(tag,) for tag in range(2, 42)]
     first = []
     for epoch in range(50):
@@ -111,7 +111,7 @@ def test_untagged_images_are_grouped_at_random() -> None:
     assert sorted(order) == list(range(5))
 
 
-def test_seed_and_epoch_decide() -> None:
+def test_the_order_depends_on_seed_and_epoch() -> None:
     tags = many(60, 5)
     first = epoch_order(tags, 2, 0, 0).tolist()
     assert epoch_order(tags, 2, 0, 0).tolist() == first
@@ -119,11 +119,11 @@ def test_seed_and_epoch_decide() -> None:
     assert epoch_order(tags, 2, 1, 0).tolist() != first
     partners = {frozenset(members) for members in groups(first, 2)}
     again = {frozenset(members) for members in groups(epoch_order(tags, 2, 0, 1).tolist(), 2)}
-    assert len(partners & again) < 10  # other partners, not the same in another order
+    assert len(partners & again) < 10  # different partners, not only a different order
 
 
-def test_every_class_of_an_image_brings_it_partners() -> None:
-    """Image 0 has both tags; over the epochs either brings it together with others."""
+def test_every_class_of_an_image_forms_groups() -> None:
+    """Image 0 has both tags; over the epochs each tag pairs it with other images."""
     tags: Tags = [(1, 2), *[(1,)] * 9, *[(2,)] * 10]
     found: Counter[int] = Counter()
     for epoch in range(200):
@@ -137,7 +137,7 @@ def test_every_class_of_an_image_brings_it_partners() -> None:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    """Nine training images of three classes; each tag is that of four or five of them."""
+    """Nine training images of three classes; four or five images have each tag."""
     return Index(make_index(tmp_path_factory.mktemp("tree"), train=9))
 
 
@@ -145,7 +145,7 @@ def dataset(index: Index, group: int) -> TrainingSet:
     return TrainingSet(index.images("train"), 3, Augmentation(crop=16), 5, group=group)
 
 
-def test_groups_lie_together_in_a_batch(index: Index) -> None:
+def test_groups_stay_in_one_batch(index: Index) -> None:
     grouped = dataset(index, 2)
     for epoch in range(5):
         batches = list(load(grouped, 4, epoch, 0))
@@ -156,14 +156,14 @@ def test_groups_lie_together_in_a_batch(index: Index) -> None:
     assert [number for batch in Batches(dataset(index, 1), 4, 0) for _, number in batch] == plain
 
 
-def test_an_epoch_goes_on_where_it_was_left(index: Index) -> None:
+def test_an_epoch_resumes_at_a_batch(index: Index) -> None:
     grouped = dataset(index, 2)
     whole = Batches(grouped, 2, 3).batches
-    assert Batches(grouped, 2, 3, first=2).batches == whole[2:]
+    assert Batches(grouped, 2, 3, start=2).batches == whole[2:]
 
 
 class PairTask(Stateless):
-    """Keeps the tags of what it is given."""
+    """Records the tags of its batches."""
 
     def __init__(self) -> None:
         self.network = nn.Conv2d(3, 3, 1)

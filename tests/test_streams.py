@@ -1,4 +1,4 @@
-"""Random streams: one for each seed, purpose, epoch and number, and no generator beside them."""
+"""Random streams: one per seed, purpose, epoch and number, and no other generator in the pipeline."""
 
 import ast
 from itertools import product
@@ -19,21 +19,21 @@ from tests.voc_tree import make_index
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_key_gives_its_stream_again() -> None:
+def test_a_key_reproduces_its_stream() -> None:
     for purpose in Purpose:
         assert rng(3, purpose, 2, 1).random(5).tolist() == rng(3, purpose, 2, 1).random(5).tolist()
     assert rng(3, Purpose.ORDER).random() == rng(3, Purpose.ORDER, 0, 0).random()
 
 
 def test_no_two_keys_share_a_stream() -> None:
-    """Not even where a seed of more than 32 bits holds another key's numbers, or where a part is 0."""
+    """Streams differ even if a seed above 32 bits contains another key's numbers, or if a part of the key is 0."""
     seeds = [0, 1, 2, 2**32, 2**32 + 1, 2**64 + 2**32]
     keys = list(product(seeds, Purpose, range(3), range(3)))
     assert len({tuple(rng(*key).integers(0, 2**63, 2).tolist()) for key in keys}) == len(keys)
 
 
 def test_streams_are_uncorrelated() -> None:
-    """Of 3 x purposes x 3 x 3 streams of 4,000 numbers, no two correlate more than chance makes them: 5.5 sigma."""
+    """No two of 3 x purposes x 3 x 3 streams of 4,000 numbers correlate beyond chance (5.5 sigma)."""
     draws = np.stack([rng(*key).random(4000) for key in product(range(3), Purpose, range(3), range(3))])
     correlation = np.corrcoef(draws)
     np.fill_diagonal(correlation, 0)
@@ -41,7 +41,7 @@ def test_streams_are_uncorrelated() -> None:
 
 
 def test_the_first_draws_of_neighbours_are_uncorrelated() -> None:
-    """The number that decides a flip or an occlusion, image by image: against other purposes, epochs and seeds."""
+    """The first draw decides a flip or occlusion; it must not correlate across purposes, epochs or seeds."""
     draws = np.stack(
         [[rng(*key, number).random() for number in range(2000)] for key in product(range(2), Purpose, range(2))]
     )
@@ -58,8 +58,8 @@ def test_negative_keys_are_refused(key: tuple[int, int, int]) -> None:
         rng(seed, Purpose.ORDER, epoch, number)
 
 
-def test_a_purpose_is_no_number() -> None:
-    """An epoch in its place would be another purpose's stream."""
+def test_a_purpose_must_not_be_an_integer() -> None:
+    """An integer must not be accepted, since swapped arguments would select another purpose's stream."""
     with pytest.raises(AttributeError):
         rng(0, 1, 2)  # type: ignore[arg-type]
 
@@ -68,7 +68,7 @@ def test_a_purpose_is_no_number() -> None:
 
 
 def test_an_image_is_occluded_whether_or_not_it_is_flipped(tmp_path: Path) -> None:
-    """Of one seed: with a shared stream, both would be the same number below a half."""
+    """With a shared stream, the same draw would decide both the occlusion and the flip."""
     images = Index(make_index(tmp_path, train=7)).images("train")
     dataset = TrainingSet(images, 3, Augmentation(), 5)
     accumulator = AttentionAccumulator(images, Accumulate(gate="none", skip_epochs=0, cells=4), 2, keep_last=True)
@@ -85,8 +85,8 @@ def test_an_image_is_occluded_whether_or_not_it_is_flipped(tmp_path: Path) -> No
     assert abs(np.corrcoef(flipped, occluded)[0, 1]) < 4 / len(both) ** 0.5
 
 
-def test_masks_are_not_those_of_the_images_that_come_first() -> None:
-    """Of one seed: the order of the first epoch says nothing about which images carry their masks."""
+def test_the_choice_of_masks_is_independent_of_the_order() -> None:
+    """The order of the first epoch must not determine which images use their masks."""
     shared = []
     for seed in range(40):
         first = epoch_order([(1,)] * 100, 1, seed, 0)[:50].tolist()
@@ -95,7 +95,7 @@ def test_masks_are_not_those_of_the_images_that_come_first() -> None:
 
 
 def generators(source: str) -> list[str]:
-    """Where source code creates or seeds a generator of numpy's or Python's, however it is imported."""
+    """Find where source code creates or seeds a NumPy or Python generator, however it is imported."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -130,7 +130,7 @@ def test_a_generator_is_found_however_it_is_imported(source: str) -> None:
 
 
 def test_every_generator_of_the_pipeline_is_one_of_these_streams() -> None:
-    """But the demo's: its images are data with a seed of their own, and every recorded score rests on their bytes."""
+    """Exception: the demo, whose images are data with their own seed; all recorded scores depend on their bytes."""
     files = [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").rglob("*.py")]
     found = {str(path.relative_to(ROOT)): generators(path.read_text()) for path in files}
     assert len(files) > 80

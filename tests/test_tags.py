@@ -1,4 +1,4 @@
-"""Tags and image lists in every form that is accepted, and what is refused."""
+"""Tags and image lists in every accepted format, and the inputs that are refused."""
 
 import json
 import os
@@ -23,7 +23,7 @@ with_mini = pytest.mark.skipif(not MINI.is_dir(), reason=f"the small VOC is not 
 
 
 def read(path: Path, ids: tuple[str, ...] = (), classes: tuple[str, ...] = CLASSES) -> Tags:
-    """Read tags that must be free of faults."""
+    """Read tags without any fault."""
     faults = Faults()
     tags = read_tags(path, classes, ids, faults)
     assert faults.lines() == []
@@ -37,7 +37,7 @@ def faults_of(path: Path, ids: tuple[str, ...] = ()) -> list[str]:
 
 
 def save_labels(path: Path, content: Any) -> Path:
-    """As the field's tools save it."""
+    """Save in the format of the field's tools."""
     np.save(path, content, allow_pickle=True)
     return path
 
@@ -64,23 +64,23 @@ def test_text_formats_give_sorted_class_ids(tmp_path: Path, name: str, content: 
     path = tmp_path / name
     path.write_text(content, "utf-8", newline="")
     tags = read(path)
-    assert tags.of == {"a": (1, 2), "b.v2": (3,), "c": ()}
+    assert tags.by_image == {"a": (1, 2), "b.v2": (3,), "c": ()}
     assert tags.source == name
 
 
-def test_text_list_counts_from_zero_and_says_so(tmp_path: Path) -> None:
+def test_text_lists_count_ids_from_zero(tmp_path: Path) -> None:
     path = tmp_path / "tags.txt"
     path.write_text("a 0\nb 3\nc cat\n")
     (line,) = faults_of(path)
     assert line == f"{path}: b has class id 3, but ids are 0..2 here; correct it"
 
 
-def test_annotations_count_difficult_objects_and_no_parts(tmp_path: Path) -> None:
+def test_annotations_include_difficult_objects_but_not_parts(tmp_path: Path) -> None:
     person = "<object><name>dog</name><difficult>1</difficult><part><name>head</name></part></object>"
     (tmp_path / "a.xml").write_text(f"<annotation>{person}<object><name>cat</name></object>{person}</annotation>")
-    (tmp_path / "unlisted.xml").write_text("no XML, and nobody asks")
+    (tmp_path / "unlisted.xml").write_text("not XML, but never read")
     tags = read(tmp_path, ("a", "untagged"))
-    assert tags.of == {"a": (1, 2)}
+    assert tags.by_image == {"a": (1, 2)}
     assert "difficult" in tags.source
 
 
@@ -92,24 +92,24 @@ def test_broken_annotation_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 @pytest.mark.parametrize("key", ["2007_000032", 2007000032, np.int32(2007000032)])
-def test_label_dict_with_either_key(tmp_path: Path, protocol: int, key: Any) -> None:
+def test_label_dict_with_string_or_integer_keys(tmp_path: Path, protocol: int, key: Any) -> None:
     path = tmp_path / "cls_labels.npy"
     with path.open("wb") as file:
         array = np.array({key: vector(1, 3), "other": vector()}, dtype=object)
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         pickle.dump(array, file, protocol=protocol)
     tags = read(path)
-    assert tags.of == {"2007_000032": (1, 3), "other": ()}
+    assert tags.by_image == {"2007_000032": (1, 3), "other": ()}
     assert path.name in tags.source
 
 
 def test_label_dict_as_numpy_saves_it(tmp_path: Path) -> None:
     path = save_labels(tmp_path / "labels.npy", {"a": vector(2).astype(">f8")})
-    assert read(path).of == {"a": (2,)}
+    assert read(path).by_image == {"a": (2,)}
 
 
 class Payload:
-    """Unpickled by numpy or pickle, this runs a command."""
+    """Runs a command when numpy or pickle unpickles it."""
 
     def __init__(self, *call: Any) -> None:
         self.call = call
@@ -119,7 +119,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("where", ["value", "key", "outside"])
-def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(tmp_path: Path, where: str) -> None:
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, where: str) -> None:
     proof = tmp_path / "ran"
     payload = Payload(os.mkdir, str(proof))
     content = {"value": {"a": payload}, "key": {payload: vector(1)}, "outside": {"a": vector(1), "b": [payload]}}[where]
@@ -129,18 +129,18 @@ def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(tmp_path:
     assert "mkdir" in line
     assert not proof.exists()
     np.load(path, allow_pickle=True)
-    assert proof.exists()  # the file is a working attack
+    assert proof.exists()  # the attack works with numpy
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ({"a": [1, 0]}, "not an image id with an array"),
-        ({"a": np.array(["x"])}, "something else than arrays of numbers"),
-        ({"a": np.array([None])}, "something else than arrays of numbers"),
+        ({"a": np.array(["x"])}, "something other than numeric arrays"),
+        ({"a": np.array([None])}, "something other than numeric arrays"),
         ([vector(1)], "not a dict"),
         ({"a": vector()[:2]}, "a has 2 values for 3 classes"),
-        ({"2007_000032": vector(1), 2007000032: vector(2)}, "both by text and by number"),
+        ({"2007_000032": vector(1), 2007000032: vector(2)}, "both by string and by number"),
         ({"a": Payload(eval, "1")}, "builtins.eval"),
         ({"a": Payload(getattr, "", "join")}, "builtins.getattr"),
     ],
@@ -158,7 +158,7 @@ def test_damaged_label_file_is_refused_in_one_line(tmp_path: Path) -> None:
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
         (line,) = faults_of(path)
-        assert line.startswith(f"{path}: not a label file of the kind cls_labels.npy")
+        assert line.startswith(f"{path}: not a label file like cls_labels.npy")
         assert "\n" not in line
 
 
@@ -171,18 +171,18 @@ def test_damaged_label_file_is_refused_in_one_line(tmp_path: Path) -> None:
         ("t.json", '{"a": [true]}', "unknown tag True"),
         ("t.json", '{"a": [1.0]}', "unknown tag 1.0"),
         ("t.json", '{"a": "cat"}', "the tags of a must be a list"),
-        ("t.json", '{"a": [1], "a": [2]}', "a stands twice"),
-        ("t.json", '{"a": [1], "a.jpg": [2]}', "a stands twice"),
+        ("t.json", '{"a": [1], "a": [2]}', "a is tagged twice"),
+        ("t.json", '{"a": [1], "a.jpg": [2]}', "a is tagged twice"),
         ("t.json", '[["a", [1]]]', "must be a mapping"),
         ("t.json", '{"a": [1]', "is not JSON"),
         ("t.csv", "file;tags\na;cat\n", "the first line must be 'filename,tags'"),
-        ("t.csv", "filename,tags\na.jpg,cat\na.png,dog\n", "a stands twice"),
+        ("t.csv", "filename,tags\na.jpg,cat\na.png,dog\n", "a is tagged twice"),
         ("t.csv", "filename,tags\na.jpg,zebra\n", "unknown tag 'zebra'"),
         ("t.txt", "a x\n", "unknown tag 'x'"),
-        ("t.yaml", "", "no tag file; give a .json"),
+        ("t.yaml", "", "not a tag file; use a .json"),
     ],
 )
-def test_faults_name_the_file_and_the_mend(tmp_path: Path, name: str, content: str, said: str) -> None:
+def test_faults_name_the_file_and_the_fix(tmp_path: Path, name: str, content: str, said: str) -> None:
     path = tmp_path / name
     path.write_text(content)
     (line,) = faults_of(path)
@@ -196,7 +196,7 @@ def test_a_missing_tag_file_is_one_line(tmp_path: Path, name: str) -> None:
     assert line.startswith(f"{tmp_path / name}: cannot be read as tag file (No such file")
 
 
-def test_text_that_is_no_utf8(tmp_path: Path) -> None:
+def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tags.csv"
     path.write_bytes("filename,tags\nk\xe4fer,cat\n".encode("latin1"))
     assert faults_of(path) == [f"{path}: is not UTF-8 text; save it as UTF-8"]
@@ -220,7 +220,7 @@ def test_image_lists(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("a\nb\na.jpg\n", "a stands twice (lines 1 and 3); remove one"), ("\n", "names no image")]
+    ("text", "said"), [("a\nb\na.jpg\n", "a is listed twice (lines 1 and 3); remove one"), ("\n", "names no image")]
 )
 def test_faulty_lists(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "train.txt"
@@ -254,8 +254,8 @@ def test_the_fields_own_files_give_the_known_figures() -> None:
     assert [len(ids) for ids in lists.values()] == [1464, 1449, 10582]
     ids = lists["psa_train_aug.txt"]
     assert read_list(LISTS / "drs_train_aug_cls.txt", faults) == ids
-    boxes = read_tags(LISTS / "psa_cls_labels.npy", VOC, ids, faults).of
-    text = read_tags(LISTS / "drs_train_aug_cls.txt", VOC, ids, faults).of
+    boxes = read_tags(LISTS / "psa_cls_labels.npy", VOC, ids, faults).by_image
+    text = read_tags(LISTS / "drs_train_aug_cls.txt", VOC, ids, faults).by_image
     assert faults.lines() == []
     assert len(boxes) == 12031
     assert sum(len(boxes[name]) for name in ids) == 16458
@@ -267,7 +267,7 @@ def test_the_fields_own_files_give_the_known_figures() -> None:
 @with_lists
 @with_mini
 def test_json_and_label_dict_agree() -> None:
-    mini = read(MINI / "tags.json", classes=VOC).of
+    mini = read(MINI / "tags.json", classes=VOC).by_image
     assert len(mini) == 1449
     boxes = cls_labels.load(LISTS / "psa_cls_labels.npy")
     for name, tags in mini.items():

@@ -1,4 +1,4 @@
-"""Small datasets in VOC layout for tests: coloured rectangles with exact masks, in seconds and without network."""
+"""Small generated datasets in VOC layout for tests: coloured rectangles with exact masks."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def make_tree(
     classes: Sequence[str] = CLASSES,
     seed: int = 0,
 ) -> Dataset:
-    """Write images img_000, img_001, ... of ``size`` (height, width), the first ``train`` of them for training.
+    """Write images img_000, img_001, ... of ``size`` (height, width); the first ``train`` are training images.
 
     Image n has an object of class n mod K + 1; every second one also an object of the next class. All images have masks
     (objects outlined with 255), tags (tags.json) and saliency maps (Saliency/). The same arguments give the same bytes.
@@ -51,7 +51,7 @@ def make_tree(
 
 
 def make_index(root: Path, saliency: bool = True, **tree: Any) -> Path:
-    """Make a tree in ``root`` and its index, root/index.json; ``tree`` goes to ``make_tree``."""
+    """Write a tree to ``root`` and its index to root/index.json; ``tree`` is passed to ``make_tree``."""
     dataset = make_tree(root, **tree)
     path = root / "index.json"
     path.write_text(json.dumps(build_index(dataset, root / "Saliency" if saliency else None)))
@@ -60,7 +60,7 @@ def make_index(root: Path, saliency: bool = True, **tree: Any) -> Path:
 
 
 def minimal_params(dataset: Dataset, saliency: Path | None = None) -> dict[str, Any]:
-    """The least that a params file must hold beside the dataset."""
+    """The smallest valid params mapping for this dataset."""
     network = {"backbone": {"name": "small"}, "training": {"batch_size": 2, "lr": 0.1, "epochs": 1}}
     rule = "oaa" if saliency else {"oaa": {"background": 0.3, "saliency": None}}
     return {
@@ -84,14 +84,14 @@ def write_mask(path: Path, mask: np.ndarray[Any, Any]) -> None:
 
 
 def _draw(size: tuple[int, int], present: Sequence[int], random: np.random.Generator) -> tuple[Any, Any]:
-    """One rectangle a class, side by side, each in its class's colour over grey noise."""
+    """Draw one rectangle per class, side by side, each in its class's colour over grey noise."""
     height, width = size
     image = random.integers(100, 140, (height, width, 3)).astype(np.uint8)
     mask = np.zeros(size, np.uint8)
-    room = width // len(present)
+    slot = width // len(present)
     for place, class_id in enumerate(present):
         top, bottom = int(random.integers(1, height // 3)), int(random.integers(2 * height // 3, height - 1))
-        left, right = place * room + room // 5, (place + 1) * room - room // 5
+        left, right = place * slot + slot // 5, (place + 1) * slot - slot // 5
         mask[top - 1 : bottom + 1, left - 1 : right + 1] = 255
         mask[top:bottom, left:right] = class_id
         image[top:bottom, left:right] = voc_palette()[class_id] // 2 + 100

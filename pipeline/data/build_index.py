@@ -1,4 +1,4 @@
-"""From a dataset's folder to its index: everything is read and checked once, and every fault reported at once."""
+"""Build the index of a dataset: read and check every file once, and report all faults together."""
 
 import hashlib
 import os
@@ -23,8 +23,8 @@ Fault = tuple[str, str]  # kind, line
 
 
 @dataclass(frozen=True)
-class Files:
-    """The files of one image; all paths as the process sees them."""
+class ImageFiles:
+    """The files of one image; paths are relative to the working directory unless absolute."""
 
     id: str
     image: Path
@@ -33,8 +33,13 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Extra:
-    """The images of ``dataset.extra`` by image id: their files, of which there must be one, and their tag."""
+class ExtraImages:
+    """Images of ``dataset.extra``.
+
+    Attributes:
+        files: image id -> files with that stem; more than one is a fault.
+        tags: image id -> the class id of its folder.
+    """
 
     files: dict[str, list[Path]] = field(default_factory=dict)
     tags: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -46,18 +51,19 @@ def build_index(
     threads: int = 1,
     progress: Progress = lambda items, label, total: items,
 ) -> dict[str, Any]:
-    """Check a dataset in VOC layout, every file in full, and describe it as ``pipeline.data.index`` reads it.
+    """Check a dataset in VOC layout, decoding every file, and return its index as ``pipeline.data.index`` reads it.
 
-    A training image needs tags, an evaluation image a mask (where ``dataset.masks`` is given). Evaluation images may
-    have no tags or saliency maps, as in the field's own files, but then none of them may. Images of ``dataset.extra``
-    follow the training list's by class and id, each with its folder's tag and without a mask.
+    Every training image needs tags. Every evaluation image needs a mask if ``dataset.masks`` is set. Tags and saliency
+    maps of evaluation images are optional, but each must exist for all of them or for none. Images of
+    ``dataset.extra`` are appended to the training list, sorted by class and id; each has the tag of its folder and no
+    mask.
 
     Args:
-        saliency: folder of grey PNG with the images' stems and sizes.
-        threads: decoding and hashing run outside the interpreter's lock.
+        saliency: folder of grey PNG files with the images' stems and sizes.
+        threads: number of threads that decode and hash files (both release the GIL).
 
     Raises:
-        PipelineError: with every fault found, a line each; of one kind at most ``faults.LIMIT``.
+        PipelineError: lists all faults, one per line, with at most ``faults.LIMIT`` of each kind.
     """
     faults = Faults()
     root = Path(dataset.root)
@@ -70,31 +76,36 @@ def build_index(
             line = f"{lists['train']}: {name} is also in {lists['evaluation']}; take it out of one"
             faults.add("image in both lists", line)
     ids = list(dict.fromkeys(splits["train"] + splits["evaluation"]))
-    tags = _tags(root / dataset.tags, classes, splits, faults)
-    extra = _read_extra(Path(dataset.extra), classes, faults) if dataset.extra and classes else Extra()
+    tags = _checked_tags(root / dataset.tags, classes, splits, faults)
+    extra = _read_extra(Path(dataset.extra), classes, faults) if dataset.extra and classes else ExtraImages()
     splits["train"] += extra.files
-    found = _find(dataset, ids, extra, splits, saliency, faults)
-    results = _inspect_all(found, len(classes), threads, progress)
+    files_of_images = _match_files(dataset, ids, extra, splits, saliency, faults)
+    results = _inspect_all(files_of_images, len(classes), threads, progress)
     for _, image_faults in results:
         for kind, line in image_faults:
             faults.add(kind, line)
     faults.check()
     images = {}
-    for files, (entry, _) in zip(found, results, strict=True):
+    for files, (entry, _) in zip(files_of_images, results, strict=True):
         images[files.id] = {
             "file": Path(os.path.relpath(files.image, root)).as_posix(),
             "mask": files.mask and files.mask.relative_to(root).as_posix(),
             "saliency": files.saliency and files.saliency.as_posix(),
-            "tags": list(extra.tags.get(files.id) or tags.of.get(files.id, ())),
+            "tags": list(extra.tags.get(files.id) or tags.by_image.get(files.id, ())),
             **entry,
         }
-    told = f"{tags.source}; {len(extra.files)} images with single tags: {dataset.extra}" if extra.files else tags.source
-    source = {"root": root.as_posix(), "classes": classes, "splits": splits, "tag_source": told}
+    tag_source = tags.source
+    if extra.files:
+        tag_source += f"; {len(extra.files)} images with single tags: {dataset.extra}"
+    source = {"root": root.as_posix(), "classes": classes, "splits": splits, "tag_source": tag_source}
     return {**source, "images": images}
 
 
 def read_classes(root: Path, classes: str, faults: Faults) -> list[str]:
-    """Names of the classes 1..K: VOC's, or those of a text file with one name a line."""
+    """Read the names of classes 1..K: VOC's, or those of a text file with one name per line.
+
+    Faults are added to ``faults``.
+    """
     if classes == "voc":
         return list(CLASSES)
     path = root / classes
@@ -107,104 +118,107 @@ def read_classes(root: Path, classes: str, faults: Faults) -> list[str]:
         faults.add("classes", f"{path}: names {len(names)} classes; there must be 1 to {IGNORE - 1}, one a line")
     if len(set(names)) < len(names):
         twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
-        faults.add("classes", f"{path}: names {twice} twice; remove one")
+        faults.add("classes", f"{path}: names {twice} more than once; remove the duplicates")
     if "background" in names:
-        faults.add("classes", f"{path}: names background, which is class 0 of itself; list the objects alone")
+        faults.add("classes", f"{path}: names background, which is always class 0; list only object classes")
     return names
 
 
-def _tags(path: Path, classes: Sequence[str], splits: dict[str, list[str]], faults: Faults) -> Tags:
+def _checked_tags(path: Path, classes: Sequence[str], splits: dict[str, list[str]], faults: Faults) -> Tags:
     if not classes:
         return Tags({}, path.name)
-    known = len(faults)
+    faults_before = len(faults)
     tags = read_tags(path, classes, [*splits["train"], *splits["evaluation"]], faults)
-    if not tags.of and len(faults) == known:
+    if not tags.by_image and len(faults) == faults_before:
         faults.add("tag file", f"{path}: tags no listed image; correct dataset.tags, or tag the images")
-    if tags.of:
-        for name in _lacking(splits, tags.of):
+    if tags.by_image:
+        for name in _images_without(tags.by_image, splits):
             faults.add("image not in the tags", f"{path}: has no entry for {name}; tag it or unlist it")
         for name in splits["train"]:
-            if tags.of.get(name) == ():
+            if tags.by_image.get(name) == ():
                 faults.add("image without tags", f"{path}: training image {name} has no tag; tag it or unlist it")
     return tags
 
 
-def _read_extra(folder: Path, classes: Sequence[str], faults: Faults) -> Extra:
-    """The images right in the folders that are named like the classes, by class id and image id."""
-    known = len(faults)
+def _read_extra(folder: Path, classes: Sequence[str], faults: Faults) -> ExtraImages:
+    """Collect the images of the class-named subfolders (not recursive), sorted by class id and image id."""
+    faults_before = len(faults)
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         faults.add("folder", f"{folder}: cannot be listed ({error.strerror}); create it or correct dataset.extra")
-        return Extra()
+        return ExtraImages()
     for name in names:
         if name not in classes:
-            mend = hint(name, classes, "rename or remove it")
-            faults.add("extra folder", f"{folder / name}: is named like none of dataset.classes; {mend}")
-    extra = Extra()
+            fix = hint(name, classes, "rename or remove it")
+            faults.add("extra folder", f"{folder / name}: is not named after any of dataset.classes; {fix}")
+    extra = ExtraImages()
     for class_id, name in enumerate(classes, 1):
-        stems = _stems(folder / name, IMAGE_SUFFIXES, "dataset.extra", faults) if name in names else {}
+        stems = _files_by_stem(folder / name, IMAGE_SUFFIXES, "dataset.extra", faults) if name in names else {}
         for stem, files in sorted((stems or {}).items()):
             if not stem.startswith("."):
                 extra.files.setdefault(stem, []).extend(files)
                 extra.tags.setdefault(stem, (class_id,))
-    if not extra.files and len(faults) == known:
-        line = f"{folder}: holds no image in a folder of a class, such as {folder / classes[0]}; add some"
+    if not extra.files and len(faults) == faults_before:
+        line = f"{folder}: no class folder (such as {folder / classes[0]}) holds an image; add some"
         faults.add("extra folder", f"{line}, or set dataset.extra to null")
     return extra
 
 
-def _lacking(splits: dict[str, list[str]], there: Collection[str]) -> list[str]:
-    """Listed images that lack something which every training image needs, and either all evaluation images or none."""
+def _images_without(available: Collection[str], splits: dict[str, list[str]]) -> list[str]:
+    """Listed images that need an entry in ``available`` but have none.
+
+    All training images need one. Evaluation images need one as soon as any of them has one.
+    """
     needed = list(splits["train"])
-    if any(name in there for name in splits["evaluation"]):
+    if any(name in available for name in splits["evaluation"]):
         needed += splits["evaluation"]
-    return [name for name in dict.fromkeys(needed) if name not in there]
+    return [name for name in dict.fromkeys(needed) if name not in available]
 
 
-def _find(
+def _match_files(
     dataset: Dataset,
     ids: Sequence[str],
-    extra: Extra,
+    extra: ExtraImages,
     splits: dict[str, list[str]],
     saliency: Path | None,
     faults: Faults,
-) -> list[Files]:
-    """Which files the images have, listed and extra ones; what is missing or ambiguous is at fault and left out."""
+) -> list[ImageFiles]:
+    """Match listed and extra images to their files; images with missing or ambiguous files become faults."""
     root = Path(dataset.root)
-    images = _stems(root / dataset.images, IMAGE_SUFFIXES, "dataset.images", faults)
-    masks = _stems(root / dataset.masks, (".png",), "dataset.masks", faults) if dataset.masks else None
-    maps = _stems(saliency, (".png",), "saliency.path", faults) if saliency else None
+    images = _files_by_stem(root / dataset.images, IMAGE_SUFFIXES, "dataset.images", faults)
+    masks = _files_by_stem(root / dataset.masks, (".png",), "dataset.masks", faults) if dataset.masks else None
+    maps = _files_by_stem(saliency, (".png",), "saliency.path", faults) if saliency else None
     if images is None:
         return []
     if dataset.masks and masks is not None:
         for name in splits["evaluation"]:
             if name not in masks:
-                line = f"{root / dataset.masks / name}.png: missing, though an evaluation image; add it or unlist it"
+                line = f"{root / dataset.masks / name}.png: missing, but it is an evaluation image; add it or unlist it"
                 faults.add("missing mask", line)
     if saliency and maps is not None:
-        for name in _lacking(splits, maps):
+        for name in _images_without(maps, splits):
             line = f"{saliency / name}.png: missing; add it, or choose another saliency.kind"
             faults.add("missing saliency map", line)
-    found = []
+    matched = []
     listed = set(ids)
     for name in dict.fromkeys([*ids, *extra.files]):
         own = images.get(name, []) if name in listed else []
         files = own + extra.files.get(name, [])
         if name in listed and not own:
-            line = f"{root / dataset.images / name}.jpg (or .png): missing, though listed; add it or unlist it"
+            line = f"{root / dataset.images / name}.jpg (or .png): missing, but it is listed; add it or unlist it"
             faults.add("missing image", line)
         elif len(files) > 1:
             line = f"{files[0]}: {files[1]} has the same stem; remove or rename one of the two"
-            faults.add("two images of one stem", line)
+            faults.add("two images with one stem", line)
         else:
             mask, saliency_map = ((stems or {}).get(name, [None])[0] for stems in (masks, maps))
-            found.append(Files(name, files[0], mask if name in listed else None, saliency_map))
-    return found
+            matched.append(ImageFiles(name, files[0], mask if name in listed else None, saliency_map))
+    return matched
 
 
-def _stems(folder: Path, suffixes: tuple[str, ...], key: str, faults: Faults) -> dict[str, list[Path]] | None:
-    """The folder's files by stem, or None where there is no such folder."""
+def _files_by_stem(folder: Path, suffixes: tuple[str, ...], key: str, faults: Faults) -> dict[str, list[Path]] | None:
+    """Files with one of ``suffixes`` by stem; None, and a fault, if the folder cannot be listed."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -219,18 +233,18 @@ def _stems(folder: Path, suffixes: tuple[str, ...], key: str, faults: Faults) ->
 
 
 def _inspect_all(
-    found: list[Files], num_classes: int, threads: int, progress: Progress
+    images: list[ImageFiles], num_classes: int, threads: int, progress: Progress
 ) -> list[tuple[dict[str, Any], list[Fault]]]:
     pool = ThreadPoolExecutor(threads)
     try:
-        results = pool.map(partial(_inspect, num_classes=num_classes), found)
-        return list(progress(results, "index: images checked", len(found)))
+        results = pool.map(partial(_inspect, num_classes=num_classes), images)
+        return list(progress(results, "index: images checked", len(images)))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _inspect(files: Files, num_classes: int) -> tuple[dict[str, Any], list[Fault]]:
-    """Size and hashes of one image and what belongs to it, and their faults."""
+def _inspect(files: ImageFiles, num_classes: int) -> tuple[dict[str, Any], list[Fault]]:
+    """Hash and decode the files of one image; return its index entry (size and hashes) and its faults."""
     entry: dict[str, Any] = {}
     faults: list[Fault] = []
 
@@ -244,7 +258,7 @@ def _inspect(files: Files, num_classes: int) -> tuple[dict[str, Any], list[Fault
         except InvalidFile as error:
             faults.append((kind, f"{path}: {error}"))
         except OSError as error:
-            faults.append((kind, f"{path}: cannot be read ({error.strerror}); mend its permissions or the disk"))
+            faults.append((kind, f"{path}: cannot be read ({error.strerror}); fix its permissions or the disk"))
         return None
 
     size: tuple[int, int] | None = read(files.image, "unreadable image", "sha256", image_size)
@@ -252,10 +266,10 @@ def _inspect(files: Files, num_classes: int) -> tuple[dict[str, Any], list[Fault
         entry["height"], entry["width"] = size
     mask: Raster | None = read(files.mask, "unreadable mask", "mask_sha256", mask_values)
     saliency: Raster | None = read(files.saliency, "unreadable saliency map", "saliency_sha256", saliency_values)
-    for path, raster, what in ((files.mask, mask, "mask"), (files.saliency, saliency, "saliency map")):
+    for path, raster, name in ((files.mask, mask, "mask"), (files.saliency, saliency, "saliency map")):
         if raster is not None and size is not None and raster.shape != size:
-            sizes = f"is {raster.shape[1]}x{raster.shape[0]}, its image {size[1]}x{size[0]}"
-            faults.append((f"size of a {what}", f"{path}: {sizes}; make them equal"))
+            sizes = f"is {raster.shape[1]}x{raster.shape[0]}, but its image is {size[1]}x{size[0]}"
+            faults.append((f"size of a {name}", f"{path}: {sizes}; make them equal"))
     wrong = _wrong_values(mask, num_classes) if mask is not None and num_classes else ""
     if wrong:
         line = f"{files.mask}: has the values {wrong}, but class ids are 0..{num_classes} and {IGNORE} (ignore)"
@@ -264,7 +278,7 @@ def _inspect(files: Files, num_classes: int) -> tuple[dict[str, Any], list[Fault
 
 
 def _wrong_values(mask: Raster, num_classes: int) -> str:
-    """Values in the mask that are no class id, in words; empty where there is none."""
+    """Format up to five mask values that are neither class ids nor 255; empty if there are none."""
     values = np.flatnonzero(np.bincount(mask.reshape(-1), minlength=256)).tolist()
     wrong = [value for value in values if num_classes < value != IGNORE]
     return ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")

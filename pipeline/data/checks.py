@@ -1,7 +1,7 @@
-"""Reading image files in full: nothing truncated, damaged or of the wrong kind passes as an image, mask or map.
+"""Strict decoding of images, masks and saliency maps: truncated, damaged or wrong files are refused.
 
-OpenCV fills what a truncated JPEG lacks with grey and says nothing, and turns a palette's indices into colours; hence
-the walk to the end marker, and Pillow for the masks.
+OpenCV silently fills the missing part of a truncated JPEG with grey and converts palette indices to colours. Files are
+therefore parsed up to their end marker first, and Pillow decodes masks and maps.
 """
 
 import hashlib
@@ -28,51 +28,51 @@ _WITHOUT_LENGTH = (0x01, 0xD8)
 
 
 class InvalidFile(ValueError):
-    """What is wrong with a file, and the mend, without the file's name."""
+    """A file is unusable; the message gives the fault and the fix, without the file name."""
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Height and width of a whole JPEG or PNG, decoded as training will decode it.
+    """Decode a complete JPEG or PNG as training does and return its (height, width).
 
     Raises:
-        InvalidFile: truncated, damaged, or another kind of file.
+        InvalidFile: the file is truncated, damaged, or of another format.
     """
     if data.startswith(_JPEG):
         _check_jpeg(data)
     else:
         _check_png(data, "neither JPEG nor PNG; convert it")
     try:
-        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:  # more pixels than OpenCV takes
-        found = None
-    if found is None:
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:  # more pixels than OpenCV accepts
+        decoded = None
+    if decoded is None:
         raise InvalidFile("cannot be decoded; copy or download it again")
-    return found.shape[0], found.shape[1]
+    return decoded.shape[0], decoded.shape[1]
 
 
 def mask_values(data: bytes) -> Raster:
-    """H x W class ids of a mask: the indices of a palette PNG or the values of a grey one.
+    """Decode the H x W class ids of a mask: indices of a palette PNG or values of a grey PNG.
 
     Raises:
-        InvalidFile: no whole PNG of 8-bit indices.
+        InvalidFile: the file is not a complete 8-bit palette or grey PNG.
     """
     return _grey(data, ("P", "L"), "a palette or grey PNG of class ids")
 
 
 def saliency_values(data: bytes) -> Raster:
-    """H x W saliency, value / 255.
+    """Decode an H x W saliency map, value / 255.
 
     Raises:
-        InvalidFile: no whole grey 8-bit PNG.
+        InvalidFile: the file is not a complete grey 8-bit PNG.
     """
     return _grey(data, ("L",), "a grey 8-bit PNG")
 
 
 def read_mask(image: Image) -> Raster:
-    """H x W class ids of an indexed mask, whose bytes must be the indexed ones.
+    """Read the H x W class ids of an image's mask after comparing the file with its indexed hash.
 
     Raises:
-        PipelineError: the file is gone or has changed since it was indexed.
+        PipelineError: the file is missing or has changed since it was indexed.
         ValueError: the image has no mask.
     """
     if image.mask is None:
@@ -81,17 +81,17 @@ def read_mask(image: Image) -> Raster:
         data = image.mask.read_bytes()
     except OSError as error:
         raise PipelineError(f"{image.mask}: cannot be read ({error.strerror}); run the index stage again") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != image.mask_sha256:
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != image.mask_sha256:
         raise PipelineError(
-            f"{image.mask}: changed since it was indexed: sha256 is {found}, the index says {image.mask_sha256}; "
+            f"{image.mask}: changed since it was indexed: sha256 is {actual}, the index says {image.mask_sha256}; "
             "run the index stage again"
         )
     return mask_values(data)
 
 
 def _grey(data: bytes, modes: tuple[str, ...], wanted: str) -> Raster:
-    _check_png(data, f"no PNG; save it as {wanted}")
+    _check_png(data, f"not a PNG; save it as {wanted}")
     try:
         with Pillow.open(BytesIO(data), formats=("PNG",)) as picture:
             if picture.mode not in modes:
@@ -106,15 +106,15 @@ def _grey(data: bytes, modes: tuple[str, ...], wanted: str) -> Raster:
 _MODES: dict[str, str] = {
     "RGB": "RGB colours",
     "RGBA": "RGBA colours",
-    "P": "indices of a palette",
-    "1": "bits",
-    "I;16": "of 16 bits",
+    "P": "palette indices",
+    "1": "1-bit",
+    "I;16": "16-bit",
     "LA": "grey with alpha",
 }
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Walk from segment to segment to the end marker; bytes may follow it, as some cameras write them."""
+    """Walk the segments up to the end marker; trailing bytes are allowed, since some cameras write them."""
     at = len(_JPEG)
     while marker := _MARKER.search(data, at):
         code, at = marker[1][0], marker.end()
@@ -125,10 +125,10 @@ def _check_jpeg(data: bytes) -> None:
     raise InvalidFile("truncated JPEG; copy or download it again")
 
 
-def _check_png(data: bytes, otherwise: str) -> None:
-    """Walk from chunk to chunk to IEND, with every checksum."""
+def _check_png(data: bytes, not_png: str) -> None:
+    """Walk the chunks up to IEND and verify every checksum."""
     if not data.startswith(_PNG):
-        raise InvalidFile(otherwise)
+        raise InvalidFile(not_png)
     view: Any = memoryview(data)
     at = len(_PNG)
     while at + 12 <= len(data):

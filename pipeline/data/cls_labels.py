@@ -1,7 +1,7 @@
-"""The field's cls_labels.npy (psa, irn): a pickled dict {image id: float32[K]}, read without executing anything in it.
+"""Safe reader of cls_labels.npy (psa, irn): a pickled dict {image id: float32[K]}, read without executing its code.
 
-numpy would unpickle anything. Here the few constructors that such a file needs are replaced by records of plain data,
-and any other name in the pickle is refused.
+numpy would execute whatever the pickle contains. Here the few constructors that such a file needs are replaced by
+plain records, and any other name in the pickle is refused.
 """
 
 import pickle
@@ -16,7 +16,7 @@ _NUMBERS = {"b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
 
 
 class _Dtype:
-    """In place of numpy.dtype: its name and, once its state is set, its byte order."""
+    """Stand-in for numpy.dtype that records its name and byte order."""
 
     def __init__(self, name: Any, *_: Any) -> None:
         self.name = name
@@ -27,7 +27,7 @@ class _Dtype:
 
 
 class _Array:
-    """In place of numpy.ndarray: shape, type and bytes (or, of the object array around the dict, a list)."""
+    """Stand-in for numpy.ndarray: shape, dtype and bytes (a list for the object array around the dict)."""
 
     shape: Any = None
     dtype: Any = None
@@ -42,7 +42,7 @@ def _array(*_: Any) -> _Array:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Protocols below 3 spell bytes as text."""
+    """Decode bytes, which pickle protocols below 3 store as latin-1 text."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text in {encoding}")
     return text.encode("latin1")
@@ -66,25 +66,25 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which is not part of a label file")
+            raise pickle.UnpicklingError(f"it would run {module}.{name}, which does not belong in a label file")
         return _KNOWN[module, name]
 
 
 def _numbers(dtype: Any, data: Any) -> NDArray[Any]:
     if not isinstance(dtype, _Dtype) or dtype.name not in _NUMBERS or not isinstance(data, bytes):
-        raise ValueError("it holds something else than arrays of numbers")
+        raise ValueError("it holds something other than numeric arrays")
     order = dtype.order if dtype.order in ("<", ">", "|") else "<"
     return np.frombuffer(data, np.dtype(order + dtype.name))
 
 
 def load(path: Path) -> dict[str, NDArray[Any]]:
-    """Image id -> vector of K values, positive where the class is present.
+    """Load image id -> vector of K values, positive where the class is present.
 
-    Keys are text ('2007_000032', psa) or integers (2007000032, irn); the underscore is put back into the latter.
+    Keys are strings ('2007_000032', psa) or integers (2007000032, irn); integers get their underscore back.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no such dict, is damaged, or asks for anything but numpy arrays.
+        ValueError: the file is damaged, is not such a dict, or contains anything but numeric arrays.
     """
     with path.open("rb") as file:
         try:
@@ -92,7 +92,7 @@ def load(path: Path) -> dict[str, NDArray[Any]]:
         except OSError:
             raise
         except Exception as error:  # damaged bytes can make the unpickler raise anything
-            raise ValueError(f"not a label file of the kind cls_labels.npy: {error or type(error).__name__}") from None
+            raise ValueError(f"not a label file like cls_labels.npy: {error or type(error).__name__}") from None
     return content
 
 
@@ -105,14 +105,14 @@ def _content(file: BinaryIO) -> dict[str, NDArray[Any]]:
     outer = _Unpickler(file).load()
     content = outer.data[0] if isinstance(outer, _Array) and isinstance(outer.data, list) and outer.data else None
     if not isinstance(content, dict):
-        raise ValueError("it holds no dict")
+        raise ValueError("it does not hold a dict")
     vectors = {}
     for key, value in content.items():
         if not isinstance(key, str | int) or not isinstance(value, _Array):
             raise ValueError(f"entry {key!r} is not an image id with an array")
         vectors[_image_id(key)] = _numbers(value.dtype, value.data)
     if len(vectors) < len(content):
-        raise ValueError("it names an image both by text and by number")
+        raise ValueError("it names an image both by string and by number")
     return vectors
 
 

@@ -1,11 +1,12 @@
-"""The demo: a generated dataset in VOC layout that shows the field's problem.
+"""The demo: a synthetic dataset in VOC layout on which a plain CAM covers only part of each object.
 
-Each object is a small head whose bright pattern gives the class away, and a large body that carries its class's tint
-and stripes clearly near the head and hardly at the tail. A plain CAM covers the head; what finds the body wins. About
-1.5 classes an image, as in VOC, over clutter in the colours of none. Masks are exact. Saliency is SIMULATED: the papers
-bring maps of a trained detector, which there is none of for generated images, so the demo degrades the union of its
-objects to about the quality that such detectors have on VOC (``simulated_saliency``); it tells nothing of a class.
-Tags are the classes of the objects drawn.
+Each object has a small head with a bright pattern that identifies its class, and a large body whose class tint and
+stripes fade from the head to the tail. A plain CAM covers the head; better methods also find the body. Images have
+about 1.5 classes, as in VOC, over clutter in colours of no class. Masks are exact, and tags are the classes drawn.
+
+Saliency is SIMULATED. The papers use maps of trained detectors, which do not exist for synthetic images. The demo
+instead degrades the union of the objects to about the quality of such detectors on VOC (``simulated_saliency``); the
+maps carry no class information.
 """
 
 import json
@@ -21,16 +22,16 @@ from pipeline.data.palette import write_mask
 CLASSES = ("ant", "bee", "crab", "dove", "eel")
 _TINTS = np.array([(18, -10, -10), (-10, 16, -12), (-12, -8, 20), (14, 12, -20), (-16, 12, 12)], np.float32)
 _HEADS = np.array([(235, 60, 50), (70, 220, 60), (70, 90, 240), (240, 220, 50), (60, 225, 225)], np.float32)
-_ANGLES = (0.0, 36.0, 72.0, 108.0, 144.0)  # of the body's stripes, degrees
-# How clearly a body tells its class: with more, a plain CAM covers it; with less, nothing can. Chosen so that the
-# recall of CAM, OAA and OAA++ comes near the paper's on VOC (36.7, 52.3, 61.9 %; OAA Table 11).
+_ANGLES = (0.0, 36.0, 72.0, 108.0, 144.0)  # orientation of the body's stripes, degrees
+# Strength of the class cues on the body. With stronger cues a plain CAM covers the body; with weaker ones no method
+# can. Tuned so that the recall of CAM, OAA and OAA++ is near the paper's on VOC (36.7, 52.3, 61.9 %; OAA Table 11).
 _TINT, _STRIPE, _FADE = 0.6, 6.0, 2.0
 RGB = NDArray[np.uint8]
-MARK = "GENERATED.txt"  # tells the demo's folder from anybody's images
+MARK = "GENERATED.txt"  # marker file: the folder holds the demo and not a user's images
 
 
 def generate(root: Path, settings: Demo) -> None:
-    """Write images, masks, saliency, tags, classes and lists below ``root``; the same bytes for the same settings."""
+    """Write images, masks, saliency, tags, classes and lists to ``root``; equal settings give identical bytes."""
     for folder in ("JPEGImages", "SegmentationClass", "Saliency", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     tags: dict[str, list[int]] = {}
@@ -51,7 +52,7 @@ def generate(root: Path, settings: Demo) -> None:
 
 
 def draw(size: int, random: np.random.Generator) -> tuple[RGB, NDArray[np.uint8]]:
-    """One image, size x size x 3, and its mask, size x size: 0, 1..5, 255 on the outlines."""
+    """Draw one image (size x size x 3) and its mask (size x size: 0, 1..5, 255 on outlines)."""
     canvas = _background(size, random)
     mask = np.zeros((size, size), np.uint8)
     count = random.choice([1, 2, 3], p=[0.6, 0.3, 0.1])  # about 1.5 tags an image, as in VOC
@@ -63,7 +64,7 @@ def draw(size: int, random: np.random.Generator) -> tuple[RGB, NDArray[np.uint8]
 
 
 def _background(size: int, random: np.random.Generator) -> NDArray[np.float32]:
-    """Smooth colour, then blobs and bars of muted colours."""
+    """Draw a smooth colour gradient with blobs and bars in muted colours."""
     coarse = random.uniform(70, 150, (4, 4, 3)).astype(np.float32)
     canvas = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC).astype(np.float32)
     for _ in range(int(random.integers(6, 12))):
@@ -81,7 +82,7 @@ def _background(size: int, random: np.random.Generator) -> NDArray[np.float32]:
 def _object(
     canvas: NDArray[np.float32], mask: NDArray[np.uint8], class_index: int, random: np.random.Generator
 ) -> None:
-    """Paint one object over what is there; a thin outline of 255 separates it in the mask, as VOC's do."""
+    """Paint one object over the canvas; a thin outline of 255 separates it from other objects, as in VOC masks."""
     size = mask.shape[0]
     long = random.uniform(0.18, 0.32) * size
     short = long * random.uniform(0.5, 0.8)
@@ -118,23 +119,25 @@ def _point(values: NDArray[np.float64] | tuple[float, float]) -> tuple[int, int]
 
 
 def simulated_saliency(mask: NDArray[np.uint8], random: np.random.Generator) -> NDArray[np.uint8]:
-    """What a class-agnostic detector might say of an image: objects blurred and bent, some missed, some invented.
+    """Simulate a class-agnostic detector: objects are blurred and warped, some are missed, some are false.
 
     Returns:
-        size x size uint8. At 0.5 its pooled IoU with the objects is about 0.6 to 0.7, as CSNet's is on VOC.
+        size x size uint8. Thresholded at 0.5, its pooled IoU with the objects is about 0.6 to 0.7, as CSNet's on VOC.
     """
     size = mask.shape[0]
     union = (mask > 0).astype(np.uint8)
     count, parts = cv2.connectedComponents(union)
-    found = np.zeros(mask.shape, np.float32)
+    saliency = np.zeros(mask.shape, np.float32)
     for part in range(1, count):
-        if random.random() > 0.08:  # a missed object
-            found[parts == part] = random.uniform(0.75, 1.0)
-    if random.random() < 0.35:  # an invented one
+        if random.random() > 0.08:  # else the object is missed
+            saliency[parts == part] = random.uniform(0.75, 1.0)
+    if random.random() < 0.35:  # a false object
         centre = _point(random.uniform(0, size, 2))
         axes = _point(random.uniform(0.05 * size, 0.14 * size, 2))
-        cv2.ellipse(found, centre, axes, float(random.uniform(0, 180)), 0, 360, float(random.uniform(0.5, 0.9)), -1)
+        cv2.ellipse(saliency, centre, axes, float(random.uniform(0, 180)), 0, 360, float(random.uniform(0.5, 0.9)), -1)
     bend = cv2.resize(random.normal(0, 0.055 * size, (6, 6, 2)), (size, size), interpolation=cv2.INTER_CUBIC)
     y, x = np.mgrid[:size, :size].astype(np.float32)
-    bent = cv2.remap(found, x + bend[..., 0].astype(np.float32), y + bend[..., 1].astype(np.float32), cv2.INTER_LINEAR)
+    bent = cv2.remap(
+        saliency, x + bend[..., 0].astype(np.float32), y + bend[..., 1].astype(np.float32), cv2.INTER_LINEAR
+    )
     return np.rint(cv2.GaussianBlur(bent, (0, 0), 0.02 * size) * 255).astype(np.uint8)

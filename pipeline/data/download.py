@@ -1,7 +1,7 @@
-"""PASCAL VOC 2012 with the SBD's masks: the field's train_aug (10,582 images) and val (1,449), in VOC layout.
+"""Download PASCAL VOC 2012 with SBD's masks: the usual train_aug (10,582 images) and val (1,449), in VOC layout.
 
-Images, box annotations (the tags) and masks come from VOC's archive; SBD's archive adds masks of further VOC images.
-Where both have a mask, VOC's is taken, as in the field's SegmentationClassAug.
+Images, box annotations (the source of tags) and masks come from VOC's archive; SBD's archive adds masks of further VOC
+images. If both have a mask, VOC's is used, as in the commonly shared SegmentationClassAug.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ MASKS = "SegmentationClassAug"
 _ARCHIVES = ".archives"
 _CHUNK = 1 << 20
 _TIMEOUT = 60.0  # seconds without a byte
-# Only names of this form are written: no member of an archive can lie outside the folder.
+# Only members with these names are extracted, so that an archive cannot write outside the folder.
 _VOC = re.compile(rf"(?:\./)?VOCdevkit/VOC2012/((?:JPEGImages|Annotations|SegmentationClass|{LISTS})/[\w-]+\.\w+)")
 _SBD = re.compile(r"(?:\./)?benchmark_RELEASE/dataset/(?:(train|val)\.txt|cls/([\w-]+)\.mat)")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to download, and the MD5 that it must have."""
+    """A file to download and its expected MD5."""
 
     name: str
     url: str
@@ -46,17 +46,17 @@ class Archive:
 
 @dataclass(frozen=True)
 class Release:
-    """The two archives, how many images the lists made of them must have, and the bytes that all of it needs."""
+    """The two archives, the expected number of images in each list, and the disk space needed in bytes."""
 
     voc: Archive
     sbd: Archive
     train: int
     evaluation: int
-    needs: int
+    disk_bytes: int
 
 
 def voc2012_aug() -> Release:
-    """Addresses and checksums as torchvision knows them."""
+    """The release at the addresses and with the checksums that torchvision lists."""
     from pipeline.networks.vision import import_torchvision
 
     datasets = import_torchvision().datasets
@@ -66,12 +66,12 @@ def voc2012_aug() -> Release:
         Archive(sbd.filename, sbd.url, sbd.md5),
         train=10_582,
         evaluation=1_449,
-        needs=6 * 10**9,
+        disk_bytes=6 * 10**9,
     )
 
 
 def is_complete(root: Path, release: Release) -> bool:
-    """Whether ``root`` has the lists, and every listed image with mask and annotation, and nothing half unpacked."""
+    """Whether ``root`` has both lists and an image, mask and annotation for each entry, with no download unfinished."""
     if (root / _ARCHIVES).exists():
         return False
     try:
@@ -88,11 +88,11 @@ def is_complete(root: Path, release: Release) -> bool:
 
 
 def download(release: Release, root: Path, progress: Progress = lambda items, label, total: items) -> None:
-    """Make the dataset in ``root``, beside what else is there. Started again, it goes on from the bytes it has.
+    """Download and unpack the dataset to ``root``; other files there remain. A restart resumes the transfer.
 
     Raises:
-        PipelineError: too little disk, the source cannot be reached or breaks off, an archive has another checksum, or
-            scipy is missing, which reads SBD's masks.
+        PipelineError: the disk is too small, the source is unreachable or breaks off, an archive has another checksum,
+            or scipy (needed for SBD's masks) is missing.
     """
     archives = root / _ARCHIVES
     archives.mkdir(parents=True, exist_ok=True)
@@ -104,23 +104,23 @@ def download(release: Release, root: Path, progress: Progress = lambda items, la
     shutil.rmtree(archives)
     if not is_complete(root, release):
         raise PipelineError(
-            f"{root}: the archives do not give the {release.train} + {release.evaluation} images that they should, "
-            "with masks and annotations; move the folder away and run the stage again"
+            f"{root}: the archives do not contain the expected {release.train} + {release.evaluation} images with "
+            "masks and annotations; move the folder away and run the stage again"
         )
 
 
 def _check_disk(release: Release, root: Path) -> None:
-    there = sum(file.stat().st_size for file in (root / _ARCHIVES).iterdir())
-    free, lacks = shutil.disk_usage(root).free, release.needs - there
-    if free < lacks:
+    present = sum(file.stat().st_size for file in (root / _ARCHIVES).iterdir())
+    free, missing = shutil.disk_usage(root).free, release.disk_bytes - present
+    if free < missing:
         raise PipelineError(
-            f"{root}: {free / 1e9:.1f} GB free on its disk, but the download needs {lacks / 1e9:.1f} GB; "
+            f"{root}: {free / 1e9:.1f} GB free on its disk, but the download needs {missing / 1e9:.1f} GB; "
             "free some or set dataset.root to another disk"
         )
 
 
 def _fetch(archive: Archive, folder: Path, progress: Progress) -> Path:
-    """The archive's path in ``folder``; under its final name it was checked already."""
+    """Return the archive's path in ``folder``, downloading it if needed; a file with the final name is verified."""
     path = folder / archive.name
     if path.exists():
         return path
@@ -129,27 +129,27 @@ def _fetch(archive: Archive, folder: Path, progress: Progress) -> Path:
         _transfer(archive, part, progress)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise PipelineError(f"{archive.url}: {reason}; run the stage again: it goes on from what has arrived") from None
+        raise PipelineError(f"{archive.url}: {reason}; run the stage again to resume the download") from None
     with part.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != archive.md5:
+        actual = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if actual != archive.md5:
         part.unlink()
         raise PipelineError(
-            f"{archive.url}: arrived damaged or was changed: its MD5 is {found}, not {archive.md5}; it was deleted: "
+            f"{archive.url}: damaged or changed: its MD5 is {actual}, not {archive.md5}; the download was deleted; "
             "run the stage again"
         )
     return part.rename(path)
 
 
 def _transfer(archive: Archive, part: Path, progress: Progress) -> None:
-    """Append to ``part`` what it lacks, or write it anew where the server knows no ranges."""
+    """Append the missing bytes to ``part``, or rewrite it if the server does not support ranges."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return  # nothing is lacking: killed before the checksum
+            return  # the file is complete: the last run was killed before the checksum
         raise
     with response, part.open("ab" if response.status == http.HTTPStatus.PARTIAL_CONTENT else "wb") as file:
         length = int(response.headers.get("Content-Length", 0))
@@ -166,18 +166,18 @@ def _chunks(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _members(path: Path, names: re.Pattern[str], progress: Progress) -> Iterator[tuple[re.Match[str], bytes]]:
-    """Content of the archive's files whose whole name matches."""
+    """Yield the match and content of each file in the archive whose full name matches ``names``."""
     with tarfile.open(path) as archive:
-        members = [(found, member) for member in archive if (found := names.fullmatch(member.name)) and member.isfile()]
-        for found, member in progress(members, f"unpack {path.name}", len(members)):
+        members = [(match, member) for member in archive if (match := names.fullmatch(member.name)) and member.isfile()]
+        for match, member in progress(members, f"unpack {path.name}", len(members)):
             file = archive.extractfile(member)
             if file is not None:
-                yield found, file.read()
+                yield match, file.read()
 
 
 def _unpack_voc(path: Path, root: Path, progress: Progress) -> None:
-    for found, data in _members(path, _VOC, progress):
-        file = root / found[1]
+    for match, data in _members(path, _VOC, progress):
+        file = root / match[1]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
     (root / MASKS).mkdir(exist_ok=True)
@@ -186,11 +186,11 @@ def _unpack_voc(path: Path, root: Path, progress: Progress) -> None:
 
 
 def _unpack_sbd(path: Path, root: Path, load_mask: Callable[[bytes], Any], progress: Progress) -> None:
-    """Add SBD's masks of images that VOC has none of, and write train_aug.txt."""
+    """Add SBD's masks of images without a VOC mask, and write train_aug.txt."""
     official = {mask.stem for mask in (root / "SegmentationClass").glob("*.png")}
     names = set(_lines((root / LISTS / "train.txt").read_text()))
-    for found, data in _members(path, _SBD, progress):
-        split, name = found.groups()
+    for match, data in _members(path, _SBD, progress):
+        split, name = match.groups()
         if split:
             names.update(_lines(data.decode()))
         elif name not in official:
@@ -201,7 +201,7 @@ def _unpack_sbd(path: Path, root: Path, load_mask: Callable[[bytes], Any], progr
 
 
 def _mask_reader() -> Callable[[bytes], Any]:
-    """A function from the bytes of a .mat file of SBD to its H x W class ids (no pixel is ignored there)."""
+    """Return a function that decodes the bytes of an SBD .mat file to H x W class ids (SBD ignores no pixel)."""
     load = matlab.loader("SBD's masks")
 
     def read(data: bytes) -> Any:

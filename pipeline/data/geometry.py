@@ -1,7 +1,7 @@
-"""Where a training input lies in its image, and maps carried between the two.
+"""Position of a training input in its image, and resampling of maps between the two.
 
-A network sees a resized, flipped, cropped window of an image; the maps of an image are kept on one grid of cells over
-the whole of it. ``to_image`` and ``to_window`` undo and redo the augmentation, so that any network input can feed the
+A network sees a resized, flipped and cropped window of an image, whereas stored maps cover the whole image on a fixed
+grid. ``to_image`` undoes the augmentation and ``to_window`` applies it. Any network input can therefore feed the
 attention accumulator or be supervised by stored maps.
 """
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 class Window(NamedTuple):
-    """A window in units of the (flipped) image's height and width; beyond 0..1 lies padding."""
+    """A window in units of the (flipped) image's height and width; the part outside 0..1 is padding."""
 
     top: float = 0.0
     left: float = 0.0
@@ -27,7 +27,7 @@ def _centres(cells: int) -> Tensor:
 
 
 def _sample(maps: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Bilinear values of C x h x w ``maps`` at the rows ``y`` and columns ``x`` (units of the map), C x |y| x |x|."""
+    """Sample C x h x w ``maps`` bilinearly at rows ``y`` and columns ``x`` in [0, 1]: C x |y| x |x|."""
     grid = torch.stack(torch.meshgrid(2 * y - 1, 2 * x - 1, indexing="ij")[::-1], dim=-1)
     return functional.grid_sample(maps[None], grid[None], align_corners=False, padding_mode="border")[0]
 
@@ -37,15 +37,15 @@ def _inside(values: Tensor) -> Tensor:
 
 
 def to_image(maps: Tensor, window: Window, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Maps over a window -> maps over its image.
+    """Resample maps over a window to the grid of its image.
 
     Args:
         maps: C x h x w float32 on the CPU, covering the window.
-        window: where the window lies.
-        size: rows and columns of the image's grid.
+        window: position of the window in the image.
+        size: (rows, columns) of the image's grid.
 
     Returns:
-        C x rows x columns maps, 0 outside of the window, and the rows x columns mask of what lies inside.
+        C x rows x columns maps, 0 outside the window, and the rows x columns mask of cells inside it.
     """
     y, x = _centres(size[0]), _centres(size[1])
     x = 1 - x if window.flip else x
@@ -58,7 +58,14 @@ def to_image(maps: Tensor, window: Window, size: tuple[int, int]) -> tuple[Tenso
 
 
 def to_window(maps: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
-    """Maps over an image -> C x rows x columns maps over a window of it, 0 in the padding; inverts ``to_image``."""
+    """Resample C x h x w maps over an image to the grid of a window; the inverse of ``to_image``.
+
+    Args:
+        size: (rows, columns) of the window's grid.
+
+    Returns:
+        C x rows x columns maps, 0 in the padding.
+    """
     y = window.top + _centres(size[0]) * (window.bottom - window.top)
     x = window.left + _centres(size[1]) * (window.right - window.left)
     inside = _inside(y)[:, None] & _inside(x)[None, :]

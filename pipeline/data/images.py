@@ -1,4 +1,4 @@
-"""Decoding, apart from torch: label and saliency workers start without it."""
+"""Image decoding without torch, so that label and saliency workers start quickly."""
 
 import cv2
 import numpy as np
@@ -9,12 +9,12 @@ from pipeline.errors import PipelineError
 
 
 def read_rgb(image: Image) -> NDArray[np.uint8]:
-    """H x W x 3 uint8.
+    """Read an image as H x W x 3 uint8; EXIF orientation is not applied.
 
     Raises:
-        PipelineError: the file does not decode to the indexed size.
+        PipelineError: the file cannot be decoded or does not have the indexed size.
     """
-    found = cv2.imread(str(image.file), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if found is None or found.shape[:2] != (image.height, image.width):
-        raise PipelineError(f"{image.file}: is not the image that was indexed; run the index stage again")
-    return cv2.cvtColor(found, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+    bgr = cv2.imread(str(image.file), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if bgr is None or bgr.shape[:2] != (image.height, image.width):
+        raise PipelineError(f"{image.file}: differs from the indexed image; run the index stage again")
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)

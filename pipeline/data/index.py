@@ -1,4 +1,4 @@
-"""The index: all that later stages know of a dataset, checked once."""
+"""The index: the checked description of a dataset that all later stages read."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from pipeline.errors import PipelineError
 
 @dataclass(frozen=True)
 class Image:
-    """One image. Tags are sorted class ids in 1..K (none where an evaluation image's tags are unknown).
+    """One image. ``tags`` are sorted class ids in 1..K; empty if an evaluation image's tags are unknown.
 
-    ``mask`` may be read by the ground-truth stage alone.
+    Only the ground-truth stage may read ``mask``.
     """
 
     id: str
@@ -28,7 +28,11 @@ class Image:
 
 
 class Index:
-    """Images by id, the two splits, and the class names (class id k is ``classes[k - 1]``)."""
+    """Images by id, the two splits, and the class names (class id k is ``classes[k - 1]``).
+
+    Raises:
+        PipelineError: the file cannot be read or is not JSON.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -42,7 +46,9 @@ class Index:
         self._images = {
             name: Image(
                 name,
-                Path(os.path.normpath(root / entry["file"])),  # of an image outside, '..' whatever root is a link to
+                Path(
+                    os.path.normpath(root / entry["file"])
+                ),  # resolves '..' of extra images lexically, even if root is a symlink
                 entry["height"],
                 entry["width"],
                 tuple(entry["tags"]),
@@ -60,10 +66,10 @@ class Index:
         return len(self._images)
 
     def images(self, split: str | None = None) -> list[Image]:
-        """The images of ``train`` or ``evaluation`` in the list's order, or all of them, each once."""
+        """Images of the split ``train`` or ``evaluation`` in list order, or all images if ``split`` is None."""
         return list(self._images.values()) if split is None else [self._images[name] for name in self.splits[split]]
 
     @property
     def num_classes(self) -> int:
-        """K, background not counted."""
+        """K, without background."""
         return len(self.classes)

@@ -1,4 +1,4 @@
-"""Batches by worker processes: the same whoever loads them, within the shared memory that is free."""
+"""Batch loading by worker processes, limited to the free shared memory; batches do not depend on the workers."""
 
 import os
 import signal
@@ -16,48 +16,48 @@ from pipeline.data.sampling import epoch_order
 from pipeline.errors import PipelineError
 from pipeline.stores.workers import Workers
 
-SHARED = "/dev/shm"  # where PyTorch keeps the tensors that a worker hands over
-SHARE = 0.8  # of what is free there
-AHEAD = 2  # batches that each worker prepares, as PyTorch's own default
+SHM = "/dev/shm"  # PyTorch passes tensors from workers through this folder
+SHM_SHARE = 0.8  # share of its free space that batches may use
+PREFETCH = 2  # batches that each worker prepares ahead; PyTorch's default
 
 
 @dataclass(frozen=True)
 class LoadingPlan:
-    """How many processes load, and how many batches ahead each of them. No part of the result."""
+    """Number of worker processes and of batches that each prepares ahead. It does not affect results."""
 
     workers: int = 0
-    ahead: int = AHEAD
-    label: str = "loader"  # names the stage in messages
+    prefetch: int = PREFETCH
+    label: str = "loader"  # name of the stage in messages
 
 
 def loading_plan(dataset: TrainingSet, batch_size: int, workers: int, label: str) -> LoadingPlan:
-    """As many of the workers as /dev/shm has room for; where they are fewer than asked for, says so in one line.
+    """Plan with as many of ``workers`` as fit into /dev/shm; prints one line if these are fewer than requested.
 
-    Beside the batches that the workers prepare there is room for the one that is trained on.
+    Space is reserved for the prefetched batches and for the one in training.
     """
     size = _batch_bytes(dataset, batch_size)
-    free = _free(SHARED)
-    plan = _fitting(workers, int(SHARE * free / size) - 1, label)
-    if plan != LoadingPlan(workers, AHEAD, label):
-        need = (workers * AHEAD + 1) * size / SHARE
-        loads = f"it starts {plan.workers}, each one batch ahead" if plan.workers else "the main process loads"
+    free = _free(SHM)
+    plan = _largest_plan(workers, int(SHM_SHARE * free / size) - 1, label)
+    if plan != LoadingPlan(workers, PREFETCH, label):
+        need = (workers * PREFETCH + 1) * size / SHM_SHARE
+        loads = f"using {plan.workers}, each one batch ahead" if plan.workers else "the main process loads"
         print(
-            f"{label}: {SHARED} has {free / 1e6:.0f} MB free, and {workers} workers (batches of {size / 1e6:.0f} MB) "
-            f"need {need / 1e6:.0f} MB: {loads}; enlarge it, as by docker run --shm-size, to load faster",
+            f"{label}: {SHM} has {free / 1e6:.0f} MB free, and {workers} workers (batches of {size / 1e6:.0f} MB) "
+            f"need {need / 1e6:.0f} MB: {loads}; enlarge it (e.g. docker run --shm-size) to load faster",
             flush=True,
         )
     return plan
 
 
-def _fitting(workers: int, room: int, label: str) -> LoadingPlan:
-    """``room``: batches. One batch ahead of each worker comes before fewer workers."""
-    if workers * AHEAD <= max(0, room):
-        return LoadingPlan(workers, AHEAD, label)
-    return LoadingPlan(max(0, min(workers, room)), 1, label)
+def _largest_plan(workers: int, capacity: int, label: str) -> LoadingPlan:
+    """Fit the plan into ``capacity`` batches: first reduce prefetching to one batch, then the number of workers."""
+    if workers * PREFETCH <= max(0, capacity):
+        return LoadingPlan(workers, PREFETCH, label)
+    return LoadingPlan(max(0, min(workers, capacity)), 1, label)
 
 
 def _batch_bytes(dataset: TrainingSet, batch_size: int) -> int:
-    """The largest batch of this dataset, its label maps included."""
+    """Bytes of the largest batch of this dataset, including label maps."""
     settings = dataset.settings
     if settings.crop is not None:
         pixels = settings.crop**2
@@ -70,24 +70,24 @@ def _batch_bytes(dataset: TrainingSet, batch_size: int) -> int:
 
 
 def _free(folder: str) -> int:
-    """Bytes; unlimited where there is no such folder, since PyTorch then does not use it."""
+    """Free bytes in ``folder``; unlimited if it does not exist, since PyTorch does not use it then."""
     try:
-        found = os.statvfs(folder)
+        status = os.statvfs(folder)
     except OSError:
         return sys.maxsize
-    return found.f_bavail * found.f_frsize
+    return status.f_bavail * status.f_frsize
 
 
 class Batches:
-    """The batches of one epoch from batch number ``first`` on, in an order that seed and epoch decide.
+    """Batch sampler: the (epoch, image number) keys of an epoch's batches, starting at batch number ``start``.
 
-    The batch size counts images; as a multiple of the dataset's ``group`` it cuts no group in two.
+    The order depends only on seed and epoch. Batches whose size is a multiple of ``group`` split no group.
     """
 
-    def __init__(self, dataset: TrainingSet, batch_size: int, epoch: int, first: int = 0) -> None:
+    def __init__(self, dataset: TrainingSet, batch_size: int, epoch: int, start: int = 0) -> None:
         order = epoch_order([image.tags for image in dataset.images], dataset.group, dataset.seed, epoch)
         batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
-        self.batches = [[(epoch, number) for number in batch] for batch in batches[first:]]
+        self.batches = [[(epoch, number) for number in batch] for batch in batches[start:]]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return iter(self.batches)
@@ -96,8 +96,8 @@ class Batches:
         return len(self.batches)
 
 
-class _Source(Dataset[Batch]):
-    """Whole batches of a training set. A fault comes back in the place of its batch: PyTorch would add a traceback."""
+class _BatchDataset(Dataset[Batch]):
+    """Collated batches of a training set. Errors are returned, since PyTorch would add a traceback to a raised one."""
 
     def __init__(self, dataset: TrainingSet) -> None:
         self.dataset = dataset
@@ -105,72 +105,72 @@ class _Source(Dataset[Batch]):
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | PipelineError:
         try:
             batch = collate([self.dataset[key] for key in keys])
-            return batch if get_worker_info() is None else _shared(batch)
-        except PipelineError as fault:
-            return fault
+            return batch if get_worker_info() is None else _to_shared_memory(batch)
+        except PipelineError as error:
+            return error
 
 
-def _shared(batch: Batch) -> Batch:
-    """The batch in shared memory. Left to PyTorch, it gets there in a thread whose failure nobody would learn of."""
+def _to_shared_memory(batch: Batch) -> Batch:
+    """Move the batch to shared memory here: PyTorch would do it in a thread whose failure goes unnoticed."""
     try:
         for tensor in (batch.images, batch.tags, batch.labels):
             if tensor is not None:
                 tensor.share_memory_()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise PipelineError(
-            f"{SHARED}: no space for another batch ({error}); enlarge it (e.g. docker run --shm-size 1g) "
+            f"{SHM}: no space for another batch ({error}); enlarge it (e.g. docker run --shm-size 1g) "
             "or use fewer --workers"
         ) from None
     return batch
 
 
-def _one_thread(worker: int) -> None:
-    """OpenCV's threads would take the cores from the other workers, and do not survive a fork."""
+def _init_worker(worker: int) -> None:
+    """Disable OpenCV's threads: they compete with the other workers and do not survive a fork."""
     cv2.setNumThreads(0)
 
 
 def data_loader(
-    dataset: TrainingSet, batch_size: int, epoch: int, first: int, plan: LoadingPlan
+    dataset: TrainingSet, batch_size: int, epoch: int, start: int, plan: LoadingPlan
 ) -> DataLoader[Batch | PipelineError]:
-    """PyTorch's loader of an epoch's batches, from batch number ``first`` on."""
+    """Create PyTorch's loader of an epoch's batches, starting at batch number ``start``."""
     return DataLoader(
-        _Source(dataset),
-        batch_sampler=Batches(dataset, batch_size, epoch, first),
-        collate_fn=_as_it_is,  # type: ignore[arg-type]  # _Source collates
+        _BatchDataset(dataset),
+        batch_sampler=Batches(dataset, batch_size, epoch, start),
+        collate_fn=_identity,  # type: ignore[arg-type]  # _BatchDataset collates
         num_workers=plan.workers,
-        prefetch_factor=plan.ahead if plan.workers else None,
-        worker_init_fn=_one_thread,
+        prefetch_factor=plan.prefetch if plan.workers else None,
+        worker_init_fn=_init_worker,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else the loader draws from the global one, and a resumed run would differ
+        generator=torch.Generator(),  # the global generator would advance, so that a resumed run would differ
     )
 
 
 def load(
-    dataset: TrainingSet, batch_size: int, epoch: int, first: int, plan: LoadingPlan = LoadingPlan()
+    dataset: TrainingSet, batch_size: int, epoch: int, start: int, plan: LoadingPlan = LoadingPlan()
 ) -> Generator[Batch, None, None]:
-    """Load an epoch's batches; the same whatever the plan.
+    """Load an epoch's batches, starting at batch number ``start``. They do not depend on ``plan``.
 
     Raises:
-        PipelineError: an image cannot be read, or the workers stopped delivering.
+        PipelineError: an image cannot be read, or the workers died or stalled.
     """
-    loader = data_loader(dataset, batch_size, epoch, first, plan)
-    for batch in _delivered(loader, plan) if plan.workers else loader:
+    loader = data_loader(dataset, batch_size, epoch, start, plan)
+    for batch in _from_workers(loader, plan) if plan.workers else loader:
         if isinstance(batch, PipelineError):
             raise batch
         yield batch
 
 
-def _as_it_is(batch: Batch | PipelineError) -> Batch | PipelineError:
+def _identity(batch: Batch | PipelineError) -> Batch | PipelineError:
     return batch
 
 
-def _delivered(loader: DataLoader[Any], plan: LoadingPlan) -> Iterator[Batch | PipelineError]:
-    """What the loader's workers deliver."""
+def _from_workers(loader: DataLoader[Any], plan: LoadingPlan) -> Iterator[Batch | PipelineError]:
+    """Yield the loader's batches while ``Workers`` watches its processes."""
     workers = Workers(plan.label)
     before = signal.getsignal(signal.SIGCHLD)
     with workers.started():
         iterator = iter(loader)
-    # PyTorch's handler tells of a dead worker wherever the main thread is, in the middle of an optimizer step, too.
+    # PyTorch's handler raises for a dead worker at any point of the main thread, even within an optimizer step.
     if signal.getsignal(signal.SIGCHLD) != before:
         signal.signal(signal.SIGCHLD, before)
     with workers.watched():
@@ -186,4 +186,4 @@ def _delivered(loader: DataLoader[Any], plan: LoadingPlan) -> Iterator[Batch | P
                 raise workers.failure() from None
             raise
         finally:
-            del iterator  # PyTorch ends its workers
+            del iterator  # this ends PyTorch's workers

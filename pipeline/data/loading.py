@@ -1,4 +1,4 @@
-"""From files to network inputs: decoding, augmentation, batches that do not depend on who loads them."""
+"""Network inputs from files: decoding, augmentation and collation, reproducible whatever process loads them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,14 +22,16 @@ from pipeline.stores.raster import Raster, RasterStore
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet, RGB
 STD = np.array([0.229, 0.224, 0.225], np.float32)
-NORMALISED = ((np.arange(256, dtype=np.float32)[:, None] / 255 - MEAN) / STD).T.copy()  # 3 x 256, value of each level
-GREY = np.array([0.299, 0.587, 0.114], np.float32)  # weights of R, G, B
+NORMALISED = (
+    (np.arange(256, dtype=np.float32)[:, None] / 255 - MEAN) / STD
+).T.copy()  # 3 x 256: normalised value of each grey level
+GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma weights of R, G, B
 IGNORE = 255
 
 
 @dataclass
 class Batch:
-    """B images of one size. ``labels`` is B x H x W (255 ignore) where label maps were asked for."""
+    """B images of one size. ``labels`` is B x H x W class ids (255: ignore), or None without label maps."""
 
     images: Tensor  # B x 3 x H x W, normalised; padding is 0, the mean colour
     tags: Tensor  # B x K, 0 or 1
@@ -44,15 +46,17 @@ class Batch:
 
 
 def normalise(rgb: NDArray[np.uint8]) -> Tensor:
-    """H x W x 3 uint8 -> 3 x H x W float32 with ImageNet mean and standard deviation."""
+    """Normalise H x W x 3 uint8 by ImageNet mean and standard deviation: 3 x H x W float32."""
     out = np.empty((3, *rgb.shape[:2]), np.float32)
     for channel, table in enumerate(NORMALISED):
-        np.take(table, rgb[..., channel], out=out[channel], mode="clip")  # no index exceeds 255: "clip" saves a buffer
+        np.take(
+            table, rgb[..., channel], out=out[channel], mode="clip"
+        )  # uint8 indices are always valid; "clip" avoids a buffer
     return torch.from_numpy(out)
 
 
 def resized(height: int, width: int, side: str, length: int | None) -> tuple[int, int]:
-    """The size that ``side: length`` gives an image; aspect kept but for 'square'."""
+    """Size (height, width) after resizing ``side`` to ``length``; only 'square' changes the aspect ratio."""
     if side == "none" or length is None:
         return height, width
     if side == "square":
@@ -62,25 +66,29 @@ def resized(height: int, width: int, side: str, length: int | None) -> tuple[int
 
 
 def resize(rgb: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resize H x W x 3 to ``size`` (height, width): area filter along an axis that shrinks, cubic along one that grows.
+    """Resize H x W x 3 to ``size`` (height, width), shrinking axes with an area filter and growing ones with a cubic.
 
-    The shrinking axes come first. OpenCV's area filter averages only where no axis grows; else it interpolates
-    bilinearly between two neighbours and aliases.
+    Shrinking comes first: OpenCV's area filter averages only if no axis grows; otherwise it interpolates bilinearly and
+    aliases.
     """
     smaller = min(rgb.shape[0], size[0]), min(rgb.shape[1], size[1])
-    return _filtered(_filtered(rgb, smaller, cv2.INTER_AREA), size, cv2.INTER_CUBIC)
+    return _resample(_resample(rgb, smaller, cv2.INTER_AREA), size, cv2.INTER_CUBIC)
 
 
-def _filtered(rgb: NDArray[np.uint8], size: tuple[int, int], interpolation: int) -> NDArray[np.uint8]:
+def _resample(rgb: NDArray[np.uint8], size: tuple[int, int], interpolation: int) -> NDArray[np.uint8]:
     return rgb if rgb.shape[:2] == size else cv2.resize(rgb, size[::-1], interpolation=interpolation).astype(np.uint8)
 
 
 def augment(
     rgb: NDArray[np.uint8], label: Raster | None, settings: Augmentation, random: np.random.Generator
 ) -> tuple[Tensor, Tensor | None, Window]:
-    """Resize, scale, flip, jitter, crop: image and label map alike.
+    """Resize, scale, flip, jitter and crop an image together with its label map.
 
-    Jitter and normalisation run on what the crop keeps, with the same result to the byte.
+    For speed, jitter and normalisation run only on the cropped part; the result is identical to the byte.
+
+    Args:
+        rgb: H x W x 3.
+        label: class ids at the size of the image or another size; resized by nearest neighbour.
 
     Returns:
         3 x H x W normalised image, H x W int64 label map (255 in the padding) or None, and the window.
@@ -112,28 +120,28 @@ def augment(
 
 
 def _offset(extent: int, crop: int, random: np.random.Generator) -> int:
-    """Start of a random crop; negative where the image is smaller and lies somewhere within it."""
+    """Start of a random crop; negative if the image is smaller than the crop and lies at a random place within it."""
     low, high = sorted((0, extent - crop))
     return int(random.integers(low, high + 1))
 
 
 class Jitter(NamedTuple):
-    """A random change of colours: brightness, then contrast, saturation and hue."""
+    """Colour jitter: brightness, then contrast, saturation and hue."""
 
     brightness: float
     contrast: float
     saturation: float
-    hue: int | None  # a turn in steps of 2 degrees, OpenCV's unit
-    mean: np.float32  # grey level of the whole image after the change of brightness; contrast leaves it as it is
+    hue: int | None  # rotation in units of 2 degrees, as in OpenCV
+    mean: np.float32  # mean grey level of the whole image after the brightness change; fixed point of the contrast
 
     @classmethod
     def draw(
         cls, strength: tuple[float, float, float, float], rgb: NDArray[np.uint8], random: np.random.Generator
     ) -> "Jitter":
-        """Draw factors from 1 +- strength, and the hue's turn from +- ``strength[3]`` of the circle.
+        """Draw factors from 1 +- strength, and the hue rotation from +- ``strength[3]`` of the colour circle.
 
         Args:
-            strength: of brightness, contrast, saturation and hue.
+            strength: strengths of brightness, contrast, saturation and hue.
             rgb: the whole H x W x 3 image.
         """
         brightness, contrast, saturation = (random.uniform(max(0, 1 - s), 1 + s) for s in strength[:3])
@@ -141,10 +149,9 @@ class Jitter(NamedTuple):
         return cls(brightness, contrast, saturation, hue, _grey(rgb.astype(np.float32) * brightness).mean())
 
     def apply(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Change the colours of whole rows of the image.
+        """Apply the jitter to complete rows of the image.
 
-        A row that lacks columns would differ: OpenCV converts hues in blocks, and rounds differently in a last, smaller
-        block.
+        Rows must not be cropped: OpenCV converts hues in blocks and rounds differently in a smaller last block.
         """
         values = rgb.astype(np.float32) * self.brightness
         values = (values - self.mean) * self.contrast + self.mean
@@ -159,15 +166,22 @@ class Jitter(NamedTuple):
 
 
 def _grey(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """H x W grey levels; pixel by pixel, as a matrix product may round each by its place in the image."""
+    """H x W grey levels. A matrix product could round each pixel differently depending on its position."""
     red, green, blue = (values[..., channel] * GREY[channel] for channel in range(3))
     return red + green + blue
 
 
 class TrainingSet(Dataset[tuple[Any, ...]]):
-    """Augmented images; item (epoch, number) is the same whoever loads it, in whatever order.
+    """Augmented training images; item (epoch, number) does not depend on the loading process or order.
 
-    ``group`` images that lie together in a batch share a class where they can (``sampling.epoch_order``).
+    Args:
+        images: the training images; their positions are the numbers.
+        num_classes: K.
+        labels: label maps of all images, or None.
+        group: number of consecutive images that share a class if possible (``sampling.epoch_order``).
+
+    Raises:
+        PipelineError: ``labels`` lacks some images.
     """
 
     def __init__(
@@ -191,7 +205,7 @@ class TrainingSet(Dataset[tuple[Any, ...]]):
             missing = [image.id for image in self.images if image.id not in labels]
             if missing:
                 raise PipelineError(
-                    f"{labels.path}: has no label map of {len(missing)} training images, {missing[0]} the first"
+                    f"{labels.path}: has no label map for {len(missing)} training images, first {missing[0]}"
                 )
 
     def __len__(self) -> int:
@@ -207,7 +221,7 @@ class TrainingSet(Dataset[tuple[Any, ...]]):
 
 
 def collate(items: list[tuple[Any, ...]]) -> Batch:
-    """Stack items of one size.
+    """Stack items of equal size into a batch.
 
     Raises:
         PipelineError: the sizes differ.

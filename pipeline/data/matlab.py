@@ -1,4 +1,4 @@
-"""MATLAB files, in which some datasets keep their masks."""
+"""Reader of MATLAB files, the format of some datasets' masks."""
 
 import importlib
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Any
 from pipeline.errors import PipelineError
 
 
-def loader(what: str) -> Callable[..., dict[str, Any]]:
-    """scipy's ``loadmat``: from a file to its variables by name. Only what reads MATLAB files needs scipy.
+def loader(description: str) -> Callable[..., dict[str, Any]]:
+    """Return ``scipy.io.loadmat``, which maps a file to its variables by name; scipy is an optional dependency.
 
     Args:
-        what: the files, for the error.
+        description: names the files in the error, e.g. "SBD's masks".
 
     Raises:
         PipelineError: scipy is not installed.
@@ -19,5 +19,7 @@ def loader(what: str) -> Callable[..., dict[str, Any]]:
     try:
         scipy_io: Any = importlib.import_module("scipy.io")
     except ImportError:
-        raise PipelineError(f"scipy: not installed, but {what} are MATLAB files; run 'pip install scipy'") from None
+        raise PipelineError(
+            f"scipy: not installed, but {description} are MATLAB files; run 'pip install scipy'"
+        ) from None
     return scipy_io.loadmat

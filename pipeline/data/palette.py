@@ -1,4 +1,4 @@
-"""The VOC colour map, and masks that carry it."""
+"""The VOC colour map, and writing of masks with it."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def voc_palette() -> NDArray[np.uint8]:
-    """256 x 3 RGB: the bits of a class id, spread over the high bits of the three channels."""
+    """256 x 3 RGB colour map: the bits of a class id, distributed over the high bits of the three channels."""
     ids = np.arange(256, dtype=np.uint8)
     out = np.zeros((256, 3), np.uint8)
     for level in range(8):
@@ -18,7 +18,7 @@ def voc_palette() -> NDArray[np.uint8]:
 
 
 def write_mask(path: Path, mask: NDArray[np.uint8]) -> None:
-    """Write H x W class ids as VOC's masks are kept: a PNG of indices with VOC's palette."""
+    """Write H x W class ids in VOC's mask format: a PNG of indices with the VOC palette."""
     picture = Image.fromarray(np.ascontiguousarray(mask), mode="P")
     picture.putpalette(voc_palette().reshape(-1).tolist())
     picture.save(path)

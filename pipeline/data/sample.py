@@ -1,4 +1,4 @@
-"""A few images that stand for many, where pictures are made of them."""
+"""Selection of example images for figures."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,10 @@ from pipeline.data.index import Image
 
 
 def choose(images: Sequence[Image], count: int) -> list[Image]:
-    """``count`` images spread over the list, those of several classes first; in the list's order."""
+    """Choose up to ``count`` images spread evenly over the list, preferring those with several classes.
+
+    The result keeps the order of the list.
+    """
     several = [image for image in images if len(image.tags) > 1]
     single = [image for image in images if len(image.tags) <= 1]
     chosen = _spread(several, count)

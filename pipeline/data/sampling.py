@@ -1,4 +1,4 @@
-"""In what order an epoch goes through the training images."""
+"""Order of the training images in an epoch."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from pipeline.data.streams import Purpose, rng
 
 
 def epoch_order(tags: Sequence[tuple[int, ...]], group: int, seed: int, epoch: int) -> NDArray[np.intp]:
-    """Each image's number once, in an order that seed and epoch decide.
+    """Return a permutation of the image numbers that depends only on seed and epoch.
 
-    A ``group`` of 1 is a plain shuffle. A larger one makes every ``group`` images in a row share a class, drawn anew in
-    each epoch (EDAM Sec. 4.5.2), as far as classes have images left; the rest are grouped at random, and what fills no
-    group comes last.
+    ``group`` 1 is a plain shuffle. With a larger ``group``, every ``group`` consecutive images share a class, redrawn
+    each epoch (EDAM Sec. 4.5.2), as long as a class has enough images left. The remaining images are grouped at random;
+    those that do not fill a group come last.
 
     Args:
         tags: class ids of each image.
@@ -32,12 +32,12 @@ def epoch_order(tags: Sequence[tuple[int, ...]], group: int, seed: int, epoch: i
 def _share_a_class(
     order: NDArray[np.intp], tags: Sequence[tuple[int, ...]], group: int, random: np.random.Generator
 ) -> tuple[list[list[int]], list[int]]:
-    """Disjoint groups whose images share a class, and the images left over, too few of any class for another group.
+    """Partition into groups whose images share a class, and leftover images, too few of any class for another group.
 
-    In their order, images choose one of their tags by lot and are joined by the next ones that have it, too. A tag
-    without enough images is passed over; its images are then forgotten, as it can never get more.
+    Each image, in ``order``, picks one of its tags at random and forms a group with the next images that have that tag.
+    A tag with too few images left is skipped, and its images are dropped from its list: they can never form a group.
     """
-    left: dict[int, list[int]] = {}  # of each class, those without a group: the first in order at the end
+    left: dict[int, list[int]] = {}  # class -> ungrouped images; the first in order is the last element
     for number in order[::-1].tolist():
         for tag in tags[number]:
             left.setdefault(tag, []).append(number)

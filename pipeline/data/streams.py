@@ -1,4 +1,4 @@
-"""Random streams: draws for one purpose are independent of the draws for every other."""
+"""Random streams: each purpose draws from its own independent generator."""
 
 from enum import Enum, unique
 
@@ -7,23 +7,23 @@ import numpy as np
 
 @unique
 class Purpose(Enum):
-    """What a stream decides. The numbers are part of the results: add new ones, never renumber."""
+    """Purpose of a stream. The numbers affect results: add new ones, but never renumber."""
 
-    ORDER = 0  # of the training images, by epoch
-    AUGMENTATION = 1  # by epoch and image
-    OCCLUSION = 2  # attention drop layer, by epoch and image
-    MIXTURE = 3  # which images carry their masks
+    ORDER = 0  # order of the training images; keyed by epoch
+    AUGMENTATION = 1  # keyed by epoch and image
+    OCCLUSION = 2  # attention drop layer; keyed by epoch and image
+    MIXTURE = 3  # choice of the images that use their masks
 
 
 def rng(seed: int, purpose: Purpose, epoch: int = 0, number: int = 0) -> np.random.Generator:
-    """The generator of this purpose, epoch and number; independent of every other's.
+    """Return the generator of this purpose, epoch and number, independent of all others.
 
-    The key is NumPy's spawn key. A plain list of integers would not do: ``default_rng([seed, epoch])`` and
-    ``default_rng([seed, epoch, 0])`` are one stream, as NumPy pads the list with zeros.
+    The numbers form NumPy's spawn key. A list of integers as seed would not work: NumPy pads it with zeros, so that
+    ``default_rng([seed, epoch])`` and ``default_rng([seed, epoch, 0])`` are the same stream.
 
     Args:
         epoch: 0-based.
-        number: of the image in the training set, 0-based.
+        number: index of the image in the training set, 0-based.
 
     Raises:
         ValueError: seed, epoch or number is negative.

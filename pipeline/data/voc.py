@@ -1,4 +1,4 @@
-"""The classes of PASCAL VOC in the order of their ids."""
+"""Class names of PASCAL VOC in the order of their ids, starting at 1."""
 
 CLASSES = (
     "aeroplane",
