@@ -64,7 +64,7 @@ def test_a_purpose_must_not_be_an_integer() -> None:
         rng(0, 1, 2)  # type: ignore[arg-type]
 
 
-# --- who draws what -------------------------------------------------------------------------------------------------
+# --- independence of draws -------------------------------------------------------------------------------------------
 
 
 def test_an_image_is_occluded_whether_or_not_it_is_flipped(tmp_path: Path) -> None:

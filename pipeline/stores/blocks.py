@@ -162,7 +162,7 @@ def parallel(label: str, workers: int, chunk: int = 4) -> Iterator[Callable[...,
 def _map(
     executor: ProcessPoolExecutor, workers: Workers, chunk: int, function: Callable[..., Any], *items: Iterable[Any]
 ) -> Iterator[Any]:
-    """Do as ``executor.map``, but never cancel a future: the executor's thread would fail on it after a kill."""
+    """Like ``executor.map``, but never cancel a future: the executor's thread would fail on it after a kill."""
     calls = list(zip(*items, strict=True))
     with workers.started():
         futures = deque(
