@@ -74,7 +74,7 @@ def test_folder(dataset: Path) -> None:
         assert np.array_equal(store.get(name), np.full(size, 10 * number))
 
 
-def test_folder_names_every_unfit_map(dataset: Path) -> None:
+def test_folder_names_every_invalid_map(dataset: Path) -> None:
     cv2.imwrite(str(dataset / "Saliency/a.png"), np.zeros((40, 60, 3), np.uint8))
     cv2.imwrite(str(dataset / "Saliency/b.png"), np.zeros((30, 50), np.uint8))
     cv2.imwrite(str(dataset / "Saliency/c.png"), np.zeros((40, 60), np.uint16))
@@ -85,7 +85,7 @@ def test_folder_names_every_unfit_map(dataset: Path) -> None:
     assert "RGB" in first
     assert "b.png: is 50x30, but its image is 30x50" in second
     assert "c.png" in third
-    assert "16 bits" in third
+    assert "16-bit" in third
 
 
 def test_folder_names_missing_maps(dataset: Path) -> None:
