@@ -138,7 +138,7 @@ class TestWholeNetworks:
             build("resnet101", weights=str(path))
         assert caught.value.lines == (
             f"{path}: was converted from Caffe (BGR input, strides in the 1x1 convolutions) and does not fit the"
-            " backbone; name a file in torchvision's layout, or 'imagenet'",
+            " backbone; use a file in torchvision's layout, or 'imagenet'",
         )
 
 
@@ -204,11 +204,11 @@ class TestFiles:
             (None, "missing"),
             (b"", "damaged"),
             (b"\x89PNG not weights", "damaged"),
-            ([1, 2], "holds no state dict"),
-            ({"state_dict": {}}, "holds no state dict"),
-            ({"state": {}, "num_classes": 3}, "holds no state dict"),
-            ({"state": {"epoch": 3}}, "holds no state dict"),
-            ({"path": Path("x")}, "damaged, or holds more than tensors"),
+            ([1, 2], "contains no state dict"),
+            ({"state_dict": {}}, "contains no state dict"),
+            ({"state": {}, "num_classes": 3}, "contains no state dict"),
+            ({"state": {"epoch": 3}}, "contains no state dict"),
+            ({"path": Path("x")}, "damaged or contains more than tensors"),
         ],
     )
     def test_what_is_no_state_dict_is_refused(self, content: object, message: str, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ class TestFiles:
 
         monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-        with pytest.raises(PipelineError, match=r"checkpoints/vgg16-\w+\.pth: missing .*; fetch https://") as caught:
+        with pytest.raises(PipelineError, match=r"checkpoints/vgg16-\w+\.pth: is missing .*; save https://") as caught:
             build("vgg16", weights="imagenet")
         assert str(tmp_path) in str(caught.value)
 
@@ -247,5 +247,5 @@ class TestFiles:
 
     @pytest.mark.parametrize("name", ["resnet38", "small"])
     def test_imagenet_where_none_is_published(self, name: str) -> None:
-        with pytest.raises(PipelineError, match="none are published for this backbone"):
+        with pytest.raises(PipelineError, match="torchvision publishes none for this backbone"):
             build(name, weights="imagenet")

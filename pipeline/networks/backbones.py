@@ -1,4 +1,4 @@
-"""The backbone that a block of params.yaml names."""
+"""Builds the backbone that a block of params.yaml describes."""
 
 from pipeline.config import schema
 from pipeline.config.registry import BACKBONES
@@ -9,10 +9,10 @@ __all__ = ["Backbone", "Tap", "build_backbone"]
 
 
 def build_backbone(settings: schema.Backbone) -> Backbone:
-    """The backbone that ``settings`` describe, with its initial weights.
+    """Build the backbone of ``settings`` and load its initial weights.
 
     Raises:
-        PipelineError: no backbone has that name, or it cannot have these settings or weights.
+        PipelineError: the backbone does not support its settings, or its weights cannot be loaded.
     """
     backbone: Backbone = BACKBONES[settings.name](settings)
     backbone.freeze(settings.frozen)

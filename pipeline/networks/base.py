@@ -1,4 +1,4 @@
-"""What every backbone is: named stages in a row, each of which can be tapped."""
+"""The base of all backbones: a sequence of named stages whose features can be read, and hooks on their layers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self, TypeVar
@@ -12,31 +12,31 @@ _T = TypeVar("_T")
 
 
 class Tap(NamedTuple):
-    """A place where features can be read: their channels, and the input pixels one feature pixel spans."""
+    """A point at which features can be read: their channels, and their stride in input pixels."""
 
     channels: int
     stride: int
 
 
-class Published(NamedTuple):
-    """Where torchvision keeps a network's ImageNet weights, and the prefix of its names for the backbone's parts."""
+class PublishedWeights(NamedTuple):
+    """The ImageNet weights that torchvision publishes for a network."""
 
-    enum: str
-    prefix: str
+    enum: str  # torchvision's enum of the network's weights
+    prefix: str  # of the backbone's parameters in torchvision's state dict
 
 
 class Backbone(nn.Module):
-    """A feature extractor: B x 3 x H x W to B x C x ceil(H / stride) x ceil(W / stride).
+    """A feature extractor: B x 3 x H x W images to B x C x ceil(H / stride) x ceil(W / stride) features.
 
     Args:
-        stages: one module a tap, shallow to deep.
-        taps: by the name of the stage; the last one is the output.
-        frozen_batch_norm: keep the statistics and affine parameters of all batch norms.
-        layer_types: of the modules whose output is that of a layer: activations of a plain network, blocks of a
-            residual one.
-        residuals: for each type of residual block, the name of the module in it whose output is added to the shortcut.
-        published: its ImageNet weights; None where torchvision has none.
-        ends_before_pool: whether a pooling follows the last stage in the published network (VGG-16's pool5).
+        stages: one module per tap, shallow to deep.
+        taps: taps by stage name; the last one is the output.
+        frozen_batch_norm: freeze the statistics and affine parameters of all batch norms.
+        layer_types: types of the modules whose outputs count as layer outputs: the activations of a plain network, and
+            the blocks of a residual network.
+        residuals: for each type of residual block, the name of its submodule whose output is added to the shortcut.
+        published: ImageNet weights; None if torchvision has none.
+        ends_before_pool: whether the published network has a pooling layer after the last stage (VGG-16's pool5).
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Backbone(nn.Module):
         frozen_batch_norm: bool,
         layer_types: tuple[type[nn.Module], ...],
         residuals: Mapping[type[nn.Module], str] | None = None,
-        published: Published | None = None,
+        published: PublishedWeights | None = None,
         ends_before_pool: bool = False,
     ) -> None:
         super().__init__()
@@ -76,10 +76,10 @@ class Backbone(nn.Module):
         return list(self.taps.values())[-1]
 
     def freeze(self, names: Sequence[str]) -> None:
-        """Keep the first stages as they are: their weights, and their norms' affine parameters and statistics.
+        """Freeze the first stages: their weights, and the affine parameters and statistics of their batch norms.
 
         Raises:
-            PipelineError: ``names`` are not the first taps; below a stage that learns, freezing another saves nothing.
+            PipelineError: ``names`` are not the first taps. Freezing a stage above a trainable one would save no work.
         """
         if list(names) != list(self.taps)[: len(names)]:
             raise PipelineError(
@@ -91,44 +91,44 @@ class Backbone(nn.Module):
         self.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The features of the last tap."""
+        """Compute the features of the last tap."""
         for stage in self.stages.values():
             x = stage(x)
         return x
 
     def features(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """The features of the named taps; stages deeper than the deepest of them are not computed.
+        """Compute the features of the named taps; stages after the deepest of them are skipped.
 
         Raises:
-            ValueError: a name is no tap of this backbone.
+            ValueError: the backbone has no tap of that name.
         """
         if unknown := [name for name in names if name not in self.taps]:
             raise ValueError(f"no tap {', '.join(unknown)}; the taps are {', '.join(self.taps)}")
-        found: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         for name, stage in self.stages.items():
-            if len(found) == len(set(names)):
+            if len(features) == len(set(names)):
                 break
             x = stage(x)
             if name in names:
-                found[name] = x
-        return {name: found[name] for name in names}
+                features[name] = x
+        return {name: features[name] for name in names}
 
     def layers(self) -> dict[str, list[nn.Module]]:
-        """By tap, the modules whose outputs are the features of its layers, shallow to deep."""
+        """The modules whose outputs are layer outputs, by tap, shallow to deep."""
         return {name: list(outermost(stage, self.layer_types)) for name, stage in self.stages.items()}
 
     def increments(self) -> dict[str, list[nn.Module]]:
-        """By tap, shallow to deep, the modules whose outputs are what each layer contributes.
+        """The modules whose outputs are the layers' increments, by tap, shallow to deep.
 
-        In a residual network that is what each block adds to its shortcut, after the last norm that there is, and
-        nothing outside of blocks; in a plain one, the layers' outputs themselves.
+        The increment of a residual block is its residual branch, just before the addition to the shortcut. Layers
+        outside residual blocks have none. In a plain network the increments are the layer outputs themselves.
         """
-        layers, inner = self.layers(), self.residuals
-        if not inner:
+        layers, residuals = self.layers(), self.residuals
+        if not residuals:
             return layers
         return {
-            name: [block.get_submodule(inner[type(block)]) for block in found if type(block) in inner]
-            for name, found in layers.items()
+            name: [block.get_submodule(residuals[type(block)]) for block in modules if type(block) in residuals]
+            for name, modules in layers.items()
         }
 
     def train(self, mode: bool = True) -> Self:
@@ -146,7 +146,7 @@ class Backbone(nn.Module):
 
 
 def outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
-    """The modules of these kinds within, but for those inside of one another."""
+    """Submodules of the types ``kinds``, except those nested inside another one."""
     if isinstance(module, kinds):
         yield module
     else:
@@ -154,11 +154,16 @@ def outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator
             yield from outermost(child, kinds)
 
 
-def observe(network: nn.Module, modules: Sequence[nn.Module], inputs: Tensor, look: Callable[[Tensor], _T]) -> list[_T]:
-    """What ``look`` makes of each module's output, as hooks leave it, while ``inputs`` go through ``network``."""
-    found: dict[nn.Module, _T] = {}
+def observe(
+    network: nn.Module, modules: Sequence[nn.Module], inputs: Tensor, reduce: Callable[[Tensor], _T]
+) -> list[_T]:
+    """Run ``network`` on ``inputs`` and return ``reduce(output)`` for each of ``modules``.
+
+    Earlier forward hooks have already been applied to the outputs.
+    """
+    results: dict[nn.Module, _T] = {}
     handles = [
-        module.register_forward_hook(lambda module, _inputs, output: found.update({module: look(output)}))
+        module.register_forward_hook(lambda module, _inputs, output: results.update({module: reduce(output)}))
         for module in modules
     ]
     try:
@@ -166,12 +171,12 @@ def observe(network: nn.Module, modules: Sequence[nn.Module], inputs: Tensor, lo
     finally:
         for handle in handles:
             handle.remove()
-    return [found[module] for module in modules]
+    return [results[module] for module in modules]
 
 
 @torch.no_grad()
 def output_channels(network: nn.Module, modules: Sequence[nn.Module]) -> list[int]:
-    """The channels of each module's output, seen on a small blank image that goes through ``network``."""
+    """Number of output channels of each module, from a forward pass of ``network`` on a small blank image."""
     blank = torch.zeros(1, 3, 64, 64, device=next(network.parameters()).device)
     training = network.training
     channels = observe(network.eval(), modules, blank, lambda output: output.shape[1])
@@ -186,36 +191,43 @@ def attach(
     key: str,
     make: Callable[[int], nn.Module],
 ) -> list[nn.Module]:
-    """Let what ``make`` makes of its channels change the output of each module of the layers.
+    """Apply a new module to the output of every module of the named layers.
 
-    The new modules hook onto the old ones, whose names in a state dict stay what they were.
+    The new modules are attached by forward hooks, so state-dict names of the network do not change.
 
     Args:
-        names: of the layers; None: all of them.
-        key: what ``names`` is called in params.yaml.
+        names: names of the layers; None selects all.
+        key: the params.yaml key of ``names``, for the error message.
+        make: builds the new module for a number of channels.
+
+    Returns:
+        The new modules, shallow to deep.
 
     Raises:
-        PipelineError: a name is none of ``layers``.
+        PipelineError: a name is not in ``layers``.
     """
     chosen = tuple(layers) if names is None else names
     if unknown := [name for name in chosen if name not in layers]:
         raise PipelineError(f"{key}: no layer {', '.join(unknown)}; the layers are {', '.join(layers)}")
     modules = [module for name in chosen for module in layers[name]]
-    made = [make(channels) for channels in output_channels(network, modules)]
-    for module, change in zip(modules, made, strict=True):
-        module.register_forward_hook(lambda _module, _inputs, output, change=change: change(output))
-    return made
+    attached = [make(channels) for channels in output_channels(network, modules)]
+    for module, new in zip(modules, attached, strict=True):
+        module.register_forward_hook(lambda _module, _inputs, output, new=new: new(output))
+    return attached
 
 
 def limit_stride(blocks: Iterable[nn.Module], stride: int, output_stride: int, dilated: bool) -> list[int]:
-    """Take the stride from the blocks that would exceed ``output_stride``, and dilate what follows in its place.
+    """Remove the stride of the blocks that would exceed ``output_stride``, and dilate the blocks after them instead.
 
-    A block that loses its stride keeps the dilation of those before it, and the next ones double it, so that every
-    convolution but the first sees the pixels it was trained on (as torchvision's ``replace_stride_with_dilation``).
+    A block that loses its stride keeps the dilation of the blocks before it, and the blocks after it double the
+    dilation. All convolutions but the first then keep the sampling pattern that they were trained with, as with
+    torchvision's ``replace_stride_with_dilation``.
 
     Args:
-        blocks: shallow to deep; at most one spatial convolution of each is strided.
-        stride: of the features that enter the first block.
+        blocks: shallow to deep; each has at most one strided spatial convolution.
+        stride: stride of the features that enter the first block.
+        output_stride: the largest allowed stride.
+        dilated: whether to dilate; if false, only strides change.
 
     Returns:
         The stride after each block.
@@ -241,7 +253,7 @@ def limit_stride(blocks: Iterable[nn.Module], stride: int, output_stride: int, d
 
 
 def he_normal(module: nn.Module) -> None:
-    """Initialise the convolutions within for ReLU: He et al.'s normal over the fan-out, biases 0."""
+    """Initialise all convolutions in ``module`` for ReLU: He et al.'s normal (fan-out), zero biases."""
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")

@@ -15,12 +15,12 @@ from pipeline.networks.segmentation import SegmentationHead
 class LargeFov(SegmentationHead):
     """fc6 (3x3, dilated), fc7 and fc8 (1x1), with ReLU and dropout between them.
 
-    After VGG-16 come its pool5, here of stride 1, and an average pool, as published; after a ResNet they do not (OAA).
+    After VGG-16, pool5 with stride 1 and an average pool come first, as published. After a ResNet there are none (OAA).
     """
 
     @dataclass(frozen=True)
     class Settings:
-        """As published with VGG-16."""
+        """The defaults are the published values for VGG-16."""
 
         channels: Count = 1024  # of fc6 and fc7
         rate: Count = 12  # dilation of fc6

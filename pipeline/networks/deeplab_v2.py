@@ -1,4 +1,4 @@
-"""DeepLab-v2 (Chen et al. 2017): atrous spatial pyramid pooling, and an input at several scales."""
+"""DeepLab-v2 (Chen et al. 2017): atrous spatial pyramid pooling (ASPP) and multi-scale input."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from pipeline.networks.segmentation import SegmentationHead
 
 @SEGMENTATIONS.register("deeplab_v2")
 class DeepLabV2(SegmentationHead):
-    """The sum of parallel dilated 3x3 convolutions, one a rate, straight to the scores; each starts from N(0, 0.01)."""
+    """The sum of parallel dilated 3x3 convolutions, one per rate, which output the logits; all start at N(0, 0.01)."""
 
     @dataclass(frozen=True)
     class Settings:
-        """The published rates, and no further scales of the input unless they are named (published: 0.75, 0.5)."""
+        """The default rates are the published ones. Extra scales are off by default (published: 0.75, 0.5)."""
 
         rates: tuple[Count, ...] = (6, 12, 18, 24)  # dilations of the parallel convolutions
-        # Further scales of each input. The prediction is the maximum of all logits.
+        # Extra scales of the input. The prediction is the pixel-wise maximum of the logits over all scales.
         extra_scales: tuple[Positive, ...] = ()
 
         def faults(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""DeepLab-v3+ (Chen et al. 2018): a pyramid with batch norm, and a decoder with features of stride 4."""
+"""DeepLab-v3+ (Chen et al. 2018): ASPP with batch norm, and a decoder that adds stride-4 features."""
 
 from dataclasses import dataclass
 
@@ -18,16 +18,16 @@ LOW_LEVEL = 48  # channels that the low-level features are reduced to, so that t
 
 @SEGMENTATIONS.register("deeplab_v3plus")
 class DeepLabV3Plus(SegmentationHead):
-    """torchvision's ASPP of ``channels``, upsampled to low-level features, and two 3x3 convolutions over both.
+    """torchvision's ASPP, upsampled and concatenated with low-level features, then two 3x3 convolutions.
 
-    The low-level features are those of the backbone's first tap at stride 4 (or the first beyond, were there none): a
-    ResNet's layer1 as published ('Conv2 before striding'), VGG-16's conv3_3. The first, so that an ``output_stride`` of
-    4 reads the same layer. Logits have the stride of that tap.
+    The low-level features come from the backbone's first tap with a stride of 4 or more: layer1 of a ResNet, as
+    published ('Conv2 before striding'), or conv3_3 of VGG-16. Choosing the first such tap selects the same layer at
+    ``output_stride`` 4. The logits have the stride of that tap.
     """
 
     @dataclass(frozen=True)
     class Settings:
-        """As published at output stride 16; at stride 8 the rates are 12, 24 and 36."""
+        """The defaults are the published values at output stride 16; the rates at stride 8 are 12, 24 and 36."""
 
         channels: Count = 256  # of the pyramid and the decoder
         rates: tuple[Count, Count, Count] = (6, 12, 18)  # dilations of the pyramid
@@ -59,10 +59,10 @@ class DeepLabV3Plus(SegmentationHead):
 
 
 class PooledBatchNorm(nn.BatchNorm2d):
-    """A batch norm of features pooled to one pixel.
+    """A batch norm for features that were pooled to one pixel.
 
-    In training, a batch of one image has no variance there, which torch refuses. Such a batch (an epoch's last one may
-    be of one image) is normalised by the running statistics, and leaves them as they are.
+    A training batch of one image has no variance at that point, and torch raises an error. The last batch of an epoch
+    may have one image. Such a batch is normalised by the running statistics and does not update them.
     """
 
     def forward(self, x: Tensor) -> Tensor:

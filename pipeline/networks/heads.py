@@ -1,4 +1,4 @@
-"""The head that turns a backbone into an image-level classifier with class-aware maps."""
+"""The head of an image-level classifier with class-aware maps, and the initialisation of score layers."""
 
 from typing import cast
 
@@ -9,13 +9,13 @@ from pipeline.networks.base import he_normal
 
 
 class ClassAwareHead(nn.Module):
-    """3x3 convolutions with ReLU, then a 1x1 convolution with one channel a class (OAA Sec. 3.1).
+    """3x3 convolutions with ReLU, then a 1x1 convolution with one channel per class (OAA Sec. 3.1).
 
-    ``convs`` is the sequence of 3x3 convolutions and ReLUs, ``classifier`` the class-aware convolution. The 3x3
-    convolutions start from He's normal, so that they also train from scratch, the classifier from N(0, 0.01).
+    ``convs`` holds the 3x3 convolutions and ReLUs, ``classifier`` is the class-aware convolution. The 3x3 convolutions
+    use He's normal initialisation, so that they also train from scratch. The classifier starts at N(0, 0.01).
 
     Args:
-        in_channels: of the backbone's features.
+        in_channels: channels of the backbone's features.
         num_classes: K, without background.
     """
 
@@ -32,20 +32,20 @@ class ClassAwareHead(nn.Module):
         normal(self.classifier)
 
     def forward(self, x: Tensor) -> Tensor:
-        """B x C x h x w features to B x K x h x w class-aware maps; their spatial mean is the logit of each class."""
+        """Map B x C x h x w features to B x K x h x w class-aware maps, whose spatial means are the class logits."""
         return self.classify(self.penultimate(x))
 
     def penultimate(self, x: Tensor) -> Tensor:
-        """The features that ``classify`` takes, B x ``channels`` x h x w."""
+        """The input features of ``classify``, B x ``channels`` x h x w."""
         return cast(Tensor, self.convs(x))
 
     def classify(self, features: Tensor) -> Tensor:
-        """The class-aware maps of ``penultimate``'s features."""
+        """The class-aware maps, B x K x h x w, of the features that ``penultimate`` returns."""
         return cast(Tensor, self.classifier(features))
 
 
 def normal(conv: nn.Conv2d, std: float = 0.01) -> None:
-    """Initialise a layer of scores: weights N(0, ``std``), bias 0."""
+    """Initialise a score layer: weights from N(0, ``std``), zero bias."""
     nn.init.normal_(conv.weight, std=std)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

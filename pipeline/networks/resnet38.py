@@ -12,7 +12,7 @@ from pipeline.networks.base import Backbone, Tap, he_normal
 
 
 class WideBlock(nn.Module):
-    """Pre-activation residual block of two 3x3 convolutions; a shortcut to a new shape starts after the first ReLU."""
+    """Pre-activation residual block of two 3x3 convolutions; a projection shortcut starts after the first ReLU."""
 
     def __init__(self, before: int, middle: int, after: int, stride: int, dilations: tuple[int, int]) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class WideBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """Pre-activation block of 1x1, 3x3 and 1x1 convolutions that widens to a quarter, a half and all of ``after``."""
+    """Pre-activation block of 1x1, 3x3 and 1x1 convolutions with 1/4, 1/2 and all of ``after`` output channels."""
 
     def __init__(self, before: int, after: int, dilation: int, dropout: float) -> None:
         super().__init__()
@@ -58,12 +58,12 @@ class BottleneckBlock(nn.Module):
 
 @BACKBONES.register("resnet38")
 def resnet38(settings: schema.Backbone) -> Backbone:
-    """Taps b2 to b7 of 128, 256, 512, 1024, 2048 and 4096 channels.
+    """Build ResNet-38 with taps b2 to b7 of 128, 256, 512, 1024, 2048 and 4096 channels.
 
-    b2 to b6 are the residual sums; b7 has passed the final batch norm, without a ReLU after it (as in EDAM).
+    The features of b2 to b6 are residual sums. Those of b7 include the final batch norm but no ReLU, as in EDAM.
 
     Raises:
-        PipelineError: the output stride is not 8, the only one in use.
+        PipelineError: the output stride is not 8, the only one supported.
     """
     if settings.output_stride != 8:
         raise PipelineError(f"resnet38: output_stride {settings.output_stride} is not supported; use 8")
@@ -87,7 +87,7 @@ def resnet38(settings: schema.Backbone) -> Backbone:
 
 
 def _stage(blocks: int, before: int, middle: int, after: int, stride: int, dilation: int = 1) -> nn.Sequential:
-    """The first convolution of the first block keeps dilation 1: it stands where the stride was."""
+    """A stage of blocks. The first convolution keeps dilation 1, because it takes the place of a strided one."""
     first = WideBlock(before, middle, after, stride, (1, dilation))
     rest = [WideBlock(after, middle, after, 1, (dilation, dilation)) for _ in range(blocks - 1)]
     return nn.Sequential(first, *rest)

@@ -1,6 +1,6 @@
-"""What every segmentation network is: a backbone and a head that scores the classes, at one scale or several.
+"""The base of all segmentation networks: a backbone and a head that scores the classes, at one or several scales.
 
-A head registers itself in its own file (``@SEGMENTATIONS.register("deeplab_v2")``) with its ``Settings``.
+Each head has its own file and is registered there, for example with ``@SEGMENTATIONS.register("deeplab_v2")``.
 """
 
 import functools
@@ -16,14 +16,15 @@ from pipeline.networks.backbones import Backbone, build_backbone
 
 
 class SegmentationHead(nn.Module):
-    """Scores background and every class.
+    """Base of all heads: scores background and every class.
 
     ``forward`` takes the features of the backbone's ``taps``, in that order, and returns B x (K + 1) x h x w logits,
-    background first. A subclass has a frozen dataclass ``Settings`` with a method ``describe() -> str`` for the report,
-    and is called with the backbone, its settings and the number of outputs, K + 1.
+    background first. A subclass defines a frozen dataclass ``Settings`` with a method ``describe() -> str`` for the
+    report. Its constructor takes the backbone, the settings and the number of outputs, K + 1.
 
     Attributes:
-        extra_scales: factors of further sizes at which the network sees each image.
+        taps: names of the taps whose features ``forward`` takes.
+        extra_scales: factors by which the input is also resized.
     """
 
     Settings: Any
@@ -35,10 +36,10 @@ class SegmentationHead(nn.Module):
 
 
 class SegmentationNetwork(nn.Module):
-    """A backbone and a head that scores background and every class, on the image and on the head's ``extra_scales``.
+    """A backbone and a head that scores background and every class, at the input's scale and ``extra_scales``.
 
-    The input at several scales is DeepLab-v2's (MSC, Chen et al. 2017). A scaled image has the sides
-    round(side * scale) and is resized to exactly these, bilinear with ``align_corners=False`` and without antialiasing.
+    Multi-scale input is that of DeepLab-v2 (MSC, Chen et al. 2017). A scaled image has sides of round(side * scale)
+    pixels. It is resized bilinearly, with ``align_corners=False`` and without antialiasing.
     """
 
     def __init__(self, backbone: Backbone, head: SegmentationHead) -> None:
@@ -47,26 +48,26 @@ class SegmentationNetwork(nn.Module):
         self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
-        """B x 3 x H x W images to B x (K + 1) x h x w logits at the head's stride, background first.
+        """Map B x 3 x H x W images to B x (K + 1) x h x w logits at the head's stride, background first.
 
-        With extra scales, the pixel-wise maximum over all of them.
+        With extra scales the result is the pixel-wise maximum over all scales.
         """
         return self.supervised(x)[-1]
 
     def supervised(self, x: Tensor) -> list[Tensor]:
-        """The logits, in float32, that a training compares with the labels.
+        """All logits, in float32, that the training loss compares with the labels.
 
-        Those of the image itself; with extra scales also each one's own, at its own size, and then the pixel-wise
-        maximum of all, resized to the size of the first.
+        The first are the logits of the image itself. With extra scales there follow the logits of each scale, at its
+        own size, and the pixel-wise maximum over all scales, at the size of the first.
         """
-        found = [self._logits(x)]
+        logits = [self._logits(x)]
         if not self.head.extra_scales:
-            return found
+            return logits
         for scale in self.head.extra_scales:
-            found.append(self._logits(_resized(x, [max(1, round(side * scale)) for side in x.shape[2:]])))
-        first, *others = found
-        same = (_resized(logits, first.shape[2:]) for logits in others)
-        return [*found, functools.reduce(torch.maximum, same, first)]
+            logits.append(self._logits(_resized(x, [max(1, round(side * scale)) for side in x.shape[2:]])))
+        first, *others = logits
+        aligned = (_resized(other, first.shape[2:]) for other in others)
+        return [*logits, functools.reduce(torch.maximum, aligned, first)]
 
     def _logits(self, x: Tensor) -> Tensor:
         features = self.backbone.features(x, self.head.taps)
@@ -74,10 +75,10 @@ class SegmentationNetwork(nn.Module):
 
 
 def build_segmentation(settings: schema.Segmentation, num_classes: int) -> SegmentationNetwork:
-    """The segmentation network that ``settings`` describe, for ``num_classes`` classes without background.
+    """Build the segmentation network of ``settings`` for ``num_classes`` classes, not counting background.
 
     Raises:
-        PipelineError: the network or the backbone cannot have its settings or weights.
+        PipelineError: the network or the backbone does not support its settings, or weights cannot be loaded.
     """
     backbone = build_backbone(settings.backbone)
     network = settings.network

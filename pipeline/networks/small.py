@@ -1,4 +1,4 @@
-"""The demo's backbone: light enough to train from scratch in a minute on two cores."""
+"""The backbone of the demo, small enough to train from scratch in a minute on two CPU cores."""
 
 from torch import nn
 
@@ -13,7 +13,7 @@ STRIDES = (1, 2, 1, 2, 2, 1)
 
 @BACKBONES.register("small")
 def small(settings: schema.Backbone) -> Backbone:
-    """Six 3x3 convolutions, each with batch norm and ReLU. Taps conv2, conv4 and conv6 of 32, 64 and 128 channels.
+    """Build six 3x3 convolutions with batch norm and ReLU. Taps conv2, conv4 and conv6 have 32, 64 and 128 channels.
 
     Raises:
         PipelineError: the output stride is neither 4 nor 8.

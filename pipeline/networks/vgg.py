@@ -1,31 +1,31 @@
-"""VGG-16 (Simonyan and Zisserman 2014) without pool5 and the layers after it, as OAA and DRS use it."""
+"""VGG-16 (Simonyan and Zisserman 2014) without pool5 and the fully connected layers, as in OAA and DRS."""
 
 from torch import nn
 
 from pipeline.config import schema
 from pipeline.config.registry import BACKBONES
 from pipeline.errors import PipelineError
-from pipeline.networks.base import Backbone, Published, Tap, he_normal
+from pipeline.networks.base import Backbone, PublishedWeights, Tap, he_normal
 
 STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions, channels
 
 
 @BACKBONES.register("vgg16")
 def vgg16(settings: schema.Backbone) -> Backbone:
-    """Taps conv1_2, conv2_2, conv3_3, conv4_3 and conv5_3, each after its ReLU.
+    """Build VGG-16 with taps conv1_2, conv2_2, conv3_3, conv4_3 and conv5_3, each after its ReLU.
 
-    At ``output_stride`` 8: pools 1 to 3 halve, pool4 is 3x3 of stride 1, conv5 has dilation 2 (320 -> 40 x 40). Pools
-    round up, which changes nothing where sizes are multiples of 8 and gives DeepLab its 41 x 41 at 321.
+    At ``output_stride`` 8, pools 1 to 3 halve the resolution, pool4 is a 3x3 pool with stride 1, and conv5 has dilation
+    2 (320 x 320 -> 40 x 40). Pools round sizes up, which gives DeepLab's 41 x 41 features for 321 x 321 images.
 
     Raises:
-        PipelineError: the output stride is 32, which only the missing pool5 would give.
+        PipelineError: the output stride is 32, which would require pool5.
     """
     if settings.output_stride > 16:
         raise PipelineError(f"vgg16: output_stride {settings.output_stride} is too large; use 4, 8 or 16")
     stages: dict[str, nn.Module] = {}
     taps: dict[str, Tap] = {}
     channels, stride, dilation = 3, 1, 1
-    index = 0  # of the layer in torchvision's vgg16().features, whose names the layers keep
+    index = 0  # of the layer in torchvision's vgg16().features; the layers have the same names
     for number, (convs, width) in enumerate(STAGES, 1):
         layers: list[nn.Module] = []
         if number > 1:
@@ -49,7 +49,7 @@ def vgg16(settings: schema.Backbone) -> Backbone:
         taps,
         settings.frozen_batch_norm,
         (nn.ReLU,),
-        published=Published("VGG16_Weights", "features."),
+        published=PublishedWeights("VGG16_Weights", "features."),
         ends_before_pool=True,
     )
     he_normal(backbone)

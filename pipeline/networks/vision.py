@@ -1,4 +1,4 @@
-"""torchvision, also where its compiled operators do not fit the installed torch."""
+"""Imports torchvision even if its compiled operators do not match the installed torch."""
 
 import importlib
 import sys
@@ -7,18 +7,18 @@ from types import ModuleType
 import torch
 
 _NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_declared: list[torch.library.Library] = []  # a library undeclares its operators once it is collected
+_declared: list[torch.library.Library] = []  # keeps them alive: a collected library removes its operators
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, imported.
+    """Import torchvision and return the module.
 
-    Beside a CPU-only torch, the torchvision of PyPI (built for CUDA) cannot load its operators and its import ends with
-    'operator torchvision::nms does not exist'. Models, transforms and datasets need none of them, so there the
-    operators are declared without an implementation. ``torchvision.ops.nms`` and ``torchvision.io`` stay unusable.
+    With a CPU-only torch, PyPI's torchvision (built for CUDA) cannot load its operators, and its import fails with
+    'operator torchvision::nms does not exist'. Models, transforms and datasets do not use these operators. They are
+    then declared without an implementation; ``torchvision.ops.nms`` and ``torchvision.io`` remain unusable.
     """
     if "torchvision" not in sys.modules:
-        _forget()  # what an import that failed elsewhere has left behind
+        _forget()  # remove the remains of an import that failed elsewhere
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:
