@@ -326,8 +326,8 @@ class TestAgen:
     @pytest.mark.parametrize(
         ("names", "more", "fault"),
         [
-            (("small", "small", ("conv6", "conv2")), {}, "shared: conv6 is no tap of the classification backbone"),
-            (("small", "small", ("conv2", "b2")), {}, "shared: b2 is no tap of the segmentation backbone"),
+            (("small", "small", ("conv6", "conv2")), {}, "shared: conv6 is not a tap of the classification backbone"),
+            (("small", "small", ("conv2", "b2")), {}, "shared: b2 is not a tap of the segmentation backbone"),
             (("small", "small", ("conv2", "conv4")), {}, "shared: conv2 has stride 2 and conv4 4"),
             (
                 ("vgg16", "resnet38", ("conv2_2", "b2")),

@@ -1,1 +1,1 @@
-"""Classification methods and one-step networks, one a file, found by name (``pipeline.config.registry``)."""
+"""Classification methods and one-step networks, one per file, registered by name (``pipeline.config.registry``)."""

@@ -1,4 +1,4 @@
-"""Activation modulation and recalibration (AMR): a spotlight and a compensation branch that correct each other."""
+"""Activation modulation and recalibration (AMR): combines a spotlight branch and a compensation branch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from pipeline.networks.heads import ClassAwareHead
 
 @dataclass(frozen=True, eq=False)
 class AmrOutput(Output):
-    """The recalibrated logits and maps, and those of either branch."""
+    """The recalibrated logits and maps, and the outputs of both branches."""
 
     spotlight: Output
     compensation: Output
@@ -35,33 +35,33 @@ class Branch(nn.Module):
 
 @METHODS.register("amr")
 class Amr(Method):
-    """Two classifiers of one image; in the second, the compensation branch, AMMs modulate the features (AMR Fig. 2).
+    """Two classifiers, the spotlight branch and the compensation branch, whose features AMMs modulate (AMR Fig. 2).
 
-    An AMM stands where ``Backbone.increments`` says: in every residual block before the addition, as in the public
-    code, or after every layer of a plain network; with ``layers``, in those taps alone (the paper draws one AMM). Both
-    branches learn together; the public code first trains a plain classifier (name its model.pt as
-    ``backbone.weights``) and then freezes it as the spotlight branch.
+    AMMs follow the modules of ``Backbone.increments``: in every residual block before the addition, as in the public
+    code, or after every layer of a plain network. ``layers`` restricts them to these taps (the paper draws one AMM).
+    Both branches are trained together. The public code instead trains a plain classifier first, then freezes it as
+    the spotlight branch; to start from such a classifier, set ``backbone.weights`` to its model.pt.
 
-    ``backbone`` and ``head`` are the spotlight branch's and are named as those of ``Cam``. With ``shared: stem``, its
-    first stage feeds both branches, without AMMs.
+    ``backbone`` and ``head`` belong to the spotlight branch and have the same names as in ``Cam``. With
+    ``shared: stem``, the spotlight branch's first stage feeds both branches and has no AMMs.
     """
 
     map_name = "Recalibrated CAM"
 
     @dataclass(frozen=True)
     class Settings:
-        """The modules, and the joint training of both branches."""
+        """Settings of the modulation modules and of the joint training of both branches."""
 
         channel: bool = True  # channel attention modulation in the compensation branch (Table 3: AMM_c)
         spatial: bool = True  # spatial attention modulation (AMM_s)
         layers: tuple[str, ...] | None = None  # taps of the backbone whose layers are modulated; null: all (the code)
-        # Of the modulation (Table 4); density: a Gaussian of the density's height, 1 / (sqrt(2 pi) sigma) (the code)
+        # Modulation function (Table 4); density: the normal density, with height 1 / (sqrt(2 pi) sigma) (the code)
         function: Literal["gaussian", "density", "threshold"] = "gaussian"
-        statistics: Literal["sample", "batch"] = "sample"  # what the Gaussian's mean and deviation are taken over
-        reduction: Count = 16  # channels over those between the two linear layers of the channel modulation
+        statistics: Literal["sample", "batch"] = "sample"  # over which the Gaussian's mean and deviation are computed
+        reduction: Count = 16  # ratio of channels to hidden units in the channel modulation
         consistency: NonNegative = 0.05  # weight of cross pseudo supervision, L_cps (the code; the paper: 1); 0: none
         xi: Share = 0.5  # share of the spotlight branch in the recalibrated maps (Table 5)
-        shared: Literal["nothing", "stem"] = "nothing"  # what both branches have in common
+        shared: Literal["nothing", "stem"] = "nothing"  # part of the backbone that both branches share
 
     settings: Settings
 
@@ -95,10 +95,10 @@ class Amr(Method):
         return next(iter(self.backbone.taps))
 
     def _modulate(self) -> None:
-        """An AMM at each place.
+        """Attach the AMMs to the compensation branch.
 
         Raises:
-            PipelineError: a named layer is none of the compensation branch's.
+            PipelineError: the compensation branch has no layer of a name in ``layers``.
         """
         backbone = self.compensation.backbone
         increments = backbone.increments()
@@ -115,20 +115,20 @@ class Amr(Method):
         )
 
     def new_layers(self) -> Iterable[nn.Module]:
-        """The compensation branch's backbone, although pretrained, and its AMMs.
+        """The compensation branch's backbone, even if pretrained, and its AMMs.
 
-        The public code trains them at ten times the rate of the spotlight branch and of both heads: 0.1 and 0.01, which
-        is ``lr: 0.01`` and ``lr_new: 10``.
+        The public code trains these at a rate of 0.1, and the spotlight branch and both heads at 0.01. The settings
+        ``lr: 0.01`` and ``lr_new: 10`` reproduce this.
         """
         return [self.compensation.backbone, self.modulations, self.suppressors]
 
     def layers(self) -> dict[str, list[nn.Module]]:
-        """The spotlight branch's under the names that ``Cam`` has; the other's, modulated, as 'compensation_NAME'."""
+        """The spotlight branch's layers, named as in ``Cam``, and the compensation branch's, as 'compensation_NAME'."""
         spotlight = _layers(self)
-        return spotlight | {f"compensation_{name}": found for name, found in _layers(self.compensation).items()}
+        return spotlight | {f"compensation_{name}": modules for name, modules in _layers(self.compensation).items()}
 
     def forward(self, images: Tensor, occluded: Tensor | None = None) -> AmrOutput:
-        """Logits and maps are the branches' weighted sums, ``xi`` of the spotlight (AMR Eq. 2), before any division."""
+        """Run both branches; logits and raw maps are weighted sums, the spotlight with weight ``xi`` (AMR Eq. 2)."""
         first, last = self._stem, list(self.backbone.taps)[-1]
         features = self.backbone.features(images, [first, last])
         spotlight = _classify(self.head, features[last], occluded)
@@ -144,8 +144,8 @@ class Amr(Method):
     def loss(self, output: Output, tags: Tensor) -> Tensor:
         """The mean of both branches' classification losses (AMR Eq. 10), and cross pseudo supervision (Eq. 11).
 
-        L_cps is the mean absolute difference of the branches' class activation maps, without their negative parts, over
-        all images, classes and positions. (The public code compares but two images of a batch.)
+        L_cps is the mean absolute difference between the positive parts of the branches' class activation maps, over
+        all images, classes and positions. The public code compares only two images of a batch.
         """
         assert isinstance(output, AmrOutput)
         total = (super().loss(output.spotlight, tags) + super().loss(output.compensation, tags)) / 2
@@ -155,9 +155,9 @@ class Amr(Method):
         return total
 
     def localization(self, output: Output) -> Tensor:
-        """The recalibrated maps (AMR Eq. 2), each branch's divided by their maximum before (the public code).
+        """The recalibrated maps (AMR Eq. 2) of branch maps that are each divided by their maximum (the public code).
 
-        So each scale and flip weighs the same when their maps are fused.
+        Thus every scale and flip has the same weight when maps are fused.
         """
         assert isinstance(output, AmrOutput)
         return self._recalibrate(*(_normalised(branch.maps) for branch in (output.spotlight, output.compensation)))
@@ -177,6 +177,6 @@ def _classify(head: ClassAwareHead, features: Tensor, occluded: Tensor | None) -
 
 
 def _normalised(maps: Tensor) -> Tensor:
-    """B x K x h x w in [0, 1], each map's maximum 1; a map without a positive value is 0."""
+    """Scale B x K x h x w maps to a maximum of 1, with negative values set to 0; maps without positive values are 0."""
     positive = maps.float().relu()
     return positive / positive.amax((2, 3), keepdim=True).clamp_min(1e-5)

@@ -1,4 +1,4 @@
-"""What a method is: a classifier whose class-aware maps can be read off."""
+"""The base of all methods: an image classifier with class-aware maps."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config.schema import Classifier
-from pipeline.methods.drs import plug
+from pipeline.methods.drs import attach_suppressors
 
 
 @dataclass(frozen=True, eq=False)
 class Output:
     """``logits`` B x K; ``maps`` B x K x h x w, the raw class-aware feature maps F (OAA Sec. 3.1).
 
-    A method whose loss or maps need more than these subclasses it.
+    A method whose loss or localization maps need further tensors defines a subclass.
     """
 
     logits: Tensor
@@ -24,27 +24,28 @@ class Output:
 
 
 class Step(NamedTuple):
-    """What a training step computes: the scalar loss, and the output whose maps are accumulated (OAA)."""
+    """The result of a training step: the scalar loss, and the output whose maps OAA accumulates."""
 
     loss: Tensor
     output: Output
 
 
 class Method(nn.Module, ABC):
-    """Base of all methods. A new one is a subclass in a file of its own, which registers it in ``METHODS``.
+    """Base of all methods. A new method is a subclass in a file of its own, registered there in ``METHODS``.
 
-    ``Settings`` is a frozen dataclass of what a classifier's block may set below ``method.NAME``, ranges beside the
-    fields. Its ``faults()`` yields a line for each contradiction among the settings, its ``faults_in(block)`` a line
-    for each one with the rest of the block; a line begins with the key at fault.
+    ``Settings`` is a frozen dataclass of the keys below ``method.NAME`` in a classifier's block; annotations give their
+    ranges. It may define ``faults()``, which yields a line for each contradiction among the settings, and
+    ``faults_in(block)``, which yields a line for each contradiction with the rest of the block. A line starts with the
+    key at fault.
 
     Args:
-        block: of params.yaml.
+        block: the classifier's block of params.yaml.
         num_classes: K, without background.
     """
 
     @dataclass(frozen=True)
     class Settings:
-        """There are none."""
+        """This method has no settings."""
 
     settings: Any  # an instance of ``Settings``
 
@@ -53,32 +54,32 @@ class Method(nn.Module, ABC):
         self.block = block
         self.settings = block.method.settings
         self.num_classes = num_classes
-        self.suppressors = nn.ModuleList()  # of DRS, where ``block.suppression`` asks for it
+        self.suppressors = nn.ModuleList()  # DRS suppressors; empty without ``block.suppression``
 
     @classmethod
     def build(cls, block: Classifier, num_classes: int) -> Self:
-        """The method with its initial weights, and with DRS plugged in where ``block.suppression`` asks for it.
+        """Build the method with its initial weights, and with DRS suppressors if ``block.suppression`` is set.
 
         Raises:
-            PipelineError: the backbone does not support its settings or weights, or the method has no layer that the
+            PipelineError: the backbone does not support its settings or weights, or the method lacks a layer that the
                 suppression names.
         """
         method = cls(block, num_classes)
         if block.suppression is not None:
-            method.suppressors.extend(plug(method, method.layers(), block.suppression))
+            method.suppressors.extend(attach_suppressors(method, method.layers(), block.suppression))
         return method
 
     @property
     @abstractmethod
     def map_name(self) -> str:
-        """What the report calls the localization maps; a class attribute will do."""
+        """Name of the localization maps in the report; subclasses may use a class attribute."""
 
     @abstractmethod
     def describe(self) -> str:
-        """The method and its settings, without the backbone, for the report."""
+        """Describe the method and its settings, without the backbone, for the report."""
 
     def about(self) -> dict[str, str]:
-        """What the report shows of this network; the training writes it into its log."""
+        """The report's description of this network; training writes it to log.json."""
         parts = [self.describe(), self.block.backbone.describe()]
         if self.block.suppression is not None:
             parts.append(self.block.suppression.describe())
@@ -88,7 +89,7 @@ class Method(nn.Module, ABC):
 
     @property
     def companions(self) -> int:
-        """How many images that follow each other in a batch shall have a class in common."""
+        """Size of the groups of consecutive batch images that must share a class; 1 for no grouping."""
         return 1
 
     @abstractmethod
@@ -97,23 +98,23 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def layers(self) -> dict[str, list[nn.Module]]:
-        """By name, shallow to deep, the modules whose outputs are features: those of the backbone's taps, and more."""
+        """Modules whose outputs are features, by layer name, shallow to deep: the backbone's taps and others."""
 
     @abstractmethod
     def forward(self, images: Tensor, occluded: Tensor | None = None) -> Output:
-        """Classify B x 3 x H x W images; features are zeroed where ``occluded`` (B x 1 x H x W, bool) holds."""
+        """Classify B x 3 x H x W images; features are zeroed where ``occluded`` (B x 1 x H x W, bool) is true."""
 
     def training_step(self, images: Tensor, tags: Tensor, epoch: int, occluded: Tensor | None = None) -> Step:
-        """The loss of a batch. A method whose loss needs the images, the epoch or several forwards overrides this.
+        """Compute the loss of a batch. Override it if the loss needs the images, the epoch or several forward passes.
 
         Args:
             images: B x 3 x H x W, normalised.
             tags: B x K, 0 or 1.
-            epoch: counted from 0.
-            occluded: B x 1 x H x W, bool: where the attention drop layer zeroes features (``forward``).
+            epoch: 0-based.
+            occluded: B x 1 x H x W, bool; true where the attention drop layer zeroes features (see ``forward``).
 
         Returns:
-            The scalar loss, and the output for ``images`` themselves: its maps are accumulated at their places.
+            The scalar loss, and the output for ``images``. OAA accumulates its maps, which must align with ``images``.
         """
         output = self(images, occluded)
         return Step(self.loss(output, tags), output)
@@ -123,16 +124,16 @@ class Method(nn.Module, ABC):
         return functional.binary_cross_entropy_with_logits(output.logits.float(), tags)
 
     def localization(self, output: Output) -> Tensor:
-        """B x K x h x w non-negative maps for localization, not normalised, from the output of ``forward``."""
+        """Localization maps of an output of ``forward``: B x K x h x w, non-negative, not normalised."""
         return output.maps.float().relu()
 
     def localize(self, images: Tensor) -> Tensor:
-        """The localization maps of B x 3 x H x W images, in one pass."""
+        """Localization maps of B x 3 x H x W images, from one forward pass."""
         return self.localization(self(images))
 
 
 def occlude(features: Tensor, occluded: Tensor | None) -> Tensor:
-    """B x C x h x w features, 0 where at least half of a cell's pixels are ``occluded`` (B x 1 x H x W, bool)."""
+    """Zero B x C x h x w features where at least half of a cell's pixels are ``occluded`` (B x 1 x H x W, bool)."""
     if occluded is None:
         return features
     shares = functional.interpolate(occluded.to(features.dtype), size=features.shape[2:], mode="area")

@@ -1,4 +1,4 @@
-"""Class activation maps read from a class-aware convolution (CAM; the classification network of OAA Sec. 3.1)."""
+"""Class activation maps from a class-aware convolution (CAM; the classification network of OAA Sec. 3.1)."""
 
 from collections.abc import Iterable
 
@@ -29,7 +29,7 @@ class Cam(Method):
         return [self.head, self.suppressors]
 
     def layers(self) -> dict[str, list[nn.Module]]:
-        """The backbone's, and 'head', the 3x3 convolutions', where there are any."""
+        """The backbone's layers, and 'head' for the 3x3 convolutions if there are any."""
         activations: list[nn.Module] = [module for module in self.head.convs if isinstance(module, nn.ReLU)]
         return self.backbone.layers() | ({"head": activations} if activations else {})
 

@@ -12,14 +12,14 @@ from pipeline.networks.base import attach
 
 
 class Suppressor(nn.Module):
-    """min(X, max(X) * G): no element of a channel stays above a share G of the channel's maximum (DRS Alg. 1).
+    """min(X, max(X) * G): bounds each channel by the fraction G of its maximum (DRS Alg. 1).
 
-    The learnable controller is G = sigmoid(f(GAP(X))) with one linear layer without bias (DRS Eq. 2; the public code),
-    started at N(0, 0.01), which is G near 0.5; the non-learnable one is G = ``delta``.
+    The learnable controller is G = sigmoid(f(GAP(X))), where f is one linear layer without bias (DRS Eq. 2; the public
+    code). Its weights start at N(0, 0.01), so that G starts near 0.5. The non-learnable controller is G = ``delta``.
 
     Args:
-        channels: K of the features.
-        delta: of the non-learnable controller, in (0, 1); 0: learnable.
+        channels: K, the channels of the features.
+        delta: G of the non-learnable controller, in (0, 1); 0 selects the learnable one.
     """
 
     def __init__(self, channels: int, delta: float) -> None:
@@ -31,16 +31,16 @@ class Suppressor(nn.Module):
             nn.init.normal_(self.controller.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        """B x K x H x W to the same; gradients flow through X, its maxima and G."""
+        """Suppress B x K x H x W features; gradients flow through X, its maxima and G."""
         weight = None if self.controller is None else self.controller.weight
         return cast(Tensor, _Suppress.apply(x, weight, self.delta))  # type: ignore[no-untyped-call]
 
 
 class _Suppress(torch.autograd.Function):
-    """torch.minimum(x, gate * global max pooling of x), the controller included, in few passes over memory.
+    """torch.minimum(x, gate * global max pooling of x), including the controller, in few passes over memory.
 
-    As in max pooling, the gradient of a maximum goes to one place; where an element equals its bound, it is its own.
-    On a processor it is fresh memory that costs, not arithmetic: backward writes all it needs into one tensor.
+    As in max pooling, the gradient of a maximum goes to one position. An element equal to its bound receives its own
+    gradient. On a CPU, allocating memory costs more than the arithmetic, so backward writes into a single tensor.
     """
 
     @staticmethod
@@ -48,7 +48,7 @@ class _Suppress(torch.autograd.Function):
         peak, place = functional.adaptive_max_pool2d(x, 1, return_indices=True)
         pooled = gate = None
         if weight is not None:
-            with torch.autocast(x.device.type, enabled=False):  # under it, the sum would copy x as float32
+            with torch.autocast(x.device.type, enabled=False):  # autocast would copy x to float32 for the sum
                 pooled = x.sum((2, 3)).to(weight.dtype) / (x.shape[2] * x.shape[3])
                 gate = (pooled @ weight.t()).sigmoid()
         bound = peak * (delta if gate is None else gate.to(x.dtype)[:, :, None, None])
@@ -76,10 +76,13 @@ class _Suppress(torch.autograd.Function):
         return to_x, to_weight, None
 
 
-def plug(method: nn.Module, layers: Mapping[str, list[nn.Module]], settings: Suppression) -> list[nn.Module]:
-    """Suppress the outputs of those of a method's ``layers`` that ``settings`` name.
+def attach_suppressors(
+    method: nn.Module, layers: Mapping[str, list[nn.Module]], settings: Suppression
+) -> list[nn.Module]:
+    """Suppress the outputs of the layers that ``settings.layers`` names.
 
-    None of them lies after the class-aware convolution.
+    Args:
+        layers: modules by layer name, none of which follows the class-aware convolution.
 
     Returns:
         The suppressors, which are new layers of ``method``.

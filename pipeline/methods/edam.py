@@ -1,4 +1,4 @@
-"""The embedded discriminative attention mechanism (EDAM): masks are learned in the classifier itself."""
+"""The embedded discriminative attention mechanism (EDAM): the classifier learns masks itself."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -21,39 +21,39 @@ from pipeline.networks.backbones import build_backbone
 class Edam(Method):
     """Backbone, discriminative activation layer, collaborative multi-attention, a linear classifier for each class.
 
-    The masks are the maps, in [0, 1]: each place's scores of the K classes and of the background (last, and used for
-    nothing else) over their Euclidean norm, without their sign (EDAM Eq. 1). The backbone's features, reduced to
-    ``settings.channels``, times a class's mask are its activation map (Eq. 2; the reduction is linear, so that it may
-    come first, as in the public code).
+    The maps are the masks, in [0, 1]: the absolute scores of the K classes and the background at each position, divided
+    by their Euclidean norm (EDAM Eq. 1). The background score is last and serves only this normalisation. The
+    activation map of a class is the product of its mask and the backbone's features, reduced to ``settings.channels``
+    (Eq. 2). The reduction is linear, so it may come first, as in the public code.
 
-    The attention is of the training alone, as in the paper: in evaluation mode the same classifiers judge the plain
-    mean of the activation maps, so that an image's answer does not hang on its neighbours in the batch.
+    Attention is used only in training, as in the paper. In evaluation mode the same classifiers are applied to the
+    plain mean of the activation maps, so an image's result does not depend on the other images of the batch.
     """
 
     map_name = "Activation mask"
 
     @dataclass(frozen=True)
     class Settings:
-        """The discriminative activation layer and the collaborative multi-attention module.
+        """Settings of the discriminative activation layer and the collaborative multi-attention module.
 
-        They take the place of the classifier's ``head``; ``training.batch_size`` is a multiple of ``group``.
+        These replace the classifier's ``head``. ``training.batch_size`` must be a multiple of ``group``.
         """
 
-        channels: Count = 128  # of the class-specific activation maps, the width of the attention
+        channels: Count = 128  # of the class-specific activation maps and of the attention
         heads: Count = 2
         hidden: Count = 512  # of the feed-forward layer
         dropout: Annotated[float, Range(least=0, below=1)] = 0.1
-        collaborative: bool = True  # the collaborative multi-attention module; without it, plain pooling (Table 5)
+        collaborative: bool = True  # use collaborative multi-attention; false: plain pooling (Table 5)
         group: Annotated[int, Range(least=1, most=4)] = 2  # images that attend to each other (Table 6)
-        pairing: Literal["shared_class", "random"] = "shared_class"  # what a group's images have in common
+        pairing: Literal["shared_class", "random"] = "shared_class"  # how groups are formed
 
         def faults(self) -> Iterator[str]:
             if self.channels % self.heads:
-                yield f"channels: {self.channels} is no multiple of heads, {self.heads}"
+                yield f"channels: {self.channels} is not a multiple of heads, {self.heads}"
 
         def faults_in(self, block: Classifier) -> Iterator[str]:
             if (size := block.training.batch_size) % self.group:
-                yield f"training.batch_size: {size} is no multiple of method.edam.group, {self.group}"
+                yield f"training.batch_size: {size} is not a multiple of method.edam.group, {self.group}"
 
     settings: Settings
 
@@ -67,8 +67,8 @@ class Edam(Method):
         self.classifier = nn.Conv1d(num_classes * edam.channels, num_classes, 1, groups=num_classes, bias=False)
         nn.init.xavier_uniform_(self.activation.weight)
         nn.init.xavier_uniform_(self.reduction.weight)
-        reach = math.sqrt(6 / (edam.channels + 1))  # Xavier's, of one class's layer
-        nn.init.uniform_(self.classifier.weight, -reach, reach)
+        bound = math.sqrt(6 / (edam.channels + 1))  # Xavier's, for the layer of one class
+        nn.init.uniform_(self.classifier.weight, -bound, bound)
         self.collaboration = CollaborativeAttention(num_classes, edam) if edam.collaborative else None
 
     def describe(self) -> str:
@@ -82,16 +82,16 @@ class Edam(Method):
 
     @property
     def companions(self) -> int:
-        """The size of a group whose images share a class; 1 where groups are drawn at random or do not attend."""
+        """The group size if a group's images share a class; 1 for random groups or without attention."""
         settings = self.settings
         return settings.group if settings.collaborative and settings.pairing == "shared_class" else 1
 
     def new_layers(self) -> Iterable[nn.Module]:
-        """The convolutions; the attention learns at the backbone's rate."""
+        """The convolutions; the attention is trained at the backbone's rate."""
         return [self.activation, self.reduction, self.classifier, self.suppressors]
 
     def layers(self) -> dict[str, list[nn.Module]]:
-        """The backbone's."""
+        """The backbone's layers."""
         return self.backbone.layers()
 
     def forward(self, images: Tensor, occluded: Tensor | None = None) -> Output:
@@ -105,10 +105,10 @@ class Edam(Method):
         return Output(logits.float(), masks)
 
     def localize(self, images: Tensor) -> Tensor:
-        """The masks, without what comes after them."""
+        """The masks; the rest of the network is not evaluated."""
         return self._masks(self.backbone(images))
 
     def _masks(self, features: Tensor) -> Tensor:
-        """B x K x h x w float32. Where all scores are 0 (an occluded place), the masks are, and so is the gradient."""
+        """The masks, B x K x h x w float32; masks and gradients are 0 where all scores are 0 (occluded positions)."""
         scores = self.activation(features).float()
         return functional.normalize(scores, dim=1)[:, : self.num_classes].abs()

@@ -1,4 +1,4 @@
-"""The attention modulation module of AMR (AMM): features reweighted in their channels, then in their positions."""
+"""The attention modulation module of AMR (AMM): reweights the channels, then the positions of features."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -9,31 +9,34 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from pipeline.methods.amr import Amr
 
-EPSILON = 1e-5  # added to a variance, as in batch norm: below a deviation of 0.003 values count as more and more equal
-FARTHEST = 40.0  # squared deviations; exp(-FARTHEST / 2) is no denormal number in any product of two weights
+EPSILON = 1e-5  # added to variances, as in batch norm; it dominates below a deviation of 0.003
+MAX_SQUARED_Z = 40.0  # products of two weights exp(-z^2 / 2) then stay above denormal numbers
 
 
 def modulate(values: Tensor, function: str = "gaussian", statistics: str = "sample") -> Tensor:
-    """Weights that favour what is neither the most nor the least sensitive (AMR Eq. 7 and 8), in float32.
+    """Compute weights that favour values of medium sensitivity (AMR Eq. 7 and 8), in float32.
 
-    With z = (value - mu) / sigma, all over one tensor's values:
+    With z = (value - mu) / sigma, the functions are:
 
-    * 'gaussian': exp(-z^2 / 2), divided by its own mean. Eq. 7 leaves the height open. The density's, 1 / (sqrt(2 pi)
-      sigma), is one number for all values, so it redistributes nothing, but has no bound where values are nearly equal
-      and multiplies up from layer to layer. Divided by the mean, weights lie between 0 and 5.5 and average 1: features
-      keep their scale in any number of layers, and values that are all equal get 1 each.
-    * 'density': exp(-z^2 / 2) / (sqrt(2 pi) sigma), the public code's; at most 126.2 by the floor under sigma.
-    * 'threshold': 1 from the mean on, 0 below (Table 4, which names no threshold). A step has no gradient: the logistic
-      function's takes its place.
+    * 'gaussian': exp(-z^2 / 2), divided by its mean. Eq. 7 leaves the height open. The height of the normal density,
+      1 / (sqrt(2 pi) sigma), is the same for all values, so it does not redistribute weight, but it is unbounded for
+      nearly equal values and accumulates over layers. Division by the mean bounds the weights to [0, 5.5] with average
+      1. Features thus keep their scale in any number of layers, and equal values all have weight 1.
+    * 'density': exp(-z^2 / 2) / (sqrt(2 pi) sigma), as in the public code; at most 126.2 because sigma has a floor.
+    * 'threshold': 1 at or above the mean, 0 below (Table 4, which states no threshold). The gradient of the step is
+      replaced by that of the logistic function.
 
-    mu and sigma are constants for the gradient, as in the public code. sigma is the biased deviation (Eq. 8, where the
-    code divides by one less): that of a single value is 0, not NaN; ``EPSILON`` is added to its square.
+    mu and sigma are constants for the gradient, as in the public code. sigma is the biased deviation (Eq. 8; the public
+    code uses the unbiased one), so that it is 0 and not NaN for a single value. ``EPSILON`` is added to its square.
 
     Args:
         values: B x ..., in any precision.
-        statistics: 'sample': mu and sigma (and the mean weight) of each sample's values; 'batch': of the whole tensor,
-            the batch included, as in the public code: then a sample's weights depend on its neighbours, in evaluation
-            mode, too.
+        function: 'gaussian', 'density' or 'threshold'.
+        statistics: 'sample': mu, sigma and the mean weight are those of each sample; 'batch': those of the whole batch,
+            as in the public code. A sample's weights then depend on the rest of the batch, even in evaluation mode.
+
+    Returns:
+        Weights of the shape of ``values``.
     """
     values = values.float()
     dims = tuple(range(0 if statistics == "batch" else 1, values.dim()))
@@ -43,17 +46,18 @@ def modulate(values: Tensor, function: str = "gaussian", statistics: str = "samp
     z = (values - mean) / deviation
     if function == "threshold":
         soft = z.sigmoid()
-        return (z > -1e-3).float() + (soft - soft.detach())  # values that are all equal pass, rounding aside
-    bell = (z.square().clamp_max(FARTHEST) / -2).exp()
+        return (z > -1e-3).float() + (soft - soft.detach())  # the tolerance lets equal values pass despite rounding
+    bell = (z.square().clamp_max(MAX_SQUARED_Z) / -2).exp()
     if function == "density":
         return bell / (math.sqrt(2 * math.pi) * deviation)
     return bell / bell.detach().mean(dims, keepdim=True)
 
 
 class ChannelModulation(nn.Module):
-    """Weights of the channels: spatial mean, two linear layers with ReLU between, modulation (AMR Eq. 3 and 4).
+    """Channel weights: spatial mean, two linear layers with a ReLU between, modulation (AMR Eq. 3 and 4).
 
-    The paper has one convolution H; two layers with 1 / ``reduction`` of the channels between are the public code's.
+    The paper has one convolution H. The two layers, with 1 / ``reduction`` of the channels between them, follow the
+    public code.
     """
 
     def __init__(self, channels: int, settings: "Amr.Settings") -> None:
@@ -63,17 +67,17 @@ class ChannelModulation(nn.Module):
         self.sensitivity = nn.Sequential(nn.Linear(channels, middle), nn.ReLU(), nn.Linear(middle, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """B x C x H x W to the same."""
-        pooled = x.sum((2, 3)) / (x.shape[2] * x.shape[3])  # of a sum, the gradient is not written out pixel by pixel
+        """Reweight B x C x H x W features."""
+        pooled = x.sum((2, 3)) / (x.shape[2] * x.shape[3])  # sum, since its gradient is not expanded per pixel
         weights = modulate(self.sensitivity(pooled), self.settings.function, self.settings.statistics)
         return x * weights[:, :, None, None].to(x.dtype)
 
 
 class SpatialModulation(nn.Module):
-    """Weights of the positions: maximum and mean over the channels, 7x7 convolution, modulation (AMR Eq. 5 and 6).
+    """Spatial weights: maximum and mean over the channels, 7x7 convolution, modulation (AMR Eq. 5 and 6).
 
-    The paper pools the mean alone; the maximum beside it, and the batch norm, are the public code's. There the batch
-    norm also learns in evaluation mode; here it follows ``train`` and ``eval``.
+    The paper pools only the mean. The maximum and the batch norm follow the public code, where the batch norm also
+    updates its statistics in evaluation mode; here it does not.
     """
 
     def __init__(self, settings: "Amr.Settings") -> None:
@@ -82,17 +86,17 @@ class SpatialModulation(nn.Module):
         self.sensitivity = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1, momentum=0.01))
 
     def forward(self, x: Tensor) -> Tensor:
-        """B x C x H x W to the same."""
+        """Reweight B x C x H x W features."""
         x, pooled = _Pool.apply(x)  # type: ignore[no-untyped-call]
         weights = modulate(self.sensitivity(pooled), self.settings.function, self.settings.statistics)
         return x * weights.to(x.dtype)
 
 
 class _Pool(torch.autograd.Function):
-    """B x C x H x W features as they are, and B x 2 x H x W their maximum and mean over the channels.
+    """Return B x C x H x W features unchanged, and their maximum and mean over channels, B x 2 x H x W.
 
-    On a processor it is fresh memory that costs: as the features pass through, their gradient comes back here, and the
-    pooled values' is added to it where it lies, not gathered in tensors of its own.
+    On a CPU, allocating memory is the main cost. Because the features pass through this function, backward receives
+    their gradient and adds that of the pooled values, without allocating a second tensor of full size.
     """
 
     @staticmethod
@@ -112,7 +116,7 @@ class _Pool(torch.autograd.Function):
 
 
 def attention_modulation(channels: int, settings: "Amr.Settings") -> nn.Sequential:
-    """The AMM for features of so many channels: both parts in a row, or those that ``settings`` ask for (Table 3)."""
+    """Build the AMM for features of ``channels`` channels, with the parts that ``settings`` enables (Table 3)."""
     parts: list[nn.Module] = []
     if settings.channel:
         parts.append(ChannelModulation(channels, settings))
