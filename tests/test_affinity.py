@@ -95,7 +95,7 @@ def test_paths_worked_out_by_hand() -> None:
 
 
 def test_a_radius_without_pairs_is_refused() -> None:
-    with pytest.raises(PipelineError, match="radius 1: no two cells are nearer than that; use 2 or more"):
+    with pytest.raises(PipelineError, match="radius 1: there are no pairs of cells below this distance; use 2 or more"):
         pairs(1)
 
 
@@ -206,7 +206,7 @@ def test_sizes(name: str, size: tuple[int, int]) -> None:
 
 
 def test_channels_that_the_norm_cannot_group_are_refused() -> None:
-    with pytest.raises(PipelineError, match="channels 30: group norm has 4 groups; use a multiple of it"):
+    with pytest.raises(PipelineError, match="channels 30: group norm has 4 groups; use a multiple"):
         network(channels=30)
 
 

@@ -1,1 +1,1 @@
-"""Networks trained on maps or labels: refinement networks, found by name, and the affinity network."""
+"""Networks trained on maps or pseudo labels: refinement networks, registered by name, and the affinity network."""

@@ -1,7 +1,7 @@
 """The affinity branch of the inter-pixel relation network (IRN: Ahn, Cho and Kwak, CVPR 2019).
 
-It sees edges between classes, learned from where confident labels agree and where they do not. IRN's other branch,
-displacement fields, serves to tell the instances of a class apart, which nothing here does; it is left out.
+The network predicts edges between classes. It learns from pairs of nearby cells whose confident labels agree or differ.
+IRN's other branch, the displacement field, separates instances of a class; semantic segmentation does not need it.
 """
 
 from collections.abc import Iterable
@@ -19,27 +19,28 @@ from pipeline.networks.base import he_normal
 from pipeline.networks.heads import normal
 from pipeline.refinement.pairs import at_ends, pairs, strongest
 
-GROUPS = 4  # of the group norms
+GROUPS = 4  # groups of every group norm
 
 
 class AffinityNetwork(nn.Module):
-    """Edges from all stages of any backbone, which with ``frozen_backbone`` stays as it is (IRN's code).
+    """Predicts edges from the features of all stages of a backbone.
 
-    Each tap's features go through a 1x1 convolution to ``channels``, group norm and ReLU and are resized to the grid
-    of the first tap at stride 4 (or the first beyond, were there none); over all of them a 1x1 convolution gives one
-    number a cell. Features finer than the grid are averaged within its cells before they are convolved, so that no
-    gradient of the branch is as large as they are.
+    The features of each tap pass a 1x1 convolution to ``channels``, group norm and ReLU, and are resized to the grid of
+    the first tap with a stride of 4 or more. A 1x1 convolution of their concatenation outputs one logit per cell.
+    Features finer than the grid are averaged within its cells before the convolution, which saves memory: no gradient
+    of the branch has their resolution.
 
-    Group norm as in IRN's code: its statistics are the image's own, whatever the batch.
+    With ``frozen_backbone`` the backbone is not trained, as in IRN's code. Group norm also follows IRN's code: its
+    statistics do not depend on the batch.
 
     Raises:
-        PipelineError: ``channels`` are no multiple of the norm's groups.
+        PipelineError: ``channels`` is not a multiple of the number of groups.
     """
 
     def __init__(self, settings: Affinity) -> None:
         super().__init__()
         if settings.channels % GROUPS or settings.channels < GROUPS:
-            raise PipelineError(f"channels {settings.channels}: group norm has {GROUPS} groups; use a multiple of it")
+            raise PipelineError(f"channels {settings.channels}: group norm has {GROUPS} groups; use a multiple")
         self.frozen = settings.frozen_backbone
         self.backbone = build_backbone(settings.backbone)
         if self.frozen:
@@ -55,18 +56,18 @@ class AffinityNetwork(nn.Module):
         return [self.levels, self.edge]
 
     def train(self, mode: bool = True) -> Self:
-        """A frozen backbone keeps the statistics of its batch norms, too."""
+        """Set the mode; a frozen backbone stays in evaluation mode, so its batch norms keep their statistics."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """B x 3 x H x W -> B x 1 x h x w logits of there being an edge, in float32; h is ceil(H / 4)."""
+        """Map B x 3 x H x W images to B x 1 x h x w edge logits in float32; h is ceil(H / 4) at stride 4."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.backbone.features(images, list(self.levels))
             size = features[self.grid_tap].shape[2:]
-            features = {name: _coarsened(found, size) for name, found in features.items()}
+            features = {name: _coarsened(value, size) for name, value in features.items()}
         levels = [_refined(level(features[name]), size) for name, level in self.levels.items()]
         return cast(Tensor, self.edge(torch.cat(levels, 1))).float()
 
@@ -78,30 +79,30 @@ def _level(before: int, after: int) -> nn.Sequential:
 
 
 def _coarsened(features: Tensor, size: torch.Size) -> Tensor:
-    """Features finer than the grid, averaged within its cells."""
+    """Average features finer than ``size`` within its cells; return others unchanged."""
     if features.shape[2] > size[0] or features.shape[3] > size[1]:
         return functional.adaptive_avg_pool2d(features, (size[0], size[1]))
     return features
 
 
 def _refined(features: Tensor, size: torch.Size) -> Tensor:
-    """Features coarser than the grid, upsampled (bilinear)."""
+    """Upsample features coarser than ``size`` bilinearly; return others unchanged."""
     if features.shape[2:] == size:
         return features
     return functional.interpolate(features, size=list(size), mode="bilinear", align_corners=False)
 
 
 def affinity_loss(logits: Tensor, labels: Tensor, radius: int) -> Tensor:
-    """How badly edges tell pairs of one class from pairs of two (IRN; halved as in its public code).
+    """Cross entropy of pair affinities (IRN; halved as in its public code).
 
-    The affinity of a pair is 1 - the strongest edge on the path between its cells. Its cross entropy is averaged over
-    the pairs of the batch within the background, within objects, and of two classes; the first two sets count a
-    quarter each, the third a half, and a set without pairs nothing. Taken from the logits, no edge makes it infinite.
+    The affinity of a pair is 1 - the strongest edge on the path between its cells. The loss is averaged over three sets
+    of pairs of the batch: both cells background, both of the same object class, and cells of two classes. The sets
+    weigh 1/4, 1/4 and 1/2; a set without pairs contributes 0. The loss is computed from logits, so it stays finite.
 
     Args:
-        logits: B x 1 x h x w of edges.
-        labels: B x h x w class ids; pairs with a cell of 255 are not learned from.
-        radius: of the pairs (``pairs``).
+        logits: B x 1 x h x w edge logits.
+        labels: B x h x w class ids; pairs with a cell labelled 255 are ignored.
+        radius: radius of the pairs (see ``pairs``).
     """
     near = pairs(radius)
     edges = strongest(logits[:, 0].float(), near)

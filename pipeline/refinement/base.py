@@ -1,4 +1,4 @@
-"""What a refinement network is: the classification network without pooling, trained on maps pixel by pixel."""
+"""The base of all refinement networks: classification networks without pooling, trained on maps pixel by pixel."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -15,19 +15,20 @@ Target = Callable[[tuple[int, int]], Tensor]  # (h, w) -> B x K x h x w maps in 
 
 
 class RefinementNetwork(nn.Module, ABC):
-    """Backbone, 3x3 and 1x1 class-aware convolutions. A new one is a subclass in a file of its own, which registers it
-    in ``REFINEMENTS``.
+    """Base of all refinement networks: a backbone and a class-aware head.
 
-    ``Settings`` is a frozen dataclass of what a block may set below ``network.NAME``, ranges beside the fields;
-    ``faults()`` yields a line for each contradiction among them, ``faults_in(block)`` a line for each one with the rest
-    of the block.
+    A new network is a subclass in a file of its own, registered there in ``REFINEMENTS``.
+
+    ``Settings`` is a frozen dataclass of the keys below ``network.NAME``; annotations give their ranges. It may define
+    ``faults()``, which yields a line for each contradiction among the settings, and ``faults_in(block)``, which yields
+    a line for each contradiction with the rest of the block.
     """
 
-    map_name = "Refined map"  # what the report calls the maps of ``localize``
+    map_name = "Refined map"  # name of the maps of ``localize`` in the report
 
     @dataclass(frozen=True)
     class Settings:
-        """There are none."""
+        """This network has no settings."""
 
     settings: Any  # an instance of ``Settings``
 
@@ -40,10 +41,10 @@ class RefinementNetwork(nn.Module, ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """The network, without the backbone, for the report."""
+        """Describe the network, without the backbone, for the report."""
 
     def about(self) -> dict[str, str]:
-        """What the report shows of this network; the training writes it into its log."""
+        """The report's description of this network; training writes it to log.json."""
         return {"text": f"{self.describe()} {self.block.backbone.describe()}", "map_name": self.map_name}
 
     def new_layers(self) -> Iterable[nn.Module]:
@@ -51,13 +52,13 @@ class RefinementNetwork(nn.Module, ABC):
         return [self.head]
 
     def forward(self, images: Tensor) -> Tensor:
-        """B x 3 x H x W -> B x K x h x w raw values of the class-aware convolution."""
+        """Map B x 3 x H x W images to the raw outputs of the class-aware convolution, B x K x h x w."""
         return cast(Tensor, self.head(self.backbone(images)))
 
     @abstractmethod
     def loss(self, images: Tensor, target: Target, tags: Tensor) -> Tensor:
-        """Scalar loss of B x 3 x H x W images against the maps that ``target`` gives at any size, and B x K tags."""
+        """Scalar loss of B x 3 x H x W images with B x K tags; ``target(size)`` returns the target maps at a size."""
 
     def localize(self, images: Tensor) -> Tensor:
-        """B x K x h x w non-negative maps: the values' positive part (the public code of OAA+ and DRS)."""
+        """Non-negative maps, B x K x h x w: the positive part of the outputs (the public code of OAA+ and DRS)."""
         return cast(Tensor, self(images)).float().relu()

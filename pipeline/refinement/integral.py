@@ -1,4 +1,4 @@
-"""The integral attention model of OAA+ (OAA Sec. 3.4): a network trained on cumulative attention, pixel by pixel."""
+"""The integral attention model of OAA+ (OAA Sec. 3.4): a network trained on cumulative attention maps."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -20,26 +20,26 @@ def integral_loss(
     reduction: str = "class",
     threshold: float = 0.0,
 ) -> Tensor:
-    """Loss of an integral attention model.
+    """Loss of the integral attention model, averaged over the batch.
 
     Args:
         logits: B x K x h x w scores of the class-aware convolution.
         attention: B x K x h x w cumulative attention p in [0, 1]; 0 for absent classes.
         tags: B x K, 0 or 1.
-        loss: 'hybrid': enhance + constraint loss (OAA Eq. 9); 'enhance': its first part alone (OAA Eq. 7);
+        loss: 'hybrid': enhance + constraint loss (OAA Eq. 9); 'enhance': the first part only (OAA Eq. 7);
             'cross_entropy': multi-label cross entropy over all pixels (OAA Eq. 6). Table 4 calls them HL, EP and MCE.
-        reduction: 'class': N+ and N- of each class are averaged, classes are summed (the paper); 'pooled': all classes
-            and pixels of an image form one N+ and one N- (the public code).
-        threshold: a pixel belongs to N+ where p is above it (OAA Table 5).
+        reduction: 'class': average over N+ and N- of each class, then sum over classes (the paper); 'pooled': all
+            classes and pixels of an image form one N+ and one N- (the public code).
+        threshold: a pixel belongs to N+ if p exceeds this value (OAA Table 5).
 
     Returns:
-        The mean over the batch. log q is taken as logsigmoid: no logit makes it infinite, or its gradient vanish.
+        A scalar. log q is computed with logsigmoid, so the loss stays finite and its gradient does not vanish.
     """
     logits = logits.float()
     log_q, log_not_q = functional.logsigmoid(logits), functional.logsigmoid(-logits)
     if loss == "cross_entropy":
-        each = -(attention * log_q + (1 - attention) * log_not_q)
-        return each.mean((2, 3)).sum(1).mean() if reduction == "class" else each.mean((1, 2, 3)).mean()
+        losses = -(attention * log_q + (1 - attention) * log_not_q)
+        return losses.mean((2, 3)).sum(1).mean() if reduction == "class" else losses.mean((1, 2, 3)).mean()
     dims = (2, 3) if reduction == "class" else (1, 2, 3)
     positive = ((attention > threshold) & (tags[:, :, None, None] > 0)).float()
     enhance = -(positive * attention * log_q).sum(dims) / positive.sum(dims).clamp_min(1)
@@ -51,20 +51,20 @@ def integral_loss(
 
 
 def _total(per_item: Tensor) -> Tensor:
-    """B x K (classes are summed) or B -> mean over the batch."""
+    """Mean over the batch of per-image losses (B) or of per-class losses (B x K), which are summed over classes."""
     return per_item.sum(1).mean() if per_item.dim() == 2 else torch.mean(per_item)
 
 
 @REFINEMENTS.register("integral")
 class IntegralModel(RefinementNetwork):
-    """The classification network of OAA without global average pooling: attention is read from its class-aware maps."""
+    """The classification network of OAA without global average pooling; its class-aware maps are the attention."""
 
     @dataclass(frozen=True)
     class Settings:
-        """Of the loss; see ``integral_loss``."""
+        """Settings of the loss; see ``integral_loss``."""
 
         loss: Literal["hybrid", "cross_entropy", "enhance"] = "hybrid"  # OAA Eq. 9, 6, 7 (Table 4: HL, MCE, EP)
-        reduction: Literal["class", "pooled"] = "class"  # mean per class, summed (paper); all tagged ones pooled (code)
+        reduction: Literal["class", "pooled"] = "class"  # sum of class means (paper), or pooled (code)
         threshold: Annotated[float, Range(least=0, below=1)] = 0.0  # attention above which a pixel is in N+ (Table 5)
 
     settings: Settings

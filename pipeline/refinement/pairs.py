@@ -1,4 +1,4 @@
-"""Pairs of near cells of a grid, and the straight paths between them."""
+"""Pairs of nearby cells of a grid, and the straight paths between them."""
 
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -9,14 +9,14 @@ from torch.nn import functional
 
 from pipeline.errors import PipelineError
 
-Cell = tuple[int, int]  # row and column, from the pair's first cell
+Cell = tuple[int, int]  # row and column, relative to the pair's first cell
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The P pairs that a cell begins, none of them twice: ``ends`` and, in the same order, ``paths``.
+    """The P pairs that start at a cell, as ``paths`` and, in the same order, ``ends``; no pair of a grid occurs twice.
 
-    A second cell lies below the first, or beside it on its right. The longest path comes first.
+    The second cell lies below the first, or in the same row to its right. Paths are sorted by length, longest first.
     """
 
     radius: int
@@ -24,33 +24,33 @@ class Pairs:
 
     @property
     def reach(self) -> int:
-        """The farthest row or column of a second cell."""
+        """The largest row or column offset of a second cell."""
         return self.radius - 1
 
     @cached_property
     def ends(self) -> Tensor:
-        """P x 2."""
+        """Offsets of the second cells, P x 2."""
         return torch.tensor([path[-1] for path in self.paths])
 
     @cached_property
     def steps(self) -> list[Tensor]:
-        """By number k, from 1 on: the p x 2 cells that come k-th on the p paths which have that many."""
+        """For k = 1, 2, ...: the k-th cells of the p paths that are longer than k, p x 2."""
         longest = len(self.paths[0])
         return [torch.tensor([path[k] for path in self.paths if len(path) > k]) for k in range(1, longest)]
 
 
 @cache
 def pairs(radius: int) -> Pairs:
-    """Pairs of cells less than ``radius`` apart (IRN: 34 of them at radius 5).
+    """All pairs of cells less than ``radius`` apart (IRN: 34 at radius 5).
 
-    The path of a pair is all cells of its bounding box whose centres are less than one cell from the straight line
-    through both (IRN's public code): thick enough that no diagonal chain of cells is slipped through.
+    The path of a pair consists of the cells in its bounding box whose centres are less than one cell from the straight
+    line through both ends (IRN's public code). Such a path cannot pass through a diagonal chain of edge cells.
 
     Raises:
-        PipelineError: no two cells are that near.
+        PipelineError: ``radius`` is less than 2.
     """
     if radius < 2:
-        raise PipelineError(f"radius {radius}: no two cells are nearer than that; use 2 or more")
+        raise PipelineError(f"radius {radius}: there are no pairs of cells below this distance; use 2 or more")
     reach = range(1 - radius, radius)
     ends = [(y, x) for y in range(radius) for x in reach if (y, x) > (0, 0) and y * y + x * x < radius * radius]
     return Pairs(radius, tuple(sorted((_path(*end) for end in ends), key=len, reverse=True)))
@@ -63,11 +63,14 @@ def _path(y: int, x: int) -> tuple[Cell, ...]:
 
 
 class Cells:
-    """The maps of a batch as rows of B values, so that a cell of all images is fetched at once.
+    """The maps of a batch stored cell by cell, so that a cell of all images is read at once.
+
+    ``values`` has one row of B values per cell of the padded grid; ``starts`` holds the row numbers of the h * w cells.
 
     Args:
         maps: B x h x w.
-        fill: value of cells beyond the grid, which the pairs of border cells reach.
+        near: the pairs that will be read; they determine the padding.
+        fill: value of cells outside the grid, which pairs at the border reach.
     """
 
     def __init__(self, maps: Tensor, near: Pairs, fill: float) -> None:
@@ -80,32 +83,32 @@ class Cells:
         self.starts = (rows + torch.arange(self.width, device=maps.device) + reach).flatten()
 
     def at(self, offsets: Tensor) -> Tensor:
-        """The (p * h * w) rows of ``values`` that lie p x 2 ``offsets`` from each cell."""
+        """Row numbers in ``values``, p * h * w, of the cells at p x 2 ``offsets`` from each cell."""
         shifts = (offsets[:, 0] * self._stride + offsets[:, 1]).to(self.starts.device)
         return (shifts[:, None] + self.starts).flatten()
 
     def as_maps(self, rows: Tensor) -> Tensor:
-        """(p * h * w) x B -> B x p x h x w, a view."""
+        """View (p * h * w) x B values as B x p x h x w."""
         return rows.view(-1, self.height, self.width, self.batch).permute(3, 0, 1, 2)
 
 
 def at_ends(maps: Tensor, near: Pairs, fill: float) -> Tensor:
-    """B x h x w -> B x P x h x w: the value at the second cell of each pair that a cell begins."""
+    """Values of B x h x w maps at the second cell of each pair: B x P x h x w, indexed by the first cell."""
     cells = Cells(maps, near, fill)
     return cells.as_maps(cells.values[cells.at(near.ends)])
 
 
 def strongest(maps: Tensor, near: Pairs) -> Tensor:
-    """The greatest value on the path of each pair.
+    """The maximum on the path of each pair.
 
-    Its gradient flows to one cell of the path, the first that is greatest. Which one is found without gradients, path
-    cell by path cell: memory stays at a few numbers a pair, however long its path.
+    The gradient flows to one cell of the path, the first maximum. Its position is searched without gradients, one path
+    cell at a time, so memory per pair does not grow with the length of the path.
 
     Args:
         maps: B x h x w.
 
     Returns:
-        B x P x h x w; of a path that leaves the grid, what lies within counts.
+        B x P x h x w; cells of a path outside the grid are ignored.
     """
     cells = Cells(maps, near, -torch.inf)
     with torch.no_grad():
@@ -113,8 +116,8 @@ def strongest(maps: Tensor, near: Pairs) -> Tensor:
         best = cells.values[cells.starts].repeat(len(near.paths), 1)
         for offsets in near.steps:
             rows = cells.at(offsets)
-            found = cells.values[rows]
-            better = found > best[: len(rows)]
-            best[: len(rows)] = torch.where(better, found, best[: len(rows)])
+            values = cells.values[rows]
+            better = values > best[: len(rows)]
+            best[: len(rows)] = torch.where(better, values, best[: len(rows)])
             where[: len(rows)] = torch.where(better, rows[:, None], where[: len(rows)])
     return cells.as_maps(cells.values.gather(0, where) if maps.requires_grad else best)

@@ -13,7 +13,7 @@ from pipeline.refinement.base import RefinementNetwork, Target
 
 
 def strongest(maps: Tensor) -> Tensor:
-    """B x K x H x W maps in which each pixel keeps only its strongest class (DRS's public code); ties keep all."""
+    """Set all but the strongest class of each pixel of B x K x H x W maps to 0 (DRS's public code); ties stay."""
     return maps * (maps == maps.amax(1, keepdim=True))
 
 
@@ -21,17 +21,16 @@ def strongest(maps: Tensor) -> Tensor:
 class RegressionNetwork(RefinementNetwork):
     """The refinement network of DRS: linear outputs and the mean squared error over classes and pixels.
 
-    The target is each pixel's strongest class alone (``target: strongest``, the public code) or all classes ('full',
-    the paper). With ``reduction: class`` the error is the mean over all K classes (paper and code); with 'pooled' over
-    the image's tags alone, the only classes whose maps are ever used: of 20 classes 18 are 0 in an image of VOC, and a
-    short training of all of them learns little but that. The outputs are upsampled to the input, as in the public code.
-    Outputs are unbounded: take its maps with ``normalise: none``, which cuts them at 0 and 1, so that a weak map stays
-    weak.
+    The target keeps only each pixel's strongest class (``target: strongest``, the public code) or all classes ('full',
+    the paper). With ``reduction: class`` the error is the mean over all K classes (paper and code). With 'pooled' it is
+    the mean over the image's tags, the only classes whose maps are used: 18 of 20 classes are 0 in a typical VOC image,
+    and a short training on all classes learns little else. The outputs are upsampled to the input, as in the public
+    code. They are unbounded, so localize with ``normalise: none``, which clips maps to [0, 1] and keeps weak maps weak.
     """
 
     @dataclass(frozen=True)
     class Settings:
-        """Of the loss."""
+        """Settings of the loss."""
 
         reduction: Literal["class", "pooled"] = "class"  # the mean over all classes (paper, code), or the tagged ones
         target: Literal["strongest", "full"] = "strongest"  # a pixel's strongest class (code), or all (paper)

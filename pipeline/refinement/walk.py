@@ -1,4 +1,4 @@
-"""Maps spread by a random walk along the affinities of cells (PSA, IRN)."""
+"""Propagation of maps by a random walk over cell affinities (PSA, IRN)."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,19 +13,19 @@ from pipeline.refinement.pairs import Pairs, pairs, strongest
 
 
 def random_walk(maps: Tensor, edges: Tensor, settings: Walk) -> Tensor:
-    """Where walkers come from that start at each cell: every cell receives the average of what they find.
+    """Propagate maps by a random walk of 2^``settings.times`` steps.
 
-    The maps, to the power ``settings.power`` and, with ``edge_weighting``, times (1 - edge), are multiplied
-    2^``times`` times with the sparse transition matrix. That is what the public codes of PSA and IRN get from squaring
-    a dense matrix ``times`` times, at a thousandth of its arithmetic and without its N x N numbers. In float64: as
-    fast, and in float32 the rounding of hundreds of steps adds up to 4e-4.
+    The maps are raised to ``settings.power`` and, with ``edge_weighting``, multiplied by (1 - edge). They are then
+    multiplied 2^``times`` times by the sparse transition matrix. The public codes of PSA and IRN obtain the same result
+    by squaring a dense N x N matrix ``times`` times, which takes about 1000 times the arithmetic. float64 is as fast as
+    float32 here; in float32, rounding errors of hundreds of steps reach 4e-4.
 
     Args:
-        maps: B x C x h x w in [0, 1]; further channels of 0 for images of fewer classes change nothing.
+        maps: B x C x h x w in [0, 1]; images with fewer classes may have channels of zeros.
         edges: B x h x w in [0, 1].
 
     Returns:
-        B x C x h x w; nothing is divided by its maximum.
+        B x C x h x w, not normalised.
     """
     batch, channels, height, width = maps.shape
     seeds = maps**settings.power
@@ -41,7 +41,7 @@ def random_walk(maps: Tensor, edges: Tensor, settings: Walk) -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A step takes half a millisecond: a second thread gains little, and on busy cores makes it many times slower."""
+    """Use one thread: a step takes 0.5 ms, so a second thread gains little and is very slow on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -51,35 +51,35 @@ def _one_thread() -> Iterator[None]:
 
 
 def transition_matrix(edges: Tensor, radius: int, beta: float) -> Tensor:
-    """The walk's steps: from each cell to itself and to the cells less than ``radius`` from it (IRN).
+    """Transition probabilities from each cell to itself and to all cells less than ``radius`` away (IRN).
 
-    A neighbour's weight is its affinity, 1 - the strongest edge on the path to it, to the power ``beta``; the cell's
-    own is 1. Weights are divided by their sum over the neighbours.
+    The weight of a neighbour is (1 - the strongest edge on the path to it)^``beta``; the weight of the cell itself is
+    1. The weights of a cell are divided by their sum.
 
     Args:
         edges: B x h x w in [0, 1].
 
     Returns:
-        (B * h * w) x (B * h * w) float64, CSR, of what is above 0; no step leads from one image to another.
+        (B * h * w) x (B * h * w) float64 in CSR format, block-diagonal by image, with positive entries only.
     """
     offsets, weights = _neighbours(edges.double(), pairs(radius), beta)
-    weights = weights.permute(0, 2, 3, 1).flatten(0, 2)  # a row a cell
+    weights = weights.permute(0, 2, 3, 1).flatten(0, 2)  # one row per cell
     weights = weights / weights.sum(1, keepdim=True)
     shifts = offsets[:, 0] * edges.shape[2] + offsets[:, 1]
     columns = torch.arange(len(weights), device=edges.device)[:, None] + shifts
-    there = weights > 0
-    rows = functional.pad(there.sum(1).cumsum(0), (1, 0))
+    positive = weights > 0
+    rows = functional.pad(positive.sum(1).cumsum(0), (1, 0))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(  # 32-bit indices, as MKL wants them: others are converted in each product
-            rows.int(), columns[there].int(), weights[there], (len(weights),) * 2, check_invariants=False
+        return torch.sparse_csr_tensor(  # MKL uses 32-bit indices and converts others in each product
+            rows.int(), columns[positive].int(), weights[positive], (len(weights),) * 2, check_invariants=False
         )
 
 
 def _neighbours(edges: Tensor, near: Pairs, beta: float) -> tuple[Tensor, Tensor]:
-    """n x 2 offsets in the order of the grid, the cell itself among them, and B x n x h x w weights, 0 beyond the grid.
+    """Neighbours of a cell: n x 2 offsets in raster order, with the cell itself, and B x n x h x w weights.
 
-    A pair's weight is found once, at its first cell, and is that of its second cell for the way back.
+    Weights of neighbours outside the grid are 0. A pair's weight is computed once and used in both directions.
     """
     _, height, width = edges.shape
     reach = near.reach
