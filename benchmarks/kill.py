@@ -90,7 +90,7 @@ class Trial:
 
     def resumptions(self) -> int:
         """The number of runs that resumed from a checkpoint."""
-        return (self.folder / "log.txt").read_text().count("goes on from epoch")
+        return (self.folder / "log.txt").read_text().count("resumes from epoch")
 
 
 def compare(job: Job, dataset: Path, folder: Path, options: list[str], kills: int, seed: int) -> tuple[Trial, Trial]:

@@ -111,7 +111,7 @@ def test_a_stopped_training_loses_no_step_and_ends_with_the_same_bytes(
         assert re.fullmatch(r"classifier base: state saved at epoch \d+, step \d+", saved)
         assert all(line.startswith("classifier base: epoch") for line in before)
     assert begin(TRAINING).wait(120) == 0
-    resumed = re.match(r"classifier base: goes on from epoch (\d+), step (\d+)", log())
+    resumed = re.match(r"classifier base: resumes from epoch (\d+), step (\d+)", log())
     assert resumed
     epoch, step = map(int, resumed.groups())
     assert step >= 4  # 8 batches are 4 steps an epoch, and one epoch was done

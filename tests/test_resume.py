@@ -230,7 +230,7 @@ class TestResume:
         (line,) = caught.value.lines
         found = line.split("sha256 is ")[1][:64]
         assert line == (
-            f"{run.checkpoint}: damaged checkpoint: sha256 is {found}, saved as {saved}; delete it to start over"
+            f"{run.checkpoint}: damaged checkpoint: sha256 is {found}, expected {saved}; delete it to start over"
         )
         assert found != saved
         assert int(found, 16)

@@ -18,7 +18,7 @@ from pipeline.data.loading import Batch
 from pipeline.errors import PipelineError
 from pipeline.networks.segmentation import SegmentationNetwork, build_segmentation
 from pipeline.training.loop import extent
-from pipeline.training.segmentation import cross_entropy, own_answer, reduced, segmentation_loss
+from pipeline.training.segmentation import cross_entropy, own_prediction, reduced, segmentation_loss
 from pipeline.training.settings import build_optimizer, learning_rate, parameter_groups
 from stages.segmentation import SegmentationTask
 from tests.networks import on_meta, resize
@@ -131,10 +131,10 @@ class TestOwnAnswer:
     TAGS = torch.tensor([[1.0, 0.0, 1.0]])
 
     def test_it_is_the_best_of_background_and_tags(self) -> None:
-        assert own_answer(self.LOGITS, self.TAGS).tolist() == [[[0, 1, 3, 3]]]
+        assert own_prediction(self.LOGITS, self.TAGS).tolist() == [[[0, 1, 3, 3]]]
 
     def test_without_tags_all_is_background(self) -> None:
-        assert own_answer(self.LOGITS, torch.zeros(1, 3)).tolist() == [[[0, 0, 0, 0]]]
+        assert own_prediction(self.LOGITS, torch.zeros(1, 3)).tolist() == [[[0, 0, 0, 0]]]
 
     def test_the_term_by_hand(self) -> None:
         """Only the first two pixels are labelled; the term is of all four."""
@@ -149,7 +149,7 @@ class TestOwnAnswer:
         logits = self.LOGITS.clone().requires_grad_()
         ignored = torch.full((1, 1, 4), 255)
         segmentation_loss([logits], ignored, self.TAGS, "output", self_training=True).backward()  # type: ignore[no-untyped-call]
-        answer = F.one_hot(own_answer(self.LOGITS, self.TAGS), 4).movedim(-1, 1)
+        answer = F.one_hot(own_prediction(self.LOGITS, self.TAGS), 4).movedim(-1, 1)
         torch.testing.assert_close(logits.grad, (self.LOGITS.softmax(1) - answer) / 4)
 
 

@@ -278,7 +278,7 @@ class TestPublishing:
                 start(classifier.main, *options)
         before = {path: path.read_bytes() for path in done}
         start(classifier.main, *options)
-        assert "goes on from epoch" in capsys.readouterr().out
+        assert "resumes from epoch" in capsys.readouterr().out
         assert {path: path.read_bytes() for path in done} == before
         assert is_fresh(Graph(load([Path("params.yaml")])).find("classifier", "base"), {})
         assert not list(BASE.glob(".*checkpoint*"))

@@ -1,4 +1,4 @@
-"""Checkpoints and models as files that are whole, unharmed and hold nothing but tensors and plain values."""
+"""Checkpoint and model files. They contain only tensors and plain values; checkpoints are atomic and checksummed."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ _DIGEST = 64
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` behind its own sha256, atomically."""
+    """Write ``state`` atomically, preceded by its sha256."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
@@ -24,31 +24,31 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """The state in ``path``, or None where there is no such file.
+    """Read the state in ``path``; None if the file does not exist.
 
     Raises:
-        PipelineError: the bytes are not those that were saved.
+        PipelineError: the checksum does not match.
     """
     if not path.exists():
         return None
     content = path.read_bytes()
     expected, payload = content[:_DIGEST].decode("latin-1"), content[_DIGEST:]
-    found = hashlib.sha256(payload).hexdigest()
-    if found != expected:
+    actual = hashlib.sha256(payload).hexdigest()
+    if actual != expected:
         raise PipelineError(
-            f"{path}: damaged checkpoint: sha256 is {found}, saved as {expected}; delete it to start over"
+            f"{path}: damaged checkpoint: sha256 is {actual}, expected {expected}; delete it to start over"
         )
     state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     return state
 
 
 def save_model(path: Path, network: torch.nn.Module, **fields: Any) -> None:
-    """Write a trained network's weights on the CPU with what is needed to build it again."""
+    """Write a trained network's weights, as CPU tensors, and ``fields`` that describe how to rebuild it."""
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     torch.save({"state": state, **fields}, path)
 
 
 def load_model(path: Path) -> dict[str, Any]:
-    """What ``save_model`` wrote. The stage frame has checked its hash."""
+    """Read a file of ``save_model``. The stage has already verified its hash."""
     model: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return model

@@ -1,8 +1,9 @@
-"""The one training loop: a task gives the network and its loss, the loop does the rest.
+"""The training loop of all networks. A ``Task`` provides the network and its loss.
 
-Killed at any moment and started again it goes on from the last checkpoint and, on a CPU or a GPU in deterministic mode,
-ends with the bytes of an unbroken run: what is drawn at random depends on seed, epoch and image alone, the order of the
-batches on seed and epoch, and the generators' states (dropout) are part of the checkpoint.
+A training that was killed resumes from its last checkpoint. On a CPU the resumed training ends with exactly the same
+bytes as an uninterrupted one: augmentation depends only on seed, epoch and image, the order of batches only on seed and
+epoch, and checkpoints include the state of torch's random generators (dropout). On CUDA the loop restores the same
+state, but some networks use kernels that are not deterministic.
 """
 
 import math
@@ -24,36 +25,36 @@ from pipeline.runtime import Runtime
 from pipeline.training import checkpoint
 from pipeline.training.settings import autocast, build_optimizer, learning_rate, parameter_groups
 
-LOGGED = 20  # points an epoch on the loss curve, at most
+LOGGED = 20  # maximum number of logged losses per epoch
 
 
 class Task(Protocol):
-    """What is trained."""
+    """A network and its loss, as the loop needs them."""
 
     @property
     def network(self) -> nn.Module: ...
 
     def about(self) -> dict[str, str]:
-        """What the report shows of the network: a description as 'text', and more where ``pipeline.report`` asks."""
+        """The report's description of the network: 'text', and further keys that ``pipeline.report`` reads."""
 
     def new_layers(self) -> Iterable[nn.Module]:
-        """The layers added to the backbone: they learn at ``lr_new`` times the rate."""
+        """The layers added to the backbone, whose learning rate is ``lr_new`` times the base rate."""
 
     def loss(self, batch: Batch, epoch: int) -> Tensor:
-        """The scalar loss of a batch that lies on the device."""
+        """Compute the scalar loss of a batch on the training device."""
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        """Called once after each epoch; what it returns is logged."""
+        """Called once after each epoch; returns values to log."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside network and optimizer."""
+        """State to store in checkpoints, besides network and optimizer."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take back what ``state`` gave."""
+        """Restore the result of ``state``."""
 
 
 class Stateless:
-    """The rest of a task that keeps nothing from one batch to the next."""
+    """No-op state hooks for tasks without state of their own."""
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         return {}
@@ -66,16 +67,16 @@ class Stateless:
 
 
 class Extent(NamedTuple):
-    """How long a training is."""
+    """The length of a training."""
 
-    batches: int  # an epoch
-    steps_per_epoch: int  # optimizer steps
-    steps: int  # in all
-    epochs: int  # begun
+    batches: int  # per epoch
+    steps_per_epoch: int  # optimizer steps per epoch
+    steps: int  # total optimizer steps
+    epochs: int  # including a last, incomplete one
 
 
 def extent(settings: Training, images: int) -> Extent:
-    """The extent of a training on ``images`` images."""
+    """Compute the length of a training on ``images`` images."""
     batches = -(-images // settings.batch_size)
     steps_per_epoch = -(-batches // settings.accumulation)
     steps = settings.iterations or (settings.epochs or 0) * steps_per_epoch
@@ -103,39 +104,40 @@ class Loop:
         task.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = parameter_groups(task.network, task.new_layers(), settings)
         self.optimizer = build_optimizer(groups, settings)
-        self.epoch = self.first = self.step = 0  # first: batches of this epoch that are done
+        self.epoch = self.step = 0
+        self.batches_done = 0  # in this epoch
         self.log: dict[str, list[dict[str, float]]] = {"steps": [], "epochs": []}
-        self.sum = torch.zeros((), dtype=torch.float64, device=device)  # of this epoch's losses
+        self.sum = torch.zeros((), dtype=torch.float64, device=device)  # sum of this epoch's losses
 
     def run(self) -> dict[str, Any]:
-        """Train to the end.
+        """Train until the end and return the log.
 
-        Asked to stop (``pipeline.interrupts``) it finishes the optimizer step at work and saves its state.
+        On a stop request (``pipeline.interrupts``) the loop completes the current optimizer step and saves its state.
 
         Raises:
-            PipelineError: the loss is not finite, or the loader stopped delivering.
-            Stopped: as asked; the checkpoint holds every completed step.
+            PipelineError: the loss is not finite, or the data loader failed.
+            Stopped: a stop was requested; the checkpoint includes every completed step.
         """
         with interrupts.deferred():
             self._resume()
             self.task.network.train()
-            saved, kept = time.monotonic(), self.step
+            saved_at, saved_step = time.monotonic(), self.step
             while self.step < self.steps:
-                batches = load(self.dataset, self.settings.batch_size, self.epoch, self.first, self.plan)
+                batches = load(self.dataset, self.settings.batch_size, self.epoch, self.batches_done, self.plan)
                 with closing(batches):
                     for batch in batches:
-                        self.first += 1
-                        ends = self.first == self.batches
-                        stepped = self._train(batch, ends or self.first % self.settings.accumulation == 0)
+                        self.batches_done += 1
+                        ends = self.batches_done == self.batches
+                        stepped = self._train(batch, ends or self.batches_done % self.settings.accumulation == 0)
                         if ends or self.step == self.steps:
                             self._end_epoch()
-                        if stepped and (interrupts.requested() or time.monotonic() - saved >= self.every):
+                        if stepped and (interrupts.requested() or time.monotonic() - saved_at >= self.every):
                             self._save()
                             self._stop_if_asked()
-                            saved, kept = time.monotonic(), self.step
-                        if self.first == 0:
+                            saved_at, saved_step = time.monotonic(), self.step
+                        if self.batches_done == 0:
                             break
-            if self.step > kept:  # what follows, writing the maps of many images say, may be stopped, too
+            if self.step > saved_step:  # the stage's next steps, such as writing maps, may be interrupted as well
                 self._save()
         return self.log
 
@@ -145,10 +147,10 @@ class Loop:
             interrupts.check()
 
     def _train(self, batch: Batch, update: bool) -> bool:
-        """One batch; with ``update`` also the optimizer's step over what has gathered. Returns ``update``."""
+        """Train on a batch; with ``update``, also step the optimizer. Return ``update``."""
         with autocast(self.device, self.settings.precision):
             loss = self.task.loss(batch.to(self.device), self.epoch)
-        (loss / self._gathered()).backward()  # type: ignore[no-untyped-call]
+        (loss / self._group_size()).backward()  # type: ignore[no-untyped-call]
         self.sum += loss.detach().double()
         if not update:
             return False
@@ -163,11 +165,11 @@ class Loop:
         self.step += 1
         return True
 
-    def _gathered(self) -> int:
-        """The batches of which this one's optimizer step is the mean; an epoch's last step may have fewer of them."""
-        whole = self.settings.accumulation
-        start = (self.first - 1) // whole * whole
-        return min(whole, self.batches - start)
+    def _group_size(self) -> int:
+        """Number of batches in the current accumulation group; the last group of an epoch may be smaller."""
+        size = self.settings.accumulation
+        start = (self.batches_done - 1) // size * size
+        return min(size, self.batches - start)
 
     def _finite(self, loss: float, step: int) -> float:
         if not math.isfinite(loss):
@@ -175,12 +177,12 @@ class Loop:
         return loss
 
     def _end_epoch(self) -> None:
-        mean = self._finite(float(self.sum) / self.first, self.step - 1)
+        mean = self._finite(float(self.sum) / self.batches_done, self.step - 1)
         entry = {"epoch": self.epoch, "loss": round(mean, 6), **self.task.end_epoch(self.epoch)}
         self.log["epochs"].append(entry)
         self.sum.zero_()
         self.epoch += 1
-        self.first = 0
+        self.batches_done = 0
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in entry.items() if key != "epoch")
         interrupts.say(f"{self.label}: epoch {self.epoch}/{self.epochs}: {numbers}")
 
@@ -189,7 +191,7 @@ class Loop:
             return
         state = {
             "epoch": self.epoch,
-            "first": self.first,
+            "batches_done": self.batches_done,
             "step": self.step,
             "sum": float(self.sum),
             "log": self.log,
@@ -205,7 +207,7 @@ class Loop:
         state = checkpoint.load(self.path) if self.path is not None else None
         if state is None:
             return
-        self.epoch, self.first, self.step = state["epoch"], state["first"], state["step"]
+        self.epoch, self.batches_done, self.step = state["epoch"], state["batches_done"], state["step"]
         self.sum.fill_(state["sum"])
         self.log = state["log"]
         self.task.network.load_state_dict(state["network"])
@@ -214,4 +216,4 @@ class Loop:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        print(f"{self.label}: goes on from epoch {self.epoch + 1}, step {self.step}", flush=True)
+        print(f"{self.label}: resumes from epoch {self.epoch + 1}, step {self.step}", flush=True)

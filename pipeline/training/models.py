@@ -1,4 +1,4 @@
-"""Trained networks from their files."""
+"""Builds networks from blocks of params.yaml, and saves and loads trained networks."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +19,7 @@ _BLOCKS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Block)
 
 
 def build(block: Block, num_classes: int) -> nn.Module:
-    """The network of a block, with the initial weights that its backbones name.
+    """Build the network of a block, with the initial weights of its backbones.
 
     Raises:
         PipelineError: a backbone does not support its settings or weights.
@@ -32,15 +32,15 @@ def build(block: Block, num_classes: int) -> nn.Module:
 
 
 def save(path: Path, network: nn.Module, block: Block, num_classes: int) -> None:
-    """Write a trained network with the block that it was built from."""
+    """Write a trained network and the block that describes it."""
     save_model(path, network, block=type(block).__name__, settings=plain(block), num_classes=num_classes)
 
 
 def load(path: Path, num_classes: int, device: torch.device) -> nn.Module:
-    """Build and fill the network in ``path``, in evaluation mode.
+    """Load the network in ``path`` onto ``device``, in evaluation mode.
 
     Raises:
-        PipelineError: it was trained on another number of classes.
+        PipelineError: the network was trained with another number of classes.
     """
     model = load_model(path)
     if model["num_classes"] != num_classes:

@@ -1,4 +1,4 @@
-"""The losses of segmentation networks."""
+"""Losses of segmentation networks."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -17,16 +17,16 @@ def segmentation_loss(
     loss_size: Literal["input", "output"] = "input",
     self_training: bool = False,
 ) -> Tensor:
-    """The sum over all supervised logits of their cross entropy with the labels (DeepLab-v2: 1x, 0.75x, 0.5x, maximum).
+    """Sum of the cross entropies of all supervised logits (in DeepLab-v2: 1x, 0.75x, 0.5x and maximum).
 
     Args:
-        supervised: each B x (K + 1) x h x w in float32, at any size, background first.
+        supervised: logits, each B x (K + 1) x h x w in float32 at any size, background first.
         labels: B x H x W class ids; 255 is ignored.
-        tags: B x K, 0 or 1; only self-training looks at them.
-        loss_size: 'input': logits are upsampled (bilinear) to the labels; 'output': labels are reduced (nearest pixel)
-            to the size of each of the logits.
-        self_training: add to each cross entropy an equal one with the network's own answer (see ``own_answer``), at
-            every pixel, also where the label is 255 (the undocumented term of DRS's public code).
+        tags: B x K, 0 or 1; used only by self-training.
+        loss_size: 'input': upsample the logits bilinearly to the labels; 'output': reduce the labels (nearest pixel)
+            to each of the logits.
+        self_training: add the cross entropy with the network's own prediction (``own_prediction``) at every pixel,
+            including those labelled 255 (the undocumented term of DRS's public code).
     """
     total = torch.zeros((), device=labels.device)
     for logits in supervised:
@@ -38,35 +38,35 @@ def segmentation_loss(
             target = reduced(labels, logits.shape[2:])
         total = total + cross_entropy(logits, target)
         if self_training:
-            total = total + cross_entropy(logits, own_answer(logits, tags))
+            total = total + cross_entropy(logits, own_prediction(logits, tags))
     return total
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean over all labelled pixels of the batch; 0 where there are none.
+    """Cross entropy averaged over all labelled pixels of the batch; 0 if there are none.
 
     Args:
         logits: B x (K + 1) x h x w.
         labels: B x h x w class ids; 255 is ignored.
     """
-    # As rows, since the kernel for images is not deterministic on CUDA.
-    rows, classes = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
-    total = functional.cross_entropy(rows, classes, ignore_index=IGNORE, reduction="sum")
+    # N x C logits, because the CUDA kernel for B x C x H x W logits is not deterministic.
+    pixels, classes = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
+    total = functional.cross_entropy(pixels, classes, ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp_min(1)
 
 
-def own_answer(logits: Tensor, tags: Tensor) -> Tensor:
-    """The most likely of background and the image's tags at each pixel, B x h x w; no gradient flows through it.
+def own_prediction(logits: Tensor, tags: Tensor) -> Tensor:
+    """The most likely class at each pixel among background and the image's tags, B x h x w, without gradient.
 
-    Absent classes count -inf. Multiplied with 0, as in DRS's public code, one of them would win wherever the logits of
-    all present ones are negative.
+    Logits of absent classes are set to -inf. DRS's public code multiplies them by 0 instead, so that an absent class
+    wins wherever the logits of all present classes are negative.
     """
     present = functional.pad(tags, (1, 0), value=1.0) > 0
     return logits.detach().masked_fill(~present[:, :, None, None], -torch.inf).argmax(1)
 
 
 def reduced(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """B x H x W labels at another size: each pixel takes the label under its centre."""
+    """Resize B x H x W labels to ``size``: each pixel takes the label at its centre."""
     rows, columns = (
         (2 * torch.arange(after, device=labels.device) + 1) * before // (2 * after)
         for before, after in zip(labels.shape[1:], size, strict=True)

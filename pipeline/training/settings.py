@@ -14,21 +14,23 @@ from pipeline.config.schema import Training
 from pipeline.errors import PipelineError
 from pipeline.stores import locks
 
-_held: list[IO[str]] = []  # locks of cards
+_held: list[IO[str]] = []  # open lock files of the GPUs that this process uses
 
 
 def prepare(device: str, threads: int) -> torch.device:
-    """Choose the device and make its arithmetic repeatable.
+    """Choose the device and configure its arithmetic.
+
+    On CUDA, torch uses deterministic algorithms where it has them.
 
     Args:
-        device: 'auto' (a free CUDA card where there is one), 'cpu', 'cuda' or 'cuda:N'.
-        threads: of CPU arithmetic; 0: as many processors as this process may use.
+        device: 'auto' (a free GPU if there is one, else the CPU), 'cpu', 'cuda' or 'cuda:N'.
+        threads: number of CPU threads; 0: one for each CPU that this process may use.
 
     Raises:
-        PipelineError: CUDA is asked for and there is none.
+        PipelineError: the device does not exist.
     """
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    torch.set_flush_denormal(True)  # denormal numbers make a processor several times slower and change nothing
+    torch.set_flush_denormal(True)  # denormal numbers slow a CPU several times and do not affect results
     if device == "auto":
         device = _free_card() if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
@@ -45,15 +47,15 @@ def prepare(device: str, threads: int) -> torch.device:
 
 @functools.cache
 def _free_card() -> str:
-    """The first card that no other stage of this user's holds, so that two trainings do not share one.
+    """Lock the first GPU that no other stage of this user has locked, so that trainings do not share a GPU.
 
-    The lock is held until the process ends; where all are taken, the first card is shared.
+    The lock is held until the process ends. If all GPUs are locked, the first one is shared.
     """
     folder = Path(tempfile.gettempdir()) / f"wsss-cards-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     for number in range(torch.cuda.device_count()):
         file = (folder / str(torch.cuda.get_device_properties(number).uuid)).open("a")
-        if locks.take(file, "trainings may share a card; give each its own by --device cuda:N") is locks.Lock.BUSY:
+        if locks.take(file, "trainings may share a GPU; select one for each with --device cuda:N") is locks.Lock.BUSY:
             file.close()
             continue
         _held.append(file)
@@ -62,7 +64,7 @@ def _free_card() -> str:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 in hardware."""
+    """Whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     try:
@@ -73,17 +75,17 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 autocast, or none, as ``Training.precision`` says."""
+    """bf16 autocast, enabled according to ``precision`` (see ``Training.precision``)."""
     enabled = precision == "bf16" or (precision == "auto" and has_bf16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def parameter_groups(network: nn.Module, new: Iterable[nn.Module], settings: Training) -> list[dict[str, object]]:
-    """Weights and biases, of the backbone and of the layers added to it, each with its multiplier.
+    """Group the trainable parameters into weights and biases of the backbone and of new layers.
 
-    The learning rates are 1 and ``lr_bias`` times the base rate, and ``lr_new`` times that for new layers: 1/2/10/20
-    in the public code of DRS, OAA and DeepLab. Biases decay only if ``decay_biases`` says so. Frozen parameters are
-    left out.
+    Each group has a ``multiplier`` of the base learning rate: ``lr_bias`` for biases, times ``lr_new`` for new layers.
+    The public code of DRS, OAA and DeepLab uses 1, 2, 10 and 20. Weight decay applies to biases only with
+    ``decay_biases``.
     """
     added = {id(parameter) for module in new for parameter in module.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -109,12 +111,12 @@ def build_optimizer(groups: list[dict[str, object]], settings: Training) -> torc
 def learning_rate(settings: Training, step: int, steps_per_epoch: int, steps: int) -> float:
     """The base learning rate of optimizer step ``step`` (0-based) of ``steps``.
 
-    Milestones count epochs, or steps where ``settings.iterations`` is given: 'step' multiplies by ``gamma`` from each
-    milestone on; 'poly' is (1 - step / steps) ** power (DeepLab-v2). ``hold`` steps in a row share the rate of their
-    first, also while the rate warms up, which it then does in stairs.
+    Schedule 'step' multiplies the rate by ``gamma`` from each milestone on. Milestones are epochs, or steps if
+    ``settings.iterations`` is set. Schedule 'poly' is (1 - step / steps) ** power (DeepLab-v2). Every ``hold``
+    consecutive steps share the rate of the first of them, also during warmup.
 
-    Step n < ``warmup`` has of it the share s + (1 - s) (n + 1) / ``warmup``, s being ``warmup_start``: the first is one
-    increment above s, and the last has all of it.
+    During warmup, the rate of step n is multiplied by s + (1 - s) (n + 1) / ``warmup``, where s is ``warmup_start``.
+    The first factor is thus one increment above s, and the last is 1.
     """
     step -= step % settings.hold
     factor = 1.0
