@@ -1,1 +1,1 @@
-"""Trained networks at work on whole images."""
+"""Inference of trained networks on whole images."""

@@ -1,4 +1,4 @@
-"""Images of equal shape go through a network together."""
+"""Batches of images of equal shape for inference."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,11 +13,11 @@ from pipeline.data.loading import normalise, resize
 def batches(
     images: Sequence[Image], size: Callable[[Image], tuple[int, int]], pixels: int
 ) -> Iterator[tuple[list[Image], Tensor]]:
-    """Group images by the size they are resized to.
+    """Read, resize and batch images, grouped by input size.
 
     Args:
-        size: (height, width) of an image's input.
-        pixels: of a batch, at most; at least one image.
+        size: returns the input's (height, width) for an image.
+        pixels: maximum number of pixels per batch; a batch always has at least one image.
 
     Yields:
         The images and their B x 3 x H x W normalised inputs.
@@ -33,5 +33,5 @@ def batches(
 
 
 def pixels_per_batch(device: torch.device) -> int:
-    """More on a card, where a small batch leaves it idle; on a processor, what stays in its caches."""
+    """Batch size in pixels: large on a GPU to keep it busy, and small on a CPU to fit its caches."""
     return 16 * 512 * 512 if device.type == "cuda" else 4 * 256 * 256

@@ -1,6 +1,6 @@
-"""Anti-adversarial climbing (AdvCAM): maps of an image that changes step by step until its tag is beyond doubt.
+"""Anti-adversarial climbing (AdvCAM): maps of an image that is changed step by step to raise the score of its class.
 
-Lee, Kim and Yoon, "Anti-Adversarially Manipulated Attributions" (CVPR 2021), which AMR's public code runs at inference.
+Lee, Kim and Yoon, "Anti-Adversarially Manipulated Attributions" (CVPR 2021). AMR's public code uses it for inference.
 """
 
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from pipeline.inference.batching import pixels_per_batch
 from pipeline.methods.base import Method
 from pipeline.training.settings import autocast
 
-SHARE = 4  # of the pixels that go together without gradients, one of so many: the activations of a climb are kept
+SHARE = 4  # batches are smaller by this factor than without gradients, because activations are stored
 
 
 def climb(network: Method, images: Tensor, present: Sequence[Sequence[int]], settings: Climbing) -> Tensor:
-    """Mean maps of the images and of all that their climbs pass through, each present class on its own climb.
+    """Average the maps of each image over all steps of its climb, with a separate climb for each present class.
 
-    It costs ``iterations`` + 1 forward and ``iterations`` backward passes for each present class, where plain maps cost
-    one forward pass for all: at 27 iterations and 1.5 classes an image about 100 times as much.
+    The cost is ``iterations`` + 1 forward and ``iterations`` backward passes per present class. Plain maps take one
+    forward pass for all classes. With 27 iterations and 1.5 classes per image, climbing costs about 100 times as much.
 
     Args:
         network: any classifier, in evaluation mode.
         images: B x 3 x H x W, normalised.
-        present: of each image its classes, counted from 0.
+        present: the 0-based classes of each image.
 
     Returns:
         B x K x h x w non-negative maps; 0 for classes that are not present.
@@ -43,13 +43,13 @@ def climb(network: Method, images: Tensor, present: Sequence[Sequence[int]], set
 
 
 def _climb(network: Method, starts: Tensor, classes: Tensor, settings: Climbing) -> Tensor:
-    """N x h x w: of each image's one class the mean map over its climb, first and last image included.
+    """Mean map over the climb of each image's one class, N x h x w, including the first and the last image.
 
-    A step goes up the gradient of a score, scaled so that the value that changes most changes by ``step``, and leaves
-    no value outside of those that the image had at first. The score is the class's logit, minus those of the others as
-    far as they are positive, minus ``weight`` times what the map has changed by, summed, where the current one is above
-    ``threshold`` of its maximum: what is attended already shall not gain. The divisor, the bounds and the positive part
-    of the others (a class that the image does not show need not become less) are the public code's.
+    A step follows the gradient of a score, scaled so that the largest change of a value is ``step``, and clips the
+    image to the range of its initial values. The score is the logit of the class, minus the positive parts of the other
+    logits, minus ``weight`` times a penalty. The penalty sums the absolute changes of the map since the first step over
+    the cells where the current map exceeds ``threshold`` of its maximum, so that regions already attended do not gain.
+    The scaling, the clipping and the positive parts (logits of absent classes need not fall) follow the public code.
     """
     images = starts.contiguous(memory_format=torch.channels_last)
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
@@ -66,8 +66,8 @@ def _climb(network: Method, starts: Tensor, classes: Tensor, settings: Climbing)
             first = current if first is None else first
             total = current if total is None else total + current
             if remaining > 0:
-                held = current > settings.threshold * current.amax((1, 2), keepdim=True)
-                change = ((maps - first).abs() * held).sum((1, 2))
+                attended = current > settings.threshold * current.amax((1, 2), keepdim=True)
+                change = ((maps - first).abs() * attended).sum((1, 2))
                 logits = output.logits.float()
                 others = logits.relu().sum(1) - logits[at].relu()
                 score = logits[at] - others - settings.weight * change

@@ -1,4 +1,4 @@
-"""Feature maps of every layer of a classifier, to be looked at (DRS Fig. 5)."""
+"""Feature maps of every layer of a classifier, for display (DRS Fig. 5)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,15 +13,14 @@ from pipeline.methods.base import Method
 from pipeline.networks.base import observe
 from pipeline.stores.blocks import Row
 
-LONG_SIDE = 321  # pixels of an input at most: the side of DRS's training crops
+LONG_SIDE = 321  # maximum long side of an input, in pixels: the side of DRS's training crops
 
 
 def feature_maps(network: Method, images: Sequence[Image], device: torch.device) -> Iterator[Row]:
-    """One raster a layer of ``network.layers()``, numbered from 1, at the layer's own resolution.
+    """Yield one raster per layer of ``network.layers()``, numbered from 1, at the layer's resolution.
 
-    The layer's features, suppressed where the network suppresses them, are averaged over their channels and normalised
-    so that the least value of each map is 0 and the greatest 1 (DRS, "Effect of DRS on each layer"). A map that is the
-    same everywhere is 0.
+    The layer's features, after suppression if the network has any, are averaged over their channels. Each map is scaled
+    to [0, 1] by its minimum and maximum (DRS, "Effect of DRS on each layer"). A constant map becomes 0.
     """
     for part, inputs in batches(images, _size, pixels_per_batch(device)):
         for number, means in enumerate(_channel_means(network, inputs.to(device)), 1):
@@ -38,6 +37,6 @@ def _size(image: Image) -> tuple[int, int]:
 
 @torch.inference_mode()
 def _channel_means(network: Method, inputs: Tensor) -> list[Tensor]:
-    """B x h x w a layer: what the last module of the layer passes on, hooks that change it included."""
+    """Channel means, B x h x w, of the output of each layer's last module, after forward hooks."""
     last = [modules[-1] for modules in network.layers().values()]
     return observe(network, last, inputs, lambda output: output.float().mean(1))

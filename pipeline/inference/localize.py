@@ -1,4 +1,4 @@
-"""Localization maps of whole images: multi-scale, flipped, normalised per class, present classes only."""
+"""Localization maps of whole images: multi-scale with flips, normalised per class, present classes only."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,11 +26,11 @@ class Localizer(Protocol):
 def localization_maps(
     network: nn.Module, images: Sequence[Image], settings: Localization, device: torch.device
 ) -> Iterator[Row]:
-    """Maps of each image's tags at 1 / ``settings.stride`` of the image's size.
+    """Yield maps of each image's tags at 1 / ``settings.stride`` of the image's size.
 
-    The maps of all scales and flips are resized to the same grid and fused by mean or maximum. Then they are divided by
-    their maximum, after the fusion, so that the scale that sees a class best weighs most; or, with ``normalise: none``,
-    taken as they are and cut at 1. With ``settings.climbing``, which is of classifiers, each view of an image climbs.
+    The maps of all scales and flips are resized to the same grid and fused by mean or maximum. They are divided by
+    their maximum after the fusion, so that scales with strong responses weigh most. With ``normalise: none`` they are
+    clipped at 1 instead. ``settings.climbing`` applies climbing to each view of an image; only classifiers support it.
     """
 
     def shape(image: Image) -> tuple[int, int]:
@@ -38,26 +38,26 @@ def localization_maps(
 
     for part, inputs in batches(images, shape, pixels_per_batch(device)):
         grids = [(-(-image.height // settings.stride), -(-image.width // settings.stride)) for image in part]
-        look: Callable[[Tensor], Tensor] = partial(_look, network)
+        localize: Callable[[Tensor], Tensor] = partial(_localize, network)
         if settings.climbing is not None:
             assert isinstance(network, Method)
             present = [[tag - 1 for tag in image.tags] for image in part]
-            look = partial(climb, network, present=present, settings=settings.climbing)
-        passes = _passes(look, inputs.to(device), settings)
+            localize = partial(climb, network, present=present, settings=settings.climbing)
+        views = _views(localize, inputs.to(device), settings)
         for number, (image, grid) in enumerate(zip(part, grids, strict=True)):
             tags = torch.tensor([tag - 1 for tag in image.tags], device=device)
             fused: Tensor | None = None
-            for maps in passes:
-                found = functional.interpolate(
+            for maps in views:
+                resampled = functional.interpolate(
                     maps[number, tags][None], size=grid, mode="bilinear", align_corners=False
                 )[0]
                 if fused is None:
-                    fused = found
+                    fused = resampled
                 else:
-                    fused = torch.maximum(fused, found) if settings.fusion == "max" else fused + found
+                    fused = torch.maximum(fused, resampled) if settings.fusion == "max" else fused + resampled
             assert fused is not None
             if settings.fusion == "mean":
-                fused = fused / len(passes)
+                fused = fused / len(views)
             if settings.normalise == "max":
                 fused = fused / fused.amax((1, 2), keepdim=True).clamp_min(1e-5)
             levels = (fused.clamp_max(1) * 255).round().to(torch.uint8).cpu().numpy()
@@ -66,13 +66,13 @@ def localization_maps(
 
 
 @torch.inference_mode()
-def _look(network: nn.Module, images: Tensor) -> Tensor:
+def _localize(network: nn.Module, images: Tensor) -> Tensor:
     with autocast(images.device, "auto"):
         return network.localize(images).float()  # type: ignore[operator]
 
 
-def _passes(look: Callable[[Tensor], Tensor], inputs: Tensor, settings: Localization) -> list[Tensor]:
-    """B x K x h x w maps of each scale and flip, unflipped."""
+def _views(localize: Callable[[Tensor], Tensor], inputs: Tensor, settings: Localization) -> list[Tensor]:
+    """B x K x h x w maps of each scale and flip; flips are undone."""
     out = []
     height, width = inputs.shape[2:]
     for scale in settings.scales:
@@ -83,7 +83,7 @@ def _passes(look: Callable[[Tensor], Tensor], inputs: Tensor, settings: Localiza
                 inputs, size=size, mode="bilinear", align_corners=False, antialias=scale < 1
             )
         scaled = scaled.contiguous(memory_format=torch.channels_last)
-        out.append(look(scaled))
+        out.append(localize(scaled))
         if settings.flip:
-            out.append(look(scaled.flip(3)).flip(3))
+            out.append(localize(scaled.flip(3)).flip(3))
     return out

@@ -1,4 +1,4 @@
-"""Segmentations of whole images: multi-scale, flipped, CRF."""
+"""Segmentation of whole images: multi-scale with flips, and dense CRF."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -22,10 +22,10 @@ Map = Callable[..., Iterator[NDArray[np.uint8]]]
 def segmentations(
     network: nn.Module, images: Sequence[Image], settings: Test, device: torch.device, mapper: Map
 ) -> Iterator[Row]:
-    """Label maps at the images' own size: the mean of the softmax over scales and flips, then the CRF, then argmax.
+    """Yield label maps at the images' size: the softmax averaged over scales and flips, the optional CRF, and argmax.
 
     Args:
-        mapper: ``map``, or one over worker processes: the CRF takes far longer than the network.
+        mapper: ``map``, or an equivalent over worker processes, because the CRF takes much longer than the network.
     """
     for part, inputs in batches(images, lambda image: (image.height, image.width), pixels_per_batch(device)):
         mean = _probabilities(network, inputs.to(device), settings)
@@ -33,26 +33,26 @@ def segmentations(
         if settings.crf is None:
             labels = mean.argmax(1).to(torch.uint8).cpu().numpy()
         else:
-            tasks = [(image, chances, settings.crf) for image, chances in zip(part, mean.cpu().numpy(), strict=True)]
+            tasks = [(image, scores, settings.crf) for image, scores in zip(part, mean.cpu().numpy(), strict=True)]
             labels = mapper(_refined, tasks)
         for image, label in zip(part, labels, strict=True):
             yield image.id, 0, label
 
 
 def _refined(task: tuple[Image, NDArray[np.float32], Crf]) -> NDArray[np.uint8]:
-    """CRF over the classes that win somewhere or come close: the others cost time and change nothing."""
-    image, chances, settings = task
-    close = chances.reshape(len(chances), -1).max(1) > 0.05
-    close[np.unique(chances.argmax(0))] = True  # all of them, where a network knows nothing and none is likely
-    kept = np.flatnonzero(close)
-    refined = dense_crf(read_rgb(image), np.ascontiguousarray(chances[kept]), settings)
+    """Run the CRF over the classes whose probability is highest or above 0.05 somewhere; others only cost time."""
+    image, probabilities, settings = task
+    plausible = probabilities.reshape(len(probabilities), -1).max(1) > 0.05
+    plausible[np.unique(probabilities.argmax(0))] = True  # with many classes, the maximum may be below 0.05
+    kept = np.flatnonzero(plausible)
+    refined = dense_crf(read_rgb(image), np.ascontiguousarray(probabilities[kept]), settings)
     labels: NDArray[np.uint8] = kept.astype(np.uint8)[refined.argmax(0)]
     return labels
 
 
 @torch.inference_mode()
 def _probabilities(network: nn.Module, inputs: Tensor, settings: Test) -> Tensor:
-    """B x (K + 1) x H x W mean softmax."""
+    """Softmax averaged over scales and flips, B x (K + 1) x H x W."""
     height, width = inputs.shape[2:]
     total: Tensor | None = None
     for scale in settings.scales:
@@ -67,9 +67,9 @@ def _probabilities(network: nn.Module, inputs: Tensor, settings: Test) -> Tensor
             with autocast(inputs.device, "auto"):
                 logits = network(view)
             logits = logits.float().flip(3) if flip else logits.float()
-            chances = functional.interpolate(
+            probabilities = functional.interpolate(
                 logits, size=(height, width), mode="bilinear", align_corners=False
             ).softmax(1)
-            total = chances if total is None else total + chances
+            total = probabilities if total is None else total + probabilities
     assert total is not None
     return total / (len(settings.scales) * (2 if settings.flip else 1))
