@@ -28,7 +28,7 @@ WHOLE = (Window(), Window(flip=True))  # windows that cover the whole image
 
 
 def attention(maps: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Normalise raw class-aware maps (... x h x w) to attention in [0, 1] (OAA Eq. 2); maps without positive values become 0."""
+    """Scale raw maps (... x h x w) to attention in [0, 1] (OAA Eq. 2); maps without positive values are 0."""
     positive = np.maximum(maps, np.zeros(maps.shape[-2:], np.float32))  # faster than with the scalar 0
     positive /= positive.max((-2, -1), keepdims=True, initial=1e-5)
     return positive

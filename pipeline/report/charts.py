@@ -1,4 +1,4 @@
-"""The geometry of the report's charts. templates/charts.html.j2 draws them as inline SVG in the page's colours."""
+"""Geometry of the report's charts, which templates/charts.html.j2 draws as inline SVG in the page's colours."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 Point = tuple[float, float]
 Tick = tuple[float, str]  # position in the SVG's units, label
-COLOURS = 8  # series colours in style.css; more series than that are drawn as small multiples
+COLOURS = 8  # number of series colours in style.css; more series are drawn as small multiples
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Size and margins of a chart in SVG units, and how many ticks each axis aims at."""
+    """Size and margins of a chart in SVG units, and the approximate number of ticks per axis."""
 
     width: int
     height: int
@@ -28,7 +28,7 @@ PANEL = Frame(width=200, height=112, left=34, right=10, top=8, bottom=20, ticks=
 
 @dataclass(frozen=True)
 class Line:
-    """One series. ``value`` is its last or highest y as text, ``mark`` the SVG position of that point."""
+    """One series. ``value`` is its last or highest y as text, and ``mark`` is the SVG position of that point."""
 
     name: str
     points: Sequence[Point]  # SVG units
@@ -38,12 +38,12 @@ class Line:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Lines over common axes. ``panels``: a small chart for each line, with all the others muted behind it."""
+    """Lines over common axes. ``panels``: draw a small chart for each line, with the other lines in grey."""
 
     title: str
     x_label: str
     y_label: str
-    value_label: str  # what Line.value is
+    value_label: str  # meaning of Line.value: 'last' or 'highest'
     frame: Frame
     x_ticks: Sequence[Tick]
     y_ticks: Sequence[Tick]
@@ -65,7 +65,7 @@ class DotRow:
 
 @dataclass(frozen=True)
 class DotChart:
-    """A row for each method and a dot for each series."""
+    """A chart with a row for each method and a dot for each series."""
 
     title: str
     x_label: str
@@ -81,10 +81,10 @@ class DotChart:
 def line_chart(
     title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Point]], highest: bool = False
 ) -> LineChart | None:
-    """A chart with a line for each series; x spans the data and y starts at 0. None if no series has a point.
+    """Lay out a chart with a line for each series; x spans the data, y starts at 0. None if no series has points.
 
     Up to ``COLOURS`` series share one frame; more are drawn as small multiples. ``highest`` labels each line with its
-    greatest y instead of its last.
+    highest y instead of its last.
     """
     series = {name: points for name, points in series.items() if points}
     if not series:
@@ -123,7 +123,7 @@ def line_chart(
 def dot_chart(
     title: str, x_label: str, rows: Mapping[str, Mapping[str, float]], series: Sequence[str]
 ) -> DotChart | None:
-    """A chart with a row for each name and a dot for each of ``series``, from 0. None if there is no number."""
+    """Lay out a chart with a row for each name and a dot for each of ``series``; x starts at 0. None without values."""
     values = [value for row in rows.values() for value in row.values()]
     if not values:
         return None
@@ -138,7 +138,7 @@ def dot_chart(
         DotRow(
             name,
             top + pitch * (number + 0.5),
-            [(place, at(row[key]), f"{row[key]:.1f}") for place, key in enumerate(series) if key in row],
+            [(index, at(row[key]), f"{row[key]:.1f}") for index, key in enumerate(series) if key in row],
         )
         for number, (name, row) in enumerate(rows.items())
     ]
@@ -147,7 +147,7 @@ def dot_chart(
 
 
 def ticks(low: float, high: float, least: float = 0.0, most: int = 6) -> list[float]:
-    """About ``most`` round numbers, at least ``least`` apart, from at or below ``low`` to at or above ``high``."""
+    """About ``most`` evenly spaced round numbers that enclose [``low``, ``high``], at least ``least`` apart."""
     span = high - low
     if not span > 0:
         return [low, low + 1]
@@ -159,7 +159,7 @@ def ticks(low: float, high: float, least: float = 0.0, most: int = 6) -> list[fl
 
 
 def thin(points: Sequence[Point], most: int = 120) -> list[Point]:
-    """At most ``most`` points, each the mean of a run of neighbours; points that are not finite are dropped."""
+    """Reduce points to at most ``most`` by averaging consecutive ones; points that are not finite are dropped."""
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     size = max(1, -(-len(finite) // most))
     groups = [finite[start : start + size] for start in range(0, len(finite), size)]

@@ -1,4 +1,4 @@
-"""Descriptions of blocks of params.yaml: how a number came about. Networks describe themselves in their logs."""
+"""Text descriptions of blocks of params.yaml for the report. Networks describe themselves in their logs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,17 +9,17 @@ Logs = Mapping[str, Mapping[str, Any]]  # log.json of each training by SECTION/N
 
 
 def network(logs: Logs, reference: str, key: str = "text") -> str:
-    """What a trained network says of itself: 'text', the 'map_name' of its maps, the 'labels' that it learns from."""
+    """A trained network's description of itself: its 'text', 'map_name' or 'labels'."""
     return str(logs[reference]["about"][key])
 
 
 def climbing(settings: Climbing | None) -> str:
-    """As 'AdvCAM's climbing (27 iterations of 0.08)'; '' where there is none."""
+    """Describe climbing, such as 'AdvCAM's climbing (27 iterations of 0.08)'; '' for None."""
     return "" if settings is None else f"AdvCAM's climbing ({settings.iterations} iterations of {settings.step:g})"
 
 
 def walk(params: Params, settings: Walk, logs: Logs) -> str:
-    """The walk, the affinities that it follows, and the labels that these were learned from."""
+    """Describe a walk, the affinities that it uses, and the labels that the affinities were learned from."""
     affinity = params.affinities[settings.affinity.split("/")[1]]
     rule = params.pseudo_labels[affinity.labels.split("/")[1]]
     power = "" if settings.power == 1 else f" of maps^{settings.power:g}"
@@ -32,5 +32,5 @@ def walk(params: Params, settings: Walk, logs: Logs) -> str:
 
 
 def labels(settings: PseudoLabels) -> str:
-    """As 'rule oaa, background 1 - saliency, dense CRF off'."""
+    """Describe a label rule, such as 'rule oaa, background 1 - saliency, dense CRF off'."""
     return f"rule {settings.rule.name}, {settings.rule.settings.describe()}"

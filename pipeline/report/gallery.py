@@ -1,4 +1,4 @@
-"""The data of the galleries, which show the same images at every step from tags to masks."""
+"""Data of the galleries, which show the same images at every step from tags to masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pipeline.stores.raster import RasterStore
 
 @dataclass(frozen=True)
 class Step:
-    """A column of a gallery: a store and how to draw the raster that it holds for each image."""
+    """A column of a gallery: a store, and how to draw its raster of each image."""
 
     heading: str
     name: str
@@ -21,7 +21,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Network:
-    """A row of each image in a gallery of layers. ``store`` keeps the first of ``layers`` under 1, and so on."""
+    """A row of each image in a layer gallery. ``store`` numbers the ``layers`` from 1."""
 
     name: str
     remark: str
@@ -31,7 +31,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Chip:
-    """A class name and its colour as CSS."""
+    """A class name and its CSS colour."""
 
     name: str
     colour: str
@@ -39,7 +39,7 @@ class Chip:
 
 @dataclass(frozen=True)
 class Picture:
-    """An <img>. ``flat``: a label map, which the browser must not smooth."""
+    """An <img>. ``flat`` marks a label map, which the browser must not smooth."""
 
     uri: str
     alt: str
@@ -48,7 +48,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Subject:
-    """An image that a gallery shows."""
+    """An image of a gallery, with its tags and photo."""
 
     id: str
     tags: Sequence[Chip]
@@ -57,7 +57,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """An image with its mask and a picture for each step; None where a store does not hold the image."""
+    """An image with its mask and a picture for each step; None if a store does not contain the image."""
 
     subject: Subject
     mask: Picture | None
@@ -66,7 +66,7 @@ class GalleryRow:
 
 @dataclass(frozen=True)
 class Gallery:
-    """A row for each image, a column for each step. ``masked``: the mask stands beside the photo."""
+    """A gallery with a row for each image and a column for each step. ``masked``: show masks next to the photos."""
 
     legend: Sequence[Chip]
     masked: bool
@@ -76,7 +76,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class LayerBlock:
-    """An image with, for each network, a picture for each layer; None where the network lacks the layer."""
+    """An image with a picture for each network and layer; None if the network lacks the layer."""
 
     subject: Subject
     rows: Sequence[tuple[Network, Sequence[Picture | None]]]
@@ -84,7 +84,7 @@ class LayerBlock:
 
 @dataclass(frozen=True)
 class LayerGallery:
-    """For each image a row for each network, a column for each layer."""
+    """A gallery with a row for each image and network, and a column for each layer."""
 
     layers: Sequence[str]
     blocks: Sequence[LayerBlock]

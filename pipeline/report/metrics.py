@@ -1,4 +1,4 @@
-"""The scores of an experiment's rows, as metrics.json stores them and the terminal prints them."""
+"""Scores of an experiment's rows, for metrics.json and for the table that is printed to the terminal."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from typing import Any
 
 from pipeline.config.stage_table import KINDS
 
-Scores = Mapping[str, Mapping[str, Any]]  # reference of a store -> its scores.json
-Chains = Mapping[str, Mapping[str, str]]  # row -> references of its maps and labels, if it has any, and predictions
+Scores = Mapping[str, Mapping[str, Any]]  # scores.json of each store by reference
+Chains = Mapping[str, Mapping[str, str]]  # references of maps, labels (where they exist) and predictions by row
 Metrics = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: ``score`` of the row's ``step``.
+    """A column of the table, which shows ``score`` of the row's ``step``.
 
     ``better``: 1 if higher is better, -1 if lower is, 0 if neither.
     """
@@ -36,11 +36,11 @@ COLUMNS = (
     Column("pixel_accuracy", "predictions", "pixel_accuracy", "accuracy", 1),
 )
 STEPS = {step: kind.title for step, kind in KINDS.items()}
-CELL = 10  # characters of a number in the plain text
+CELL = 10  # width of a number in the text table, in characters
 
 
 def supervision(chain: Mapping[str, str]) -> str:
-    """What supervises a row: 'weak' (tags alone), 'mixed' (some masks) or 'full' (all masks: the upper bound)."""
+    """Supervision of a row: 'weak' (tags only), 'mixed' (some masks) or 'full' (all masks; the upper bound)."""
     labels = chain.get("labels", "")  # a one-step network has none
     if labels == "ground_truth":
         return "full"
@@ -48,22 +48,22 @@ def supervision(chain: Mapping[str, str]) -> str:
 
 
 def collect(rows: Chains, scores: Scores) -> Metrics:
-    """The scores of every row as shares in [0, 1]; scores that do not exist are left out."""
+    """Collect the scores of every row, in [0, 1]; missing scores are omitted."""
     metrics: Metrics = {}
     for row, chain in rows.items():
-        found = {column.key: scores.get(chain.get(column.step, ""), {}).get(column.score) for column in COLUMNS}
-        metrics[row] = {key: value for key, value in found.items() if value is not None}
+        values = {column.key: scores.get(chain.get(column.step, ""), {}).get(column.score) for column in COLUMNS}
+        metrics[row] = {key: value for key, value in values.items() if value is not None}
     return metrics
 
 
 def headline(method: str, rows: Chains, scores: Scores) -> dict[str, Any]:
-    """The scores of one row and its IoU per class, for the metrics.json at the top of the project."""
+    """Scores and per-class IoU of one row, for the metrics.json in the project root."""
     iou = scores.get(rows[method]["predictions"], {}).get("iou", {})
     return {"method": method, **collect(rows, scores)[method], "iou": {k: v for k, v in iou.items() if v is not None}}
 
 
 def best(metrics: Metrics, rows: Chains) -> set[tuple[str, str]]:
-    """(row, key) of the best weakly supervised rows, ties included; empty for a score that only one row has."""
+    """(row, key) of the best weakly supervised rows, including ties; scores that only one row has are left out."""
     weak = [row for row in rows if supervision(rows[row]) == "weak"]
     out: set[tuple[str, str]] = set()
     for column in COLUMNS:
@@ -74,7 +74,7 @@ def best(metrics: Metrics, rows: Chains) -> set[tuple[str, str]]:
 
 
 def text_table(metrics: Metrics, rows: Chains, method: str) -> str:
-    """Aligned plain text in percent: '>' marks the selected method, '*' the best weakly supervised row."""
+    """Format metrics as text in percent; '>' marks the selected method and '*' the best weakly supervised row."""
     used = [column for column in COLUMNS if any(column.key in values for values in metrics.values())]
     if not used:
         return "no masks: nothing was scored"

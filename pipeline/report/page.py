@@ -1,4 +1,4 @@
-"""The report's page: templates in ``templates/`` lay out the data of its sections in one self-contained HTML file."""
+"""Rendering of the report as one self-contained HTML file, with one template in ``templates/`` per section."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 TEMPLATES = Path(__file__).parent / "templates"
-# Every string is escaped, in text, attributes and SVG alike; a name that a template misspells raises UndefinedError.
+# Strings are escaped in text, attributes and SVG; an undefined name in a template raises UndefinedError.
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
@@ -16,7 +16,7 @@ ENVIRONMENT = Environment(
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page: ``template`` lays out ``content`` under ``heading``. Empty content omits the section."""
+    """A section of the page: ``template`` renders ``content`` under ``heading``. Empty sections are omitted."""
 
     heading: str
     template: str  # file name in templates/
@@ -24,11 +24,11 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """The id that the navigation links to."""
+        """The HTML id to which the navigation bar links."""
         return "".join(letter if letter.isalnum() else "-" for letter in self.heading.lower())
 
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The whole HTML document, with the style sheet inlined and a navigation bar that lists its sections."""
+    """Render the HTML document, with an inlined style sheet and a navigation bar."""
     kept = [section for section in sections if section.content]
     return ENVIRONMENT.get_template("page.html.j2").render(title=title, lead=lead, sections=kept)

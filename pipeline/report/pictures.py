@@ -11,11 +11,11 @@ from pipeline.data.index import Image
 from pipeline.errors import PipelineError
 
 Pixels = NDArray[np.uint8]
-LONG_SIDE = 264  # pixels; the page shows pictures at half of that, so that they are sharp on dense screens
+LONG_SIDE = 264  # pixels; the page shows pictures at half this size, so they are sharp on high-density screens
 
 
 def palette() -> Pixels:
-    """(256, 3) RGB: PASCAL VOC's colour map, which spreads the bits of a class id over the channels; 255 is cream."""
+    """(256, 3) RGB: PASCAL VOC's colour map, which spreads the bits of class ids over the channels; 255 is cream."""
     ids = np.arange(256)
     colours = np.zeros((256, 3), np.uint8)
     for bit in range(8):
@@ -29,23 +29,25 @@ PALETTE = palette()
 
 
 def read_photo(image: Image) -> Pixels:
-    """The image as (height, width, 3) RGB, resized so that its long side has ``LONG_SIDE`` pixels.
+    """Read an image as (height, width, 3) RGB, resized to a long side of ``LONG_SIDE`` pixels.
 
     Raises:
         PipelineError: the file cannot be decoded.
     """
-    found = cv2.imread(str(image.file), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if found is None:
+    image_bgr = cv2.imread(str(image.file), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image_bgr is None:
         raise PipelineError(f"{image.file}: is not the image that was indexed; run the index stage again")
-    factor = LONG_SIDE / max(found.shape[:2])
-    size = max(1, round(found.shape[1] * factor)), max(1, round(found.shape[0] * factor))
-    filtered = cv2.resize(found, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    factor = LONG_SIDE / max(image_bgr.shape[:2])
+    size = max(1, round(image_bgr.shape[1] * factor)), max(1, round(image_bgr.shape[0] * factor))
+    filtered = cv2.resize(image_bgr, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
     return np.asarray(cv2.cvtColor(filtered, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def overlay(photo: Pixels, maps: Mapping[int, Pixels]) -> Pixels:
-    """The photo under the pixelwise maximum of the maps as heat; a line in each class's colour encloses the region that
-    reaches half of its map's maximum."""
+    """Blend the pixelwise maximum of the maps over the photo as a heat map.
+
+    A contour in the colour of each class encloses the region where its map is at least half of its maximum.
+    """
     height, width = photo.shape[:2]
     values = {
         class_id: cv2.resize(raster.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
@@ -64,7 +66,7 @@ def overlay(photo: Pixels, maps: Mapping[int, Pixels]) -> Pixels:
 
 
 def heat(raster: Pixels, size: tuple[int, int]) -> Pixels:
-    """A map without its photo, as RGB of ``size`` (height, width): dark where it is 0, bright where it is 255."""
+    """Draw a map as an RGB heat map of ``size`` (height, width), dark at 0 and bright at 255."""
     interpolation = cv2.INTER_AREA if size[0] < raster.shape[0] else cv2.INTER_LINEAR
     return _inferno(np.asarray(cv2.resize(raster, size[::-1], interpolation=interpolation), np.uint8))
 
@@ -74,12 +76,12 @@ def _inferno(levels: Pixels) -> Pixels:
 
 
 def grey(raster: Pixels) -> Pixels:
-    """A saliency map (height, width) as RGB, shrunk to at most ``LONG_SIDE``."""
+    """Draw a saliency map (height, width) as RGB, with a long side of at most ``LONG_SIDE``."""
     return np.repeat(_shrunk(raster, cv2.INTER_AREA)[..., None], 3, axis=2)
 
 
 def colours(labels: Pixels) -> Pixels:
-    """A label map (height, width) as RGB in the palette's colours, shrunk to at most ``LONG_SIDE``."""
+    """Draw a label map (height, width) as RGB in the palette's colours, with a long side of at most ``LONG_SIDE``."""
     return PALETTE[_shrunk(labels, cv2.INTER_NEAREST)]
 
 
@@ -92,7 +94,7 @@ def _shrunk(raster: Pixels, interpolation: int) -> Pixels:
 
 
 def data_uri(rgb: Pixels, lossless: bool) -> str:
-    """The picture as a data URI: PNG if ``lossless``, else JPEG."""
+    """Encode a picture as a data URI: PNG if ``lossless``, else JPEG."""
     kind, options = ("png", []) if lossless else ("jpeg", [cv2.IMWRITE_JPEG_QUALITY, 85])
     done, encoded = cv2.imencode(f".{kind}", np.ascontiguousarray(rgb[..., ::-1]), options)
     if not done:

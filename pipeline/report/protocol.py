@@ -1,4 +1,4 @@
-"""Under which conditions the numbers were made: no score is worth reading without them."""
+"""Conditions under which the scores were measured, without which they cannot be interpreted."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from pipeline.report.describe import Logs
 
 
 def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple[str, str]]:
-    """What holds for every row, as (term, words). ``scored``: images with masks by split."""
+    """Conditions common to all rows, as (term, description). ``scored``: number of images with masks by split."""
     splits = "; ".join(
         f"{split}: {len(index.splits[split])} images, {scored[split]} with masks" for split in ("train", "evaluation")
     )
@@ -31,10 +31,10 @@ def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple
 
 
 def map_columns(params: Params, reference: str, logs: Logs) -> dict[str, str]:
-    """Heading and reference of each map store on the way to ``reference``.
+    """References of the map stores that lead to ``reference``, by heading, in order.
 
-    Before cumulative attention comes the localization of the same classifier, where it has one: not on the way, but
-    what it is to be compared with.
+    Cumulative attention is preceded by the localization of the same classifier, if there is one. It is not a source of
+    the maps and is shown for comparison.
     """
     chain = references.lineage(params, reference)
     names = [name for name in chain if name.startswith(("localizations/", "walks/"))]
@@ -51,7 +51,7 @@ def map_columns(params: Params, reference: str, logs: Logs) -> dict[str, str]:
 
 
 def _accumulated(chain: list[str]) -> bool:
-    """Whether the chain begins with what a classifier accumulated, not with the classifier itself."""
+    """Whether the chain starts with a classifier's cumulative attention, not with its localization."""
     return chain[0].startswith("classifiers/") and not (len(chain) > 1 and chain[1].startswith("localizations/"))
 
 
@@ -64,26 +64,26 @@ def _heading(params: Params, reference: str, logs: Logs) -> str:
 
 
 def provenance(params: Params, row: str, logs: Logs) -> dict[str, str]:
-    """Where a row's numbers come from: maps, label rule, networks and their initial weights."""
-    told = {"Maps": "none", "Map networks": "none", "Pseudo labels": "ground truth"}
+    """Describe how a row was obtained: maps, label rule, networks and their initial weights."""
+    sources = {"Maps": "none", "Map networks": "none", "Pseudo labels": "ground truth"}
     if row in params.one_step:
         labels, text = (describe.network(logs, f"one_step/{row}", key) for key in ("labels", "text"))
-        return told | {"Pseudo labels": labels, "Segmentation network": text}
+        return sources | {"Pseudo labels": labels, "Segmentation network": text}
     network = params.segmentations[row]
     section, _, name = network.labels.partition("/")
     mixed = f"; masks of {100 * params.mixtures[name].share:g} % of the images" if section == "mixtures" else ""
     if rule := references.label_rule(params, network.labels):
         chain = references.lineage(params, rule.source)
         first = f"{chain[0]} (cumulative attention)" if _accumulated(chain) else chain[0]
-        told["Maps"] = " → ".join([first, *chain[1:]])
-        told["Map networks"] = "; ".join(dict.fromkeys(filter(None, (_step(params, name, logs) for name in chain))))
-        told["Pseudo labels"] = describe.labels(rule) + mixed
-    told["Segmentation network"] = describe.network(logs, f"segmentations/{row}")
-    return told
+        sources["Maps"] = " → ".join([first, *chain[1:]])
+        sources["Map networks"] = "; ".join(dict.fromkeys(filter(None, (_step(params, name, logs) for name in chain))))
+        sources["Pseudo labels"] = describe.labels(rule) + mixed
+    sources["Segmentation network"] = describe.network(logs, f"segmentations/{row}")
+    return sources
 
 
 def _step(params: Params, reference: str, logs: Logs) -> str:
-    """What a block on the way to maps is or does; '' of a localization that only reads a network's maps."""
+    """Describe a block that contributes to maps; '' for a localization without climbing."""
     section, name = reference.split("/")
     match section:
         case "localizations":

@@ -1,4 +1,4 @@
-"""What the papers report on PASCAL VOC 2012, as they print it; none of it was measured here."""
+"""mIoU on PASCAL VOC 2012 as printed in the papers; none of these values was measured with this pipeline."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ AGEN = "Zhang et al., Attention Guided Enhancement Network"
 
 @dataclass(frozen=True)
 class Published:
-    """mIoU in percent of one row of a paper's table; None if the text of the paper does not state it."""
+    """mIoU in percent from one row of a paper's table; None if the paper does not state it."""
 
     method: str
     paper: str
@@ -22,7 +22,7 @@ class Published:
     supervision: str
     val: float
     test: float | None
-    table: int  # of the paper
+    table: int  # number of the table in the paper
 
 
 PUBLISHED = (

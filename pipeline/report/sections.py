@@ -1,4 +1,4 @@
-"""The sections of the report: which data each template in templates/ lays out, and in which order."""
+"""The sections of the report, in order, and the data of their templates."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from pipeline.report.page import Section, page
 from pipeline.report.published import PUBLISHED
 from pipeline.stores.raster import RasterStore
 
-Content = dict[str, Any]  # what a section's template reads; empty where there is nothing to show
-LAYERED = 4  # images whose layers are shown; each takes a row for every classifier
+Content = dict[str, Any]  # variables of a section's template; empty if there is nothing to show
+LAYER_IMAGES = 4  # images whose layers are shown, each with a row for every classifier
 
 
 @dataclass(frozen=True)
 class Results:
-    """All that the report shows. ``stores``, ``scores``, ``logs`` and ``layers`` are keyed by reference."""
+    """The input of the report. ``stores``, ``scores``, ``logs`` and ``layers`` are keyed by reference."""
 
     params: Params
     index: Index
@@ -31,7 +31,7 @@ class Results:
     metrics: Metrics
     scores: Scores
     logs: Mapping[str, Mapping[str, Any]]
-    layers: Mapping[str, Sequence[str]]  # names, shallow to deep, by the reference of the features
+    layers: Mapping[str, Sequence[str]]  # layer names, shallow to deep, of each feature store
     stores: Mapping[str, RasterStore]
 
     @property
@@ -45,7 +45,7 @@ class Results:
 
 
 def document(results: Results) -> str:
-    """The report as one HTML file."""
+    """Render the report as one HTML document."""
     index = results.index
     train, evaluation = (len(index.splits[split]) for split in ("train", "evaluation"))
     return page(
@@ -66,7 +66,7 @@ def document(results: Results) -> str:
 
 
 def methods(results: Results) -> Content:
-    """Key figures, the table of methods, and the mIoU of each row from step to step."""
+    """Key figures, the table of methods, and a chart of each row's mIoU at every step."""
     rows, metrics, method = results.rows, results.metrics, results.params.method
     splits = {"maps": "train", "labels": "train", "predictions": "evaluation"}
     masked = {split: len(results.masked(split)) for split in set(splits.values())}
@@ -83,7 +83,7 @@ def methods(results: Results) -> Content:
 
 
 def _key_figures(results: Results) -> list[tuple[str, str]]:
-    """(number, description) of the few numbers that a reader looks for first."""
+    """The most important figures, as (number, description)."""
     method, metrics = results.params.method, results.metrics
     figures = []
     if "miou" in metrics[method]:
@@ -98,7 +98,7 @@ def _key_figures(results: Results) -> list[tuple[str, str]]:
 
 
 def conditions(results: Results) -> Content:
-    """The conditions under which the numbers were measured."""
+    """The conditions under which the scores were measured."""
     params = results.params
     scored = {split: len(results.masked(split)) for split in ("train", "evaluation")}
     return {
@@ -108,11 +108,11 @@ def conditions(results: Results) -> Content:
 
 
 def classes(results: Results) -> Content:
-    """IoU by class of every row, and recall by class of all maps."""
+    """Per-class IoU of every row, and per-class recall of all maps."""
     rows = {row: results.scores.get(chain["predictions"], {}) for row, chain in results.rows.items()}
-    iou = {row: {"": found["miou"], **found["iou"]} for row, found in rows.items() if "iou" in found}
-    maps = {name: found for name, found in results.scores.items() if "recall" in found}
-    recall = {name: {"": found["recall"], **found["recall_per_class"]} for name, found in maps.items()}
+    iou = {row: {"": scores["miou"], **scores["iou"]} for row, scores in rows.items() if "iou" in scores}
+    maps = {name: scores for name, scores in results.scores.items() if "recall" in scores}
+    recall = {name: {"": scores["recall"], **scores["recall_per_class"]} for name, scores in maps.items()}
     content: Content = {}
     if iou:
         content["iou"] = tables.heat_table("Method", iou, "mIoU", results.names)
@@ -122,7 +122,7 @@ def classes(results: Results) -> Content:
 
 
 def curves(results: Results) -> Content:
-    """Loss of every training, coverage by epoch, mIoU of maps by background score."""
+    """Charts of the training losses, coverage by epoch, and mIoU of maps by background score."""
     charts: list[LineChart | None] = []
     for section in TRAINED:
         losses = {
@@ -132,17 +132,17 @@ def curves(results: Results) -> Content:
         }
         charts.append(line_chart(f"Training loss of {section}", "optimizer step", "loss", losses))
     coverage = {}
-    for name, found in results.scores.items():
-        by_epoch = found.get("coverage_by_epoch") or {"epoch": []}
+    for name, scores in results.scores.items():
+        by_epoch = scores.get("coverage_by_epoch") or {"epoch": []}
         if by_epoch["epoch"]:
             points = zip(by_epoch["epoch"], by_epoch["coverage"], strict=True)
             coverage[f"{name} ({by_epoch['images']} images)"] = [(x, 100 * y) for x, y in points if y is not None]
     title = "Share of object pixels that cumulative attention has discovered"
     charts.append(line_chart(title, "epoch", "coverage (%)", coverage))
     sweeps = {
-        name: [(x, 100 * y) for x, y in zip(found["sweep"]["threshold"], found["sweep"]["miou"], strict=True)]
-        for name, found in results.scores.items()
-        if "sweep" in found
+        name: [(x, 100 * y) for x, y in zip(scores["sweep"]["threshold"], scores["sweep"]["miou"], strict=True)]
+        for name, scores in results.scores.items()
+        if "sweep" in scores
     }
     title = "mIoU of the maps by constant background score"
     charts.append(line_chart(title, "background score", "mIoU (%)", sweeps, highest=True))
@@ -151,14 +151,14 @@ def curves(results: Results) -> Content:
 
 
 def confusion(results: Results) -> Content:
-    """Where the pixels of each class went, for the selected method."""
+    """The confusion matrix of the selected method."""
     method = results.params.method
     counts = results.scores.get(results.rows[method]["predictions"], {}).get("confusion")
     return {"method": method, "table": tables.confusion_table(counts, results.names)} if counts else {}
 
 
 def train_gallery(results: Results) -> Content:
-    """Every step from a tagged training image to its pseudo label."""
+    """A gallery of all steps from tagged training images to pseudo labels."""
     params, stores = results.params, results.stores
     row = _row_with_maps(results)
     steps: list[Step] = []
@@ -179,16 +179,19 @@ def train_gallery(results: Results) -> Content:
 
 
 def _row_with_maps(results: Results) -> str | None:
-    """The row whose maps are shown: the selected one, else one that learns from its output, else the first."""
+    """Row shown in the gallery: the selected row if it has maps, else a row trained on its output, else the first."""
     method, rows = results.params.method, results.rows
-    mapped = {row: references.lineage(results.params, chain["maps"]) for row, chain in rows.items() if "maps" in chain}
-    if method in mapped:
+    chains = {row: references.lineage(results.params, chain["maps"]) for row, chain in rows.items() if "maps" in chain}
+    if method in chains:
         return method
-    return next((row for row, way in mapped.items() if way[0] == f"one_step/{method}"), next(iter(mapped), None))
+    return next((row for row, chain in chains.items() if chain[0] == f"one_step/{method}"), next(iter(chains), None))
 
 
 def feature_gallery(results: Results) -> Content:
-    """The layers of every classifier with suppression, and of plain ones of the same method and layers (DRS Fig. 5)."""
+    """A gallery of the layers of classifiers with suppression and comparable plain ones (DRS Fig. 5).
+
+    A plain classifier is comparable if its method and layers are those of a classifier with suppression.
+    """
     blocks, layers = results.params.classifiers, results.layers
     kinds = {name: (block.method.name, tuple(layers[f"features/{name}"])) for name, block in blocks.items()}
     suppressed = [name for name, block in blocks.items() if block.suppression]
@@ -200,20 +203,20 @@ def feature_gallery(results: Results) -> Content:
         Network(name, _remark(blocks[name], several), layers[f"features/{name}"], results.stores[f"features/{name}"])
         for name in [*plain, *suppressed]
     ]
-    held = [image for image in results.index.images("train") if all(holds(row.store, image) for row in networks)]
-    if not (suppressed and held):
+    complete = [image for image in results.index.images("train") if all(holds(row.store, image) for row in networks)]
+    if not (suppressed and complete):
         return {}
-    return {"gallery": layer_gallery(choose(held, LAYERED), networks, results.names)}
+    return {"gallery": layer_gallery(choose(complete, LAYER_IMAGES), networks, results.names)}
 
 
 def _remark(block: Classifier, several: bool) -> str:
-    """The suppression, after the method where ``several`` are compared."""
+    """Describe the suppression, preceded by the method if ``several`` methods are compared."""
     method = f"{block.method.name.upper()}, " if several else ""
     return method + (block.suppression.describe() if block.suppression else "plain")
 
 
 def evaluation_gallery(results: Results) -> Content:
-    """The predictions of every row side by side."""
+    """A gallery of the predictions of all rows."""
     steps = [
         Step(row, "upper bound" if supervision(chain) == "full" else "", "labels", results.stores[chain["predictions"]])
         for row, chain in results.rows.items()
@@ -223,7 +226,7 @@ def evaluation_gallery(results: Results) -> Content:
 
 
 def _gallery(results: Results, split: str, steps: Sequence[Step]) -> Gallery | None:
-    """``params.gallery`` images of the split, preferably with masks, which then stand beside the photos."""
+    """A gallery of ``params.gallery`` images of the split; images with masks are preferred and shown with them."""
     masked = results.masked(split)
     images = choose(masked or results.index.images(split), results.params.gallery)
     masks = results.stores["ground_truth"] if masked else None

@@ -1,4 +1,4 @@
-"""The data of the report's tables, which templates/tables.html.j2 lays out. Numbers are percent with one decimal."""
+"""Data of the report's tables, which templates/tables.html.j2 renders. Numbers are in percent with one decimal."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pipeline.report.metrics import COLUMNS, STEPS, Chains, Column, Metrics, best, supervision
 
 BADGES = {"full": "upper bound", "mixed": "uses masks", "weak": ""}
-LEVEL = 9  # most class names that stand level in a table's head; more are turned upright
+MAX_HORIZONTAL = 9  # maximum number of horizontal class names in a table head; more are rotated
 
 
 @dataclass(frozen=True)
 class Number:
-    """A cell of the table of methods; ``best`` is true for the best row that learned from tags alone."""
+    """A cell of the table of methods; ``best`` is true for the best row that learned from tags only."""
 
     text: str
     best: bool
@@ -19,7 +19,7 @@ class Number:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A row of the table of methods. ``groups`` holds its cells by step, in the order of the table's groups."""
+    """A row of the table of methods. ``groups`` contains its cells by column group."""
 
     name: str
     badges: Sequence[str]
@@ -29,7 +29,7 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class ColumnGroup:
-    """The columns of one step, and the split and images that they are scored on."""
+    """The columns of one step, and a description of the images on which they are scored."""
 
     title: str
     scored_on: str
@@ -38,7 +38,7 @@ class ColumnGroup:
 
 @dataclass(frozen=True)
 class MethodsTable:
-    """Every row with every number."""
+    """The table of methods, with all scores of all rows."""
 
     groups: Sequence[ColumnGroup]
     rows: Sequence[MethodRow]
@@ -55,7 +55,7 @@ class HeatCell:
 
 @dataclass(frozen=True)
 class HeatTable:
-    """Coloured numbers by row and class. ``first`` heads the column before the classes."""
+    """Coloured numbers by row and class. ``first`` is the heading of the column before the classes."""
 
     corner: str
     first: str
@@ -64,12 +64,12 @@ class HeatTable:
 
     @property
     def upright(self) -> bool:
-        """Whether the class names are turned upright to save width."""
-        return len(self.names) > LEVEL
+        """Whether class names are rotated to save width."""
+        return len(self.names) > MAX_HORIZONTAL
 
 
 def methods_table(metrics: Metrics, rows: Chains, method: str, scored_on: Mapping[str, str]) -> MethodsTable:
-    """The table of methods. ``scored_on`` describes the images that each step was scored on."""
+    """Lay out the table of methods. ``scored_on`` describes the images on which each step was scored."""
     winners = best(metrics, rows)
     groups = [
         ColumnGroup(title, scored_on[step], [column for column in COLUMNS if column.step == step])
@@ -91,7 +91,7 @@ def methods_table(metrics: Metrics, rows: Chains, method: str, scored_on: Mappin
 def heat_table(
     corner: str, rows: Mapping[str, Mapping[str, float | None]], first: str, names: Sequence[str]
 ) -> HeatTable:
-    """Shares in [0, 1] by row and class; the higher, the stronger the colour. Key '' of a row holds its mean."""
+    """Lay out values in [0, 1] by row and class, coloured by value. Key '' of a row holds its mean."""
 
     def cell(value: float | None) -> HeatCell:
         return HeatCell("–", 0.0) if value is None else HeatCell(f"{100 * value:.1f}", 0.6 * value)
@@ -101,11 +101,11 @@ def heat_table(
 
 
 def confusion_table(counts: Sequence[Sequence[int]], names: Sequence[str]) -> HeatTable:
-    """Pixel counts (ground truth x predicted) in percent of each ground-truth class; shares below 0.5 % stay blank."""
-    every = max(1, sum(map(sum, counts)))
+    """Lay out pixel counts (ground truth x predicted) in percent per ground-truth class, blank below 0.5 %."""
+    total = max(1, sum(map(sum, counts)))
     body = []
     for number, (name, row) in enumerate(zip(names, counts, strict=True)):
-        cells = [HeatCell(f"{100 * sum(row) / every:.1f}", 0.0)]
+        cells = [HeatCell(f"{100 * sum(row) / total:.1f}", 0.0)]
         for column, count in enumerate(row):
             share = count / max(1, sum(row))
             shown = share >= 0.005
