@@ -78,7 +78,7 @@ def test_names_are_escaped_everywhere(tmp_path: Path, monkeypatch: pytest.Monkey
     caught: list[Results] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(drawn, "NAMES", [name + MARK for name in NAMES])
-    monkeypatch.setattr(tables, "LEVEL", len(NAMES))  # with background they stand upright, without it level
+    monkeypatch.setattr(tables, "MAX_HORIZONTAL", len(NAMES))  # with background they are rotated, without it not
     monkeypatch.setattr(charts, "COLOURS", 2)  # the two classifiers share a chart, the five rows have panels
     monkeypatch.setattr(report, "document", lambda results: caught.append(results) or "")
     raw = marked()
