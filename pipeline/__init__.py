@@ -1,1 +1,1 @@
-"""From image-level tags to pixel masks: the parts that the stages are made of."""
+"""Weakly supervised semantic segmentation: the library that the stages use to turn image tags into pixel masks."""

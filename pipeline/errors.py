@@ -1,11 +1,11 @@
-"""The one exception that a person is meant to read."""
+"""The exception that is reported to the user without a traceback."""
 
 
 class PipelineError(Exception):
-    """A fault in the input that the user can mend.
+    """A fault in the input that the user can fix.
 
-    Each argument is one line: what is wrong, in which file, and the mend. A stage prints them as
-    ``error: ...`` and exits with status 1; anything else that is raised is a bug and shows its traceback.
+    Each argument is one line that names the file or key, the fault and the fix. A stage prints each line as
+    ``error: ...`` and exits with status 1. Any other exception is a bug and shows its traceback.
     """
 
     def __init__(self, *lines: str) -> None:

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM (of SLURM, Docker, ``timeout``): a stage stops where nothing is lost and says how to resume.
+"""Handling of Ctrl-C and SIGTERM (from SLURM, Docker, ``timeout``): a stage saves its state and says how to resume.
 
-``stages/__init__.py`` calls ``listen`` in a process that was started as ``python -m stages.NAME``. From then on either
-signal raises ``Stopped`` in the main thread: at once, or, within ``deferred``, at the next ``check``. Worker processes
-are started within ``shielded`` and never see the signals, since the step or block at work still needs them.
+``stages/__init__.py`` calls ``listen`` in a process that was started as ``python -m stages.NAME``. From then on, either
+signal raises ``Stopped`` in the main thread: immediately, or at the next ``check`` if the code runs under ``deferred``.
+Worker processes start under ``shielded`` and never receive the signals, since the current step or block needs them.
 """
 
 import math
@@ -16,23 +16,24 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_REPEATED = 1.0  # seconds: ``timeout`` sends its signal twice, to the process and to its group; a person is slower
+# Seconds within which a second signal is ignored: ``timeout`` signals both the process and its group. A user is slower.
+_REPEATED = 1.0
 
 
 class Stopped(SystemExit):
-    """The process was asked to stop. It exits with 128 + the signal's number, as shells report it: 130 or 143."""
+    """Exit on request, with the status that shells use: 128 + the signal's number (130 or 143)."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
 
 
-_number: int | None = None  # the signal that came first
-_time = -math.inf  # when the last one came
+_number: int | None = None  # the first signal received
+_time = -math.inf  # when the last signal arrived
 _deferrals = 0
 
 
 def listen() -> None:
-    """Handle both signals in this process from now on. Call it in the main thread."""
+    """Install the handler for both signals. Call this in the main thread."""
     for number in SIGNALS:
         signal.signal(number, _handle)
 
@@ -45,26 +46,26 @@ def _handle(number: int, frame: FrameType | None) -> None:
         _number = number
         command = shlex.join(["python", *sys.orig_argv[1:]])
         text = f"stopping on {signal.Signals(number).name}; to resume, run the same command again: {command}\n"
-        with suppress(OSError):  # not print: the signal may have come within one, and its reader may have ended
+        with suppress(OSError):  # not print: the signal may have interrupted one, or the pipe may be closed
             os.write(2, text.encode())
     if not repeated and not (first and _deferrals):
         raise Stopped(number)
 
 
 def requested() -> bool:
-    """Whether one of the signals has come."""
+    """Whether a signal has arrived."""
     return _number is not None
 
 
 def check() -> None:
-    """Raise ``Stopped`` if one of the signals has come."""
+    """Raise ``Stopped`` if a signal has arrived."""
     if _number is not None:
         raise Stopped(_number)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """After a signal, let the block reach its next ``check``. One more, a second later or after, ends it at once."""
+    """Delay a signal until the next ``check``. Another signal, at least a second later, stops immediately."""
     global _deferrals
     _deferrals += 1
     try:
@@ -76,7 +77,7 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Start processes that never receive the signals. Only SIGKILL or their parent's end stops them."""
+    """Block the signals in processes that are started here. Only SIGKILL or the end of their parent stops them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -85,7 +86,7 @@ def shielded() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Print a line of a stage that may be stopping, whose reader (``| tee``) the same Ctrl-C may have ended."""
+    """Print a line, even if the Ctrl-C that stops the stage has also ended the reader of its output (``| tee``)."""
     try:
         print(line, flush=True)
     except BrokenPipeError:

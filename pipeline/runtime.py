@@ -1,4 +1,4 @@
-"""How to run: nothing here may change a result."""
+"""Execution options and hardware detection. Nothing here may change a result."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Runtime:
-    """No parameter of the result and no part of a checkpoint's key."""
+    """Execution options. They never change results, so they are not part of the checkpoint key."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:N
-    workers: int = 0  # processes beside the main one that load and label images; 0: none
-    threads: int = 0  # of the arithmetic; 0: as many as the process may use
-    checkpoint_every: float = 60.0  # seconds
+    workers: int = 0  # extra processes that load and label images; 0: the main process does it
+    threads: int = 0  # arithmetic threads; 0: all cores that the process may use
+    checkpoint_every: float = 60.0  # seconds between two checkpoints
 
 
 def gpus() -> int:
-    """The number of NVIDIA cards, without loading CUDA."""
+    """Count the NVIDIA cards without loading CUDA."""
     return len(list(Path("/dev").glob("nvidia[0-9]*")))

@@ -31,9 +31,9 @@ class OneStepTask:
         return self.network.new_layers()
 
     def loss(self, batch: Batch, epoch: int) -> Tensor:
-        found = self.network.losses(batch.images, batch.tags, epoch, self.mapper)
-        self.names = list(found)
-        losses = torch.stack(list(found.values()))
+        losses_by_name = self.network.losses(batch.images, batch.tags, epoch, self.mapper)
+        self.names = list(losses_by_name)
+        losses = torch.stack(list(losses_by_name.values()))
         counted = torch.cat([losses.detach().double(), losses.new_ones(1)])
         self.terms = counted if self.terms is None else self.terms + counted
         return losses.sum()

@@ -39,16 +39,16 @@ def _read(work: Work, prefix: str) -> dict[str, Any]:
     Raises:
         PipelineError: with every input that is not JSON.
     """
-    found, faults = {}, []
+    contents, faults = {}, []
     for name, path in work.inputs.items():
         if name.startswith(prefix):
             try:
-                found[name.removeprefix(prefix)] = json.loads(path.read_text())
+                contents[name.removeprefix(prefix)] = json.loads(path.read_text())
             except (OSError, ValueError) as error:
                 faults.append(f"{path}: not JSON ({error}); run its stage again")
     if faults:
         raise PipelineError(*faults)
-    return found
+    return contents
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

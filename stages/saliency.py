@@ -31,13 +31,13 @@ def main(work: Work) -> None:
         with parallel(work.job.label, workers) as each:
 
             def compute(block: Sequence[Image]) -> Iterator[Row]:
-                found = list(each(source, block))
+                results = list(each(source, block))
                 faults = Faults()
-                for fault in found:
-                    if isinstance(fault, PipelineError):
-                        faults.add("unfit saliency map", str(fault))
+                for result in results:
+                    if isinstance(result, PipelineError):
+                        faults.add("unfit saliency map", str(result))
                 faults.check()
-                return ((image.id, 0, raster) for image, raster in zip(block, found, strict=True))
+                return ((image.id, 0, raster) for image, raster in zip(block, results, strict=True))
 
             write_blocks(images, compute, writer, work.checkpoint, progress=partial(progress, label=work.job.label))
 
@@ -46,18 +46,18 @@ def _source(settings: Saliency, inputs: dict[str, Path], images: list[Image]) ->
     """What gives an image's map; maps that are missing are named before any is read."""
     if settings.kind == "folder":
         missing = [image.id for image in images if not (image.saliency and image.saliency.is_file())]
-        _all_there(str(settings.path), missing)
+        _refuse_missing(str(settings.path), missing)
         return saliency.read_file
     if settings.kind == "store":
         store = RasterStore(inputs["store"])
         missing = [image.id for image in images if image.id not in store or 0 not in store.classes(image.id)]
-        _all_there(str(store.path), missing)
+        _refuse_missing(str(store.path), missing)
         return partial(saliency.read_stored, store)
     saliency.detector(settings.kind)
     return partial(_detect, settings.kind)
 
 
-def _all_there(where: str, missing: list[str]) -> None:
+def _refuse_missing(where: str, missing: list[str]) -> None:
     if missing:
         raise PipelineError(
             f"{where}: no saliency map of {len(missing)} images: {listed(missing)}; add them, or set saliency.kind"

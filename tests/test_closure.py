@@ -273,7 +273,7 @@ def test_all_that_a_stage_loads_is_in_its_closure(folder: Path, monkeypatch: pyt
         arguments = [job.stage, *filter(None, [job.name]), "--params", *files, "--threads", "1"]
         text = project.run(folder, "python", "-c", LOADED, *arguments)
         loaded = set(json.loads(text.rpartition("LOADED ")[2]))
-        known = {file.relative_to(closure.ROOT).as_posix() for file in closure.files(job.programs)}
+        known = {file.relative_to(closure.ROOT).as_posix() for file in closure.files(job.source_files)}
         assert loaded <= known, f"{job.label}: {sorted(loaded - known)}"
         assert len(loaded) > 10
     for stage in ("download", "coco_stuff"):

@@ -18,7 +18,7 @@ from pipeline.config.stage_table import FOLDERS, KINDS, SECTIONS, STAGES, TRAINE
 from pipeline.errors import PipelineError
 from pipeline.workflow import dvc
 from pipeline.workflow.graph import Graph, Job
-from pipeline.workflow.snakemake import Plan, program, rule_files
+from pipeline.workflow.snakemake import Plan, declared_outputs, stage_file
 from tests import project
 
 PARAMS = Path("params.yaml")
@@ -48,13 +48,13 @@ def names(paths: Any) -> frozenset[str]:
 
 
 def planned(graph: Graph) -> set[Rule]:
-    """The graph as Snakemake should state it: a dataset stands for its manifest, and comes from its stage's program."""
-    home = {job.outputs["root"]: rule_files(job)[0] for job in graph.jobs if job.home}
+    """The rules that Snakemake should have: a manifest replaces a dataset, which depends on its stage's file."""
+    home = {job.outputs["root"]: declared_outputs(job)[0] for job in graph.jobs if job.manifest_folder}
     return {
         Rule(
             job.stage,
-            names(home.get(path, path) for path in job.inputs.values()) or names([program(job)]),
-            names(rule_files(job)),
+            names(home.get(path, path) for path in job.inputs.values()) or names([stage_file(job)]),
+            names(declared_outputs(job)),
         )
         for job in graph.jobs
     }
@@ -149,8 +149,8 @@ def test_dvc_states_the_graph(graph: Graph, dvc_stages: dict[str, Stage]) -> Non
     assert dvc_stages[dvc.ROWS].outputs == {rows}
     for job in graph.jobs:
         stage = dvc_stages[dvc.name_of(job)]
-        assert stage.outputs == names({*job.outputs.values(), *rule_files(job)}), job.label
-        assert stage.code == names([program(job), "pipeline"]), job.label
+        assert stage.outputs == names({*job.outputs.values(), *declared_outputs(job)}), job.label
+        assert stage.code == names([stage_file(job), "pipeline"]), job.label
         assert stage.command == " ".join(filter(None, ("python -m pipeline.workflow.dvc run", job.stage, job.name)))
         if job.stage != "report":
             own = {f"{rows}/{job.section}/{job.name.rpartition('/')[2]}"} if job.section else set()
@@ -164,13 +164,13 @@ def test_dvc_report_depends_on_all_that_the_graph_names(graph: Graph, dvc_stages
     def below(path: Path) -> bool:
         return not stage.data.isdisjoint(names([path, *path.parents]))
 
-    witnessed = {path for other in graph.jobs if below(rule_files(other)[-1]) for path in other.inputs.values()}
+    witnessed = {path for other in graph.jobs if below(declared_outputs(other)[-1]) for path in other.inputs.values()}
     loose = [path for path in job.inputs.values() if not below(path) and path not in witnessed]
     assert {path.name for path in loose} == {"log.json"}
 
 
 def test_every_gpu_stage_gets_its_threads_where_there_are_enough(graph: Graph) -> None:
-    plan = Plan(graph, [], ample=True)
+    plan = Plan(graph, [], full_threads=True)
     shown = {
         stage.name: plan.command(stage)(SimpleNamespace(name="base"), plan.threads(stage)).split("base ")[1]
         for stage in plan.stages
@@ -181,7 +181,7 @@ def test_every_gpu_stage_gets_its_threads_where_there_are_enough(graph: Graph) -
     trained = {FOLDERS[section].name for section in TRAINED}
     assert shown.keys() == {*trained, "localization", "walk", "features", "prediction"}
     assert plan.threads(STAGES["pseudo_labels"]) == 16
-    assert {Plan(graph, [], ample=False).threads(stage) for stage in plan.stages if stage.gpu} == {1}
+    assert {Plan(graph, [], full_threads=False).threads(stage) for stage in plan.stages if stage.gpu} == {1}
 
 
 def test_the_table_agrees_with_itself() -> None:
@@ -190,9 +190,9 @@ def test_the_table_agrees_with_itself() -> None:
         assert stage.trains == ("model.pt" in stage.writes and "log.json" in stage.writes)
         assert stage.threads >= stage.local_threads >= 1
         for read in stage.reads.values():
-            writers = [FOLDERS.get(name) or STAGES[name] for name in (read.of or (read.job,))]
+            writers = [FOLDERS.get(name) or STAGES[name] for name in (read.allowed or (read.job,))]
             assert all(read.file in writer.writes for writer in writers), stage.name
-    evaluated = {section: kind(section) for section in STAGES["evaluation"].about}
+    evaluated = {section: kind(section) for section in STAGES["evaluation"].targets}
     assert set(evaluated.values()) == set(KINDS)
     assert {section for _, section in sections(STAGES["prediction"])} == {"segmentations", "one_step"}
     scored = {section for section in SECTIONS if {"maps.h5", "labels.h5"} & set(FOLDERS[section].writes)}

@@ -66,7 +66,7 @@ def test_a_stage_runs_without_locks(
     Path("params.yaml").write_text(yaml.safe_dump(minimal_params(make_tree(Path("data")))))
     run("index", index.main, [])
     assert Path("results/test/index/index.json").exists()
-    assert "nothing keeps two processes from working on one block at once" in capsys.readouterr().err
+    assert "two processes could run the same block at the same time" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_locks")

@@ -161,7 +161,7 @@ def test_params_name_it_everywhere(raw: dict[str, Any]) -> None:
         "agen_two_step": "segmentations/agen_two_step",
         "agen": "one_step/agen",
     }
-    assert references.lineage(params, "localizations/agen") == ["one_step/agen", "localizations/agen"]
+    assert references.ancestors(params, "localizations/agen") == ["one_step/agen", "localizations/agen"]
     laid = {**raw, "defaults": {"one_step": {"network": {"agen": {"delay": 3}}}}}
     assert parameters.validate(laid).one_step["agen"].network.settings.delay == 3
 

@@ -207,13 +207,13 @@ def test_dvc_runs_what_the_rows_need(project: Path) -> None:
     assert planned(project) == set()
     assert CLEAN in run(project, "dvc", "status")
     assert reproduced(project) == set()
-    stand_in = project / "results/demo/segmentations/oaa/model.pt"
-    assert stand_in.read_text() == dvc.STAND_IN
+    placeholder = project / "results/demo/segmentations/oaa/model.pt"
+    assert placeholder.read_text() == dvc.PLACEHOLDER
     edit(project, lambda params: params.pop("rows"))
     assert {"segmentation@oaa", "prediction_segmentations@oaa"} <= planned(project)
     ran = reproduced(project)
     assert {"segmentation@oaa", "report"} <= ran <= OF_OAA
-    assert stand_in.stat().st_size > 1000
+    assert placeholder.stat().st_size > 1000
     assert planned(project) == set()
 
 
@@ -231,7 +231,7 @@ def test_what_stands_in_for_results_is_never_read(project: Path) -> None:
     model.unlink()
     edit(project, lambda params: params.update(method="oaa", rows=["oaa"]))
     run(project, "dvc", "repro")
-    assert model.read_text() == dvc.STAND_IN
+    assert model.read_text() == dvc.PLACEHOLDER
     edit(project, lambda params: params.pop("rows"))
     text = run(project, "python", "-m", "stages.prediction", "cam", check=False)
     assert re.search(r"^error: results/demo/segmentations/cam/model.pt: damaged", text, re.MULTILINE), text

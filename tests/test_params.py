@@ -168,7 +168,7 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
         ({"saliency": {"kind": "store"}}, "p.yaml: saliency.path: is missing; saliency.kind store needs it"),
         (
             {"segmentations": {"row": {"training": {"iterations": 5}}}},
-            "p.yaml: segmentations.row.training: give either epochs or iterations",
+            "p.yaml: segmentations.row.training: set either epochs or iterations, not both",
         ),
         (
             {"segmentations": {"row": {"training": {"batch_size": 0}}}},
@@ -208,13 +208,13 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
         ),
         (
             {"localizations": {"plain": {"scales": []}}},
-            "p.yaml: localizations.plain.scales: is empty; name one at least",
+            "p.yaml: localizations.plain.scales: is empty; add at least one",
         ),
-        ({"test": {"scales": []}}, "p.yaml: test.scales: is empty; name one at least"),
+        ({"test": {"scales": []}}, "p.yaml: test.scales: is empty; add at least one"),
         ({"test": {"scales": [-1.0]}}, "p.yaml: test.scales[0]: -1.0 must be above 0"),
         (
             {"localizations": {"fine": {"climbing": {}}}},
-            "p.yaml: localizations.fine.climbing: refinements/finer is no classifier; set climbing to null",
+            "p.yaml: localizations.fine.climbing: refinements/finer is not a classifier; set climbing to null",
         ),
         (
             {"classifiers": {"base": {"training": {"nesterov": True, "momentum": 0}}}},
@@ -223,15 +223,15 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
         ({"method": "other"}, "p.yaml: method: other is none of the rows row"),
         (
             {"dataset": {"coco_stuff": "data/coco"}},
-            "p.yaml: dataset.demo: makes the dataset, and so does coco_stuff; set one of the two to null",
+            "p.yaml: dataset.demo: creates the dataset, but coco_stuff does too; set one of them to null",
         ),
         (
             {"dataset": {"download": "voc2012_aug"}},
-            "p.yaml: dataset.demo: makes the dataset, and so does download; set one of the two to null",
+            "p.yaml: dataset.demo: creates the dataset, but download does too; set one of them to null",
         ),
         (
             {"dataset": {"demo": None, "coco_stuff": "data", "root": "data/small"}},
-            "p.yaml: dataset.root: lies in data, of which it is made (coco_stuff); choose a folder outside of it",
+            "p.yaml: dataset.root: lies inside dataset.coco_stuff, data; choose a folder outside of it",
         ),
         ({"defaults": {"saliency": {}}}, "p.yaml: defaults.saliency: unknown section"),
         ({"defaults": ["a"]}, "p.yaml: defaults: must be a mapping of sections to blocks, not ['a']"),
@@ -278,9 +278,9 @@ def test_a_reference_to_nothing_is_answered_with_what_there_is(
     assert line == f"p.yaml: {section}.{name}.{key}: refers to {reference}, which is none of {choices}"
 
 
-def test_a_circle_of_references_is_refused() -> None:
+def test_a_cycle_of_references_is_refused() -> None:
     (line,) = faults(over(refinements={"finer": {"source": "localizations/fine"}}))
-    assert line == "p.yaml: goes round in a circle: refinements/finer <- localizations/fine <- refinements/finer"
+    assert line == "p.yaml: references form a cycle: refinements/finer <- localizations/fine <- refinements/finer"
 
 
 def test_all_faults_are_reported_at_once() -> None:
@@ -341,7 +341,7 @@ def test_files_and_overrides_are_laid_on_each_other_in_order(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"), [("a: [", "not YAML"), ("- a\n", "holds no mapping"), (None, "no such file")]
+    ("text", "fault"), [("a: [", "not YAML"), ("- a\n", "must be a mapping"), (None, "no such file")]
 )
 def test_a_file_that_is_no_mapping_is_named(text: str | None, fault: str, tmp_path: Path) -> None:
     file = tmp_path / "p.yaml"

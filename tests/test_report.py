@@ -327,7 +327,7 @@ def test_best_is_the_best_weak_row() -> None:
 def test_map_columns_follow_the_selected_method(place: Path) -> None:
     graph = experiment(RAW, train=2, held=1, masks=False)
     params, logs = graph.params, training_logs(graph)
-    assert references.lineage(params, "localizations/refined") == [
+    assert references.ancestors(params, "localizations/refined") == [
         "classifiers/base",
         "refinements/oaa_plus",
         "localizations/refined",

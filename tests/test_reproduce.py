@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.workflow.reproduce import LOG, Watch, explain
+from pipeline.workflow.reproduce import LOG, Watch, failure_report
 from tests.project import copy, environment
 
 INDEX = "results/demo/index/index.json"
@@ -86,9 +86,9 @@ def test_a_failed_job_is_explained_by_its_own_words(tmp_path: Path, monkeypatch:
     at = "log: {} (check log file(s) for error details)"
     heading = "index failed; its log is {}:"
     expected = [heading.format("one.log"), "error: a.png: damaged; replace it", "error: b.png: missing"]
-    assert explain("index", [at.format("one.log")]) == expected
-    assert explain("index", [at.format("two.log")])[-1] == "line 99"
-    assert explain("all", ["message: no log"]) == ["all failed:", "message: no log"]
+    assert failure_report("index", [at.format("one.log")]) == expected
+    assert failure_report("index", [at.format("two.log")])[-1] == "line 99"
+    assert failure_report("all", ["message: no log"]) == ["all failed:", "message: no log"]
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_an_error_comes_out_whole_and_last(project: Path) -> None:
     *_, log, heading, error = [line.rpartition("\033[K")[2] for line in text.rstrip("\r\n").split("\r\n")]
     assert heading == "demo failed; its log is results/demo/logs/dataset.log:"
     assert error == "error: the disk is full; make room"
-    assert log == f"all that was printed: {LOG}"
+    assert log == f"the whole output is in {LOG}"
 
 
 def test_wrong_params_come_out_whole(project: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_stopped_run_leaves_no_process(project: Path, number: signal.Signals, 
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == status
-    assert out.splitlines() == ["stopped, 0 of 2 jobs are done; to resume, run the same command again"]
+    assert out.splitlines() == ["stopped, 0 of 2 jobs done; to resume, run the same command again"]
     assert "stopping on SIGINT; to resume" in (project / LOG).read_text()
     left = [path for path in Path("/proc").glob("[0-9]*/cwd") if is_at(path, project)]
     assert not left

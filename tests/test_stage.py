@@ -82,7 +82,7 @@ class TestRefusals:
     def test_missing_inputs_are_all_named(self, capsys: pytest.CaptureFixture[str]) -> None:
         fake = Fake()
         refused(fake, "cam", name="pseudo_labels")
-        missing = "missing ({} of pseudo_labels cam); run the stage that makes it"
+        missing = "missing ({} of pseudo_labels cam); run the stage that writes it"
         assert lines(capsys.readouterr().err) == [
             f"error: results/test/localizations/cam/maps.h5: {missing.format('maps')}",
             f"error: results/test/saliency/maps.h5: {missing.format('saliency')}",

@@ -1,4 +1,4 @@
-"""params.yaml -> ``schema.Params``: files merged, checked as a whole, one line a fault."""
+"""Read params.yaml and its profiles into ``schema.Params``. All faults are reported together, one per line."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import yaml
 
 from pipeline.config import references
-from pipeline.config.reader import Faults, build_block, did_you_mean, prefixed, shown
+from pipeline.config.reader import Faults, build_block, did_you_mean, prefixed, quoted
 from pipeline.config.registry import CHOICES, Choice
 from pipeline.config.schema import Params
 from pipeline.config.stage_table import SECTIONS
@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that appears twice in one mapping: YAML itself keeps the last one."""
+    """YAML's safe loader, which also rejects duplicate keys. Plain YAML silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -30,17 +30,18 @@ class _Loader(yaml.SafeLoader):
         return cast(dict[Any, Any], super().construct_mapping(node, deep))
 
 
-_BLOCK = 2  # levels below the top of a params file at which the keys of blocks, and of their defaults, lie
+# Depth in a params file of the keys of a block (SECTION.NAME.KEY) and of its defaults (defaults.SECTION.KEY)
+_BLOCK = 2
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], level: int = 0) -> dict[str, Any]:
-    """``over`` laid on ``base``, mapping by mapping; a null removes what it names.
+    """Merge ``over`` into ``base`` recursively. Values of ``over`` win, including null, which removes a block.
 
-    A block's choice (``rule: oaa`` or ``rule: {drs: {alpha: 0.2}}``) keeps the settings beneath it only where both name
-    the same implementation.
+    The settings of a choice (``rule: oaa`` or ``rule: {drs: {alpha: 0.2}}``) are merged only if both mappings name the
+    same implementation; otherwise the choice in ``over`` replaces the one in ``base``.
 
     Args:
-        level: of both mappings below the top of a params file.
+        level: depth of both mappings in a params file; 0 is the top.
     """
     merged = dict(base)
     for key, value in over.items():
@@ -68,10 +69,10 @@ def _merge_choice(base: Any, over: Any) -> Any:
 
 
 def read(files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The raw mapping of params.yaml with profiles and overrides laid on it, in order.
+    """Read the files and merge them in order, then merge ``overrides``. The result is not validated.
 
     Raises:
-        PipelineError: a file is missing, cannot be read, or is no YAML mapping.
+        PipelineError: a file is missing, cannot be read, or is not a YAML mapping.
     """
     raw: dict[str, Any] = {}
     for file in files:
@@ -81,35 +82,35 @@ def read(files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> d
 
 def _read_file(file: Path) -> dict[str, Any]:
     try:
-        found = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise PipelineError(f"{file}: no such file; name a params file that exists") from None
+        raise PipelineError(f"{file}: no such file; name an existing params file") from None
     except UnicodeDecodeError:
-        raise PipelineError(f"{file}: is not UTF-8; save it as UTF-8") from None
+        raise PipelineError(f"{file}: not UTF-8; save it as UTF-8") from None
     except OSError as error:
         raise PipelineError(f"{file}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise PipelineError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise PipelineError(f"{file}: holds no mapping of parameters")
-    return found
+    if not isinstance(content, dict):
+        raise PipelineError(f"{file}: must be a mapping of parameters")
+    return content
 
 
 def load(files: Sequence[Path], overrides: Mapping[str, Any] | None = None, resolve: bool = False) -> Params:
-    """Read, merge, check; see ``validate``."""
+    """Read, merge and validate params files; see ``read`` and ``validate``."""
     return validate(read(files, overrides), " + ".join(map(str, files)), resolve)
 
 
 def validate(raw: Mapping[str, Any], origin: str = "params.yaml", resolve: bool = False) -> Params:
-    """Check a raw mapping against ``schema.Params``; each block gets its section's entry of ``defaults`` first.
+    """Validate a raw mapping against ``schema.Params``, after merging each block over its section's ``defaults``.
 
     Args:
-        origin: what the mapping was read from, in front of each fault.
-        resolve: also check the settings of every block's choices, which imports the methods and networks. Without it,
-            each stage checks those of its own block (``check``).
+        origin: the source of the mapping; each fault starts with it.
+        resolve: also check the settings of every block's choices, which imports the methods and networks. Otherwise,
+            each stage checks the settings of its own block (``check``).
 
     Raises:
-        PipelineError: with every fault found, a line each.
+        PipelineError: the params have faults; it has one line for each.
     """
     raw = dict(raw)
     faults: Faults = []
@@ -129,26 +130,26 @@ def validate(raw: Mapping[str, Any], origin: str = "params.yaml", resolve: bool 
         sound = not faults
         for section in SECTIONS:
             for block in getattr(params, section).values():
-                faults.extend(_unfit(block, sound))
+                faults.extend(_choice_faults(block, sound))
         if not faults:
             faults.extend(lacking_saliency(params))
     if faults or params is None:
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
-    return params if params.rows is None else references.only(params, params.rows)
+    return params if params.rows is None else references.keep_rows(params, params.rows)
 
 
 def check(block: Any, origin: str = "params.yaml") -> None:
-    """Read the settings of a block's choices, and check them against the rest of the block.
+    """Validate the settings of a block's choices, both alone and together with the rest of the block.
 
     Raises:
-        PipelineError: with every fault found, a line each.
+        PipelineError: the settings have faults; it has one line for each.
     """
-    if faults := list(_unfit(block)):
+    if faults := list(_choice_faults(block)):
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
 
 
-def _unfit(block: Any, sound: bool = True) -> Iterator[str]:
-    """The faults of the settings of a block's choices and, where the block is ``sound``, of the two together."""
+def _choice_faults(block: Any, sound: bool = True) -> Iterator[str]:
+    """Yield the faults in the settings of a block's choices. If the block is ``sound``, also check the two together."""
     for choice in (value for value in getattr(block, "__dict__", {}).values() if isinstance(value, Choice)):
         try:
             settings = choice.settings
@@ -159,11 +160,11 @@ def _unfit(block: Any, sound: bool = True) -> Iterator[str]:
             yield from prefixed(choice.where.rpartition(".")[0], hook(block))
 
 
-def block(kind: type[_T], raw: Mapping[str, Any], origin: str) -> _T:
-    """One block from its mapping, as a model file keeps it.
+def read_block(kind: type[_T], raw: Mapping[str, Any], origin: str) -> _T:
+    """Build a block from the mapping that a model file stores.
 
     Raises:
-        PipelineError: it does not fit the schema.
+        PipelineError: the mapping does not fit the schema.
     """
     faults: Faults = []
     built = build_block(kind, raw, "", faults)
@@ -173,16 +174,16 @@ def block(kind: type[_T], raw: Mapping[str, Any], origin: str) -> _T:
 
 
 def _defaults(value: Any, faults: Faults) -> dict[str, Mapping[str, Any]]:
-    """What ``defaults`` holds for each section; what is no mapping is added to ``faults``."""
+    """Return the default block of each section. Append a fault for each value that is not a mapping."""
     if not isinstance(value, Mapping | None):
-        faults.append(f"defaults: must be a mapping of sections to blocks, not {shown(value)}")
+        faults.append(f"defaults: must be a mapping of sections to blocks, not {quoted(value)}")
         return {}
-    found = {}
+    blocks = {}
     for section, block in (value or {}).items():
         if section not in SECTIONS:
             faults.append(f"defaults.{section}: unknown section{did_you_mean(str(section), SECTIONS)}")
         elif isinstance(block, Mapping):
-            found[section] = block
+            blocks[section] = block
         elif block is not None:
-            faults.append(f"defaults.{section}: must be a mapping, not {shown(block)}")
-    return found
+            faults.append(f"defaults.{section}: must be a mapping, not {quoted(block)}")
+    return blocks

@@ -1,7 +1,7 @@
-"""Reading plain values (YAML, JSON) into annotated dataclasses strictly: every fault is collected, none stops the rest.
+"""Strict conversion of plain values (YAML, JSON) into annotated dataclasses. All faults are collected in one pass.
 
-A dataclass states types and ranges beside its fields (``Annotated[float, Range(above=0)]``). It may define
-``faults()``, which yields a line for each contradiction among its values; a line begins with the key at fault.
+A dataclass annotates its fields with types and ranges (``Annotated[float, Range(above=0)]``). It may define
+``faults()``, which yields one line for each inconsistency among its values; the line starts with the key at fault.
 """
 
 import dataclasses
@@ -18,8 +18,10 @@ Faults = list[str]
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a field accepts. ``least`` and ``most`` are inclusive bounds, ``above`` and ``below`` exclusive
-    ones."""
+    """The range of numbers that a field accepts.
+
+    ``least`` and ``most`` are inclusive bounds, ``above`` and ``below`` are exclusive.
+    """
 
     least: float = -math.inf
     most: float = math.inf
@@ -27,7 +29,7 @@ class Range:
     below: float = math.inf
 
     def fault(self, value: float) -> str | None:
-        """Why ``value`` is refused, or None. Infinities and NaN always are."""
+        """Say why ``value`` is rejected; None if it is accepted. Infinities and NaN are always rejected."""
         if not math.isfinite(value):
             return f"{value} is not finite"
         inside = self.least <= value <= self.most and self.above < value < self.below
@@ -56,17 +58,17 @@ NonNegativeInt = Annotated[int, Range(least=0)]
 
 @typing.runtime_checkable
 class Readable(Protocol):
-    """Metadata of an ``Annotated`` field that reads the field's value itself."""
+    """Metadata of an ``Annotated`` field that converts the field's value itself."""
 
     def read(self, value: Any, where: str, faults: Faults) -> Any:
-        """The value to store; what does not fit is added to ``faults``."""
+        """Return the value to store. Append a line to ``faults`` if the value is invalid."""
 
 
 def build(kind: Any, value: Any, where: str, faults: Faults) -> Any:
-    """``value`` as an instance of the annotation ``kind``; what does not fit is added to ``faults``.
+    """Convert ``value`` to the annotated type ``kind``. Append a line to ``faults`` for each invalid value.
 
     Args:
-        where: the key in front of each fault, such as 'classifiers.cam.training'.
+        where: full key of the value, such as 'classifiers.cam.training'; each fault starts with it.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
@@ -87,7 +89,7 @@ def build(kind: Any, value: Any, where: str, faults: Faults) -> Any:
     if origin is tuple:
         size = None if arguments[-1] is Ellipsis else len(arguments)
         if not isinstance(value, Sequence) or isinstance(value, str) or (size and len(value) != size):
-            faults.append(f"{where}: must be a list{f' of {size} values' if size else ''}, not {shown(value)}")
+            faults.append(f"{where}: must be a list{f' of {size} values' if size else ''}, not {quoted(value)}")
             return ()
         kinds = arguments if size else [arguments[0]] * len(value)
         items = enumerate(zip(kinds, value, strict=True))
@@ -95,7 +97,7 @@ def build(kind: Any, value: Any, where: str, faults: Faults) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        faults.append(f"{where}: must be {_type_name(kind)}, not {shown(value)}")
+        faults.append(f"{where}: must be {_type_name(kind)}, not {quoted(value)}")
     elif kind is float and not math.isfinite(value):
         faults.append(f"{where}: {value} is not finite")
     return value
@@ -116,19 +118,19 @@ def _annotated(kind: Any, metadata: tuple[Any, ...], value: Any, where: str, fau
 
 def _mapping(kind: Any, value: Any, where: str, faults: Faults) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        faults.append(f"{where}: must be a mapping of names to blocks, not {shown(value)}")
+        faults.append(f"{where}: must be a mapping of names to blocks, not {quoted(value)}")
         return {}
     for name in value:
         if not (isinstance(name, str) and name.isascii() and name.replace("_", "").isalnum()):
             faults.append(f"{where}.{name}: a block's name consists of ASCII letters, digits and '_'")
-    given = {name: block for name, block in value.items() if block is not None}  # a null removes a block
-    return {name: build(kind, block, f"{where}.{name}", faults) for name, block in given.items()}
+    present = {name: block for name, block in value.items() if block is not None}  # a null removes a block
+    return {name: build(kind, block, f"{where}.{name}", faults) for name, block in present.items()}
 
 
 def build_block(kind: type[_T], value: Any, where: str, faults: Faults) -> _T | None:
-    """A dataclass from a mapping; its own ``faults()`` are asked for once its fields are right."""
+    """Build a dataclass from a mapping. Its ``faults()`` hook is called only if all its fields are valid."""
     if not isinstance(value, Mapping):
-        faults.append(f"{where}: must be a mapping, not {shown(value)}")
+        faults.append(f"{where}: must be a mapping, not {quoted(value)}")
         return None
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind)) if field.init}
@@ -143,13 +145,13 @@ def build_block(kind: type[_T], value: Any, where: str, faults: Faults) -> _T | 
             faults.append(f"{dot}{name}: is missing")
             return None
     built = kind(**arguments)
-    if len(faults) == before and (own := getattr(built, "faults", None)) is not None:
-        faults.extend(prefixed(where, own()))
+    if len(faults) == before and (hook := getattr(built, "faults", None)) is not None:
+        faults.extend(prefixed(where, hook()))
     return built
 
 
 def prefixed(where: str, lines: Iterable[str]) -> Iterator[str]:
-    """Faults of a block under its full key; a fault of the block as a whole begins with ': '."""
+    """Prefix the faults of a block with its full key. A fault of the block as a whole starts with ': '."""
     for line in lines:
         yield f"{where}{line}" if line.startswith(":") or not where else f"{where}.{line}"
 
@@ -159,7 +161,7 @@ def _is_required(field: "dataclasses.Field[Any]") -> bool:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """'; did you mean X?' where a choice is close to ``word``, else ''."""
+    """Return '; did you mean X?' if a choice is similar to ``word``, else ''."""
     close = difflib.get_close_matches(word, list(choices), 1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -169,7 +171,7 @@ def _type_name(kind: type) -> str:
     return names.get(kind, kind.__name__)
 
 
-def shown(value: Any) -> str:
-    """A value as a message quotes it: null as YAML spells it, and nothing longer than a line."""
+def quoted(value: Any) -> str:
+    """Format a value for a message: None becomes 'null', and long values are truncated."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

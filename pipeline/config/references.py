@@ -1,4 +1,4 @@
-"""Which block is derived from which: the references between the blocks of params.yaml."""
+"""The references between the blocks of params.yaml, which say which block is derived from which."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -6,11 +6,11 @@ from dataclasses import replace
 from pipeline.config.schema import Params, PseudoLabels
 from pipeline.config.stage_table import FOLDERS, SECTIONS
 
-Needs = Mapping[str, tuple[str, ...]]  # SECTION/NAME -> what the block refers to
+Needs = Mapping[str, tuple[str, ...]]  # SECTION/NAME -> the references of that block
 
 
 def sources(params: Params) -> Needs:
-    """What each block of each section refers to; nothing for the networks that learn from tags alone."""
+    """Map each block to its references. Networks that learn from tags alone have none."""
     keys = {section: [read.key for read in FOLDERS[section].reads.values() if read.key] for section in SECTIONS}
     return {
         f"{section}/{name}": tuple(getattr(block, key) for key in keys[section])
@@ -20,12 +20,12 @@ def sources(params: Params) -> Needs:
 
 
 def dangling(params: Params) -> Iterator[str]:
-    """A line for each reference to a block that does not exist, or that is not of a section that the key allows."""
+    """Yield a fault for each reference to a block that does not exist or whose section the key does not allow."""
     for section in SECTIONS:
         for read in FOLDERS[section].reads.values():
             choices = {
                 reference
-                for target in read.of
+                for target in read.allowed
                 for reference in (
                     (f"{target}/{name}" for name in getattr(params, target)) if target in SECTIONS else (target,)
                 )
@@ -36,8 +36,8 @@ def dangling(params: Params) -> Iterator[str]:
                     yield f"{section}.{name}.{read.key}: refers to {reference}, which is none of {allowed}"
 
 
-def in_order(params: Params) -> list[str]:
-    """All blocks, each after those that it refers to. Those of a circle are left out."""
+def topological_order(params: Params) -> list[str]:
+    """Return all blocks, each after those that it refers to. Blocks on a cycle, or after one, are left out."""
     waiting = dict(sources(params))
     ready: list[str] = []
     while now := [name for name, needs in waiting.items() if not any(need in waiting for need in needs)]:
@@ -48,27 +48,28 @@ def in_order(params: Params) -> list[str]:
 
 
 def rows(params: Params) -> dict[str, str]:
-    """The network of each row of the report, SECTION/NAME by the row's name: predictions/NAME are its masks.
+    """Map the name of each row of the report to its network, SECTION/NAME. predictions/ROW holds its masks.
 
-    In the order of ``params.rows`` where it is set; else one-step networks after the others, upper bounds last.
+    The rows follow the order of ``params.rows`` if it is set. Otherwise, segmentation networks come first, then
+    one-step networks, then the supervised upper bounds.
     """
     bounds = {name for name, block in params.segmentations.items() if block.labels == "ground_truth"}
-    found = {name: f"segmentations/{name}" for name in params.segmentations if name not in bounds}
-    found |= {name: f"one_step/{name}" for name in params.one_step}
-    found |= {name: f"segmentations/{name}" for name in params.segmentations if name in bounds}
-    return {name: found[name] for name in (*(params.rows or ()), *found) if name in found}
+    networks = {name: f"segmentations/{name}" for name in params.segmentations if name not in bounds}
+    networks |= {name: f"one_step/{name}" for name in params.one_step}
+    networks |= {name: f"segmentations/{name}" for name in params.segmentations if name in bounds}
+    return {name: networks[name] for name in (*(params.rows or ()), *networks) if name in networks}
 
 
 def label_rule(params: Params, labels: str) -> PseudoLabels | None:
-    """The rule behind a segmentation's labels, or behind those that its mixture starts from; None: ground truth."""
+    """Return the block of the pseudo labels that a segmentation or its mixture uses; None for ground truth."""
     section, _, name = labels.partition("/")
     if section == "mixtures":
         return label_rule(params, params.mixtures[name].labels)
     return params.pseudo_labels[name] if section == "pseudo_labels" else None
 
 
-def only(params: Params, kept: Sequence[str]) -> Params:
-    """The params with these rows alone, and the blocks that they are derived from."""
+def keep_rows(params: Params, kept: Sequence[str]) -> Params:
+    """Restrict the params to the rows named in ``kept`` and the blocks that they are derived from."""
     needs = sources(params)
     wanted: set[str] = set()
     queue = [network for name, network in rows(params).items() if name in kept]
@@ -84,9 +85,9 @@ def only(params: Params, kept: Sequence[str]) -> Params:
     return replace(params, **parts)  # type: ignore[arg-type]
 
 
-def circle(params: Params) -> list[str]:
-    """Blocks of which each refers to the next, and the last is the first again; empty where there are none."""
-    ordered = set(in_order(params))
+def cycle(params: Params) -> list[str]:
+    """Find a cycle: blocks that each refer to the next, where the last equals the first. Empty if there is none."""
+    ordered = set(topological_order(params))
     waiting = {name: needs for name, needs in sources(params).items() if name not in ordered}
     seen: list[str] = []
     following = next(iter(waiting), None)
@@ -96,10 +97,10 @@ def circle(params: Params) -> list[str]:
     return [*seen[seen.index(following) :], following] if following is not None else []
 
 
-def lineage(params: Params, reference: str) -> list[str]:
-    """All that maps come from along their first source: the classifier or one-step network first, the maps last."""
+def ancestors(params: Params, reference: str) -> list[str]:
+    """Return the ancestors of a block and the block itself, following the first reference of each; root first."""
     needs = sources(params)
     chain = [reference]
-    while found := needs.get(chain[0]):
-        chain.insert(0, found[0])
+    while parents := needs.get(chain[0]):
+        chain.insert(0, parents[0])
     return chain

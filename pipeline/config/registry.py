@@ -1,8 +1,8 @@
-"""Implementations found by name: methods, refinement, segmentation and one-step networks, label rules, backbones.
+"""Registries of implementations: methods, refinement, segmentation and one-step networks, label rules, backbones.
 
-An implementation registers itself in its own file: ``@METHODS.register("amr")``. A registry finds its names by reading
-the files of its package and imports a file when its entry is first asked for. So nothing else lists the names, a stage
-loads only what its block names, and reading params.yaml does not import torch.
+An implementation registers itself in its own file: ``@METHODS.register("amr")``. A registry finds its names by parsing
+the files of its package, and imports a file when its entry is first used. So no other file lists the names, a stage
+imports only the implementations that its block names, and reading params.yaml does not import torch.
 """
 
 import ast
@@ -21,12 +21,12 @@ _ROOT = Path(__file__).parents[2]
 
 
 class Registry(Generic[T]):
-    """The implementations of one kind.
+    """The implementations of one kind, by name.
 
     Args:
-        variable: the name of this registry in this module, by which files register.
-        folder: whose files are searched for entries, relative to the project, such as 'pipeline/methods'.
-        kind: what messages call an entry, such as 'method'.
+        variable: name of this registry in this module, which the decorators of its entries use.
+        folder: folder that is searched for entries, relative to the project, such as 'pipeline/methods'.
+        kind: term for an entry in messages, such as 'method'.
     """
 
     def __init__(self, variable: str, folder: str, kind: str) -> None:
@@ -34,10 +34,10 @@ class Registry(Generic[T]):
         self._loaded: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """A decorator that enters a class or function under ``name``.
+        """Return a decorator that registers a class or function under ``name``.
 
         Raises:
-            TypeError: the class leaves abstract what its base asks for.
+            TypeError: the class does not define all abstract methods of its base.
         """
 
         def enter(entry: T) -> T:
@@ -49,7 +49,7 @@ class Registry(Generic[T]):
         return enter
 
     def __getitem__(self, name: str) -> T:
-        """The entry, its module imported if need be.
+        """Return the entry; import its module if necessary.
 
         Raises:
             PipelineError: no file registers the name.
@@ -64,11 +64,11 @@ class Registry(Generic[T]):
         return name in self._loaded or name in self._files
 
     def names(self) -> list[str]:
-        """All names, those of entries that no file of the package registers (a test's, say) included."""
+        """All names, including entries that are registered outside of the package, such as in a test."""
         return sorted({*self._files, *self._loaded})
 
     def file(self, name: str) -> Path | None:
-        """The file that registers ``name``; None where no file of the package does."""
+        """The file that registers ``name``; None if no file of the package does."""
         return self._files.get(name)
 
     def unknown(self, name: str) -> str:
@@ -78,12 +78,12 @@ class Registry(Generic[T]):
 
     @functools.cached_property
     def _files(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         for file in sorted((_ROOT / self.folder).rglob("*.py")):
             text = file.read_text(encoding="utf-8")
             if f"@{self.variable}.register(" in text:
-                found |= dict.fromkeys(self._names(ast.parse(text)), file)
-        return found
+                files |= dict.fromkeys(self._names(ast.parse(text)), file)
+        return files
 
     def _names(self, tree: ast.Module) -> list[str]:
         return [
@@ -100,13 +100,13 @@ class Registry(Generic[T]):
         ]
 
     def read(self, value: Any, where: str, faults: reader.Faults) -> "Choice | None":
-        """A choice from ``NAME`` or ``{NAME: {KEY: VALUE}}``; its settings are read when they are first asked for."""
+        """Build a choice from ``NAME`` or ``{NAME: {KEY: VALUE}}``. Its settings are validated on first access."""
         name: Any = value
         raw: Any = None
         if isinstance(value, Mapping) and len(value) == 1:
             name, raw = next(iter(value.items()))
         if not isinstance(name, str) or not isinstance(raw, Mapping | None):
-            faults.append(f"{where}: must be NAME or {{NAME: {{...}}}}, not {reader.shown(value)}")
+            faults.append(f"{where}: must be NAME or {{NAME: {{...}}}}, not {reader.quoted(value)}")
         elif name not in self:
             faults.append(f"{where}: {self.unknown(name)}")
         else:
@@ -115,9 +115,9 @@ class Registry(Generic[T]):
 
 
 class Choice:
-    """A registered implementation and its settings, as a block of params.yaml names them.
+    """A registered implementation and its settings, as a block of params.yaml specifies them.
 
-    ``settings`` is an instance of the entry's ``Settings`` (of the entry itself where it is a dataclass). It is read on
+    ``settings`` is an instance of the entry's ``Settings``, or of the entry itself if it is a dataclass. It is built on
     first access, which imports the entry's module.
     """
 
@@ -133,10 +133,10 @@ class Choice:
 
     @functools.cached_property
     def settings(self) -> Any:
-        """The settings, checked.
+        """The validated settings.
 
         Raises:
-            PipelineError: with every fault found, a line each.
+            PipelineError: the settings have faults; it has one line for each.
         """
         faults: reader.Faults = []
         kind = getattr(self.entry, "Settings", self.entry)
@@ -160,14 +160,14 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """Metadata of an annotated field that holds the name of a registered entry alone, without settings."""
+    """Metadata of an annotated field that holds only the name of a registered entry, without settings."""
 
     registry: Registry[Any]
 
     def read(self, value: Any, where: str, faults: reader.Faults) -> Any:
-        """The name; one that is not registered is added to ``faults``."""
+        """Return the name. Append a line to ``faults`` if it is not registered."""
         if not isinstance(value, str):
-            faults.append(f"{where}: must be text, not {reader.shown(value)}")
+            faults.append(f"{where}: must be text, not {reader.quoted(value)}")
         elif value not in self.registry:
             faults.append(f"{where}: {self.registry.unknown(value)}")
         return value
@@ -180,11 +180,11 @@ RULES: Registry[Any] = Registry("RULES", "pipeline/labels", "label rule")
 SEGMENTATIONS: Registry[Any] = Registry("SEGMENTATIONS", "pipeline/networks", "segmentation network")
 BACKBONES: Registry[Any] = Registry("BACKBONES", "pipeline/networks", "backbone")
 
-CHOICES = ("method", "network", "rule")  # the keys of blocks that hold a ``Choice``
+CHOICES = ("method", "network", "rule")  # the keys of blocks whose value is a ``Choice``
 
 
 def plain(value: Any) -> Any:
-    """A block as JSON holds it: dataclasses as mappings, tuples as lists, a choice as ``{NAME: settings}``."""
+    """Convert a block to JSON types: dataclasses to mappings, tuples to lists, a choice to ``{NAME: settings}``."""
     if isinstance(value, Choice):
         return {value.name: plain(value.settings)}
     if dataclasses.is_dataclass(value):

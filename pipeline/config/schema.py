@@ -1,8 +1,8 @@
-"""What may stand in params.yaml: one dataclass a block, each key with its meaning.
+"""The schema of params.yaml: one dataclass per block, with a comment on each key.
 
-``pipeline.config.params`` reads a file into these and refuses anything else. Ranges stand beside the numbers;
-contradictions among the keys of one block are reported by its ``faults``. The settings of a method or network
-stand in its own file, and a block names it (``pipeline.config.registry``).
+``pipeline.config.params`` reads params files into these classes and rejects anything else. Annotations give the range
+of each number, and the ``faults`` of a block report inconsistencies among its keys. The settings of a method or
+network are defined in its own file; a block refers to it by name (``pipeline.config.registry``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,51 +16,56 @@ from pipeline.config.registry import BACKBONES, METHODS, ONE_STEP, REFINEMENTS, 
 
 @dataclass(frozen=True)
 class Demo:
-    """The generated dataset: images and their exact masks, in VOC layout."""
+    """The synthetic dataset: generated images with exact masks, in VOC layout."""
 
     train: Count = 600
     evaluation: Count = 150
-    size: Annotated[int, Range(least=24)] = 96  # side in pixels; the shapes in it grow with it
-    seed: NonNegativeInt = 0  # of the images, not of the training
+    size: Annotated[int, Range(least=24)] = 96  # side in pixels; the shapes scale with it
+    seed: NonNegativeInt = 0  # of the generated images; training has its own
 
 
-MAKERS = ("demo", "download", "coco_stuff")
+PREPARATION_STAGES = ("demo", "download", "coco_stuff")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder in VOC layout. ``root``, ``extra`` and ``coco_stuff`` are relative to the working folder, all else to
-    ``root``."""
+    """A dataset in VOC layout.
+
+    ``root``, ``extra`` and ``coco_stuff`` are relative to the working folder, all other paths to ``root``.
+    """
 
     root: str
-    classes: str = "voc"  # 'voc', or a text file with one class name a line
+    classes: str = "voc"  # 'voc', or a text file with one class name per line
     tags: str = "tags.json"  # .json, .csv, .npy, .txt, or a folder of XML annotations
     images: str = "JPEGImages"
-    masks: str | None = None  # only ever read to evaluate and for supervised rows
+    masks: str | None = None  # used only for evaluation and supervised rows
     train: str = "ImageSets/Segmentation/train.txt"
     evaluation: str = "ImageSets/Segmentation/val.txt"
-    extra: str | None = None  # more training images, a folder a class, whose name is the single tag (EDAM Sec. 4.4)
+    extra: str | None = None  # more training images: one folder per class, named after their single tag (EDAM Sec. 4.4)
     demo: Demo | None = None  # generate the dataset at root
     download: Literal["voc2012_aug"] | None = None  # or download it there
-    coco_stuff: str | None = None  # or make it there of COCO-Stuff 10k v1.1, which lies unpacked here (EDAM Sec. 4.6)
+    coco_stuff: str | None = None  # or convert it from COCO-Stuff 10k v1.1, unpacked in this folder (EDAM Sec. 4.6)
 
     @property
-    def makers(self) -> list[str]:
-        """The stages that are to make the dataset at ``root``: none, or one."""
-        return [key for key in MAKERS if getattr(self, key)]
+    def preparation_stages(self) -> list[str]:
+        """The stages that would create the dataset at ``root``. A valid block has one at most."""
+        return [key for key in PREPARATION_STAGES if getattr(self, key)]
 
     def faults(self) -> Iterator[str]:
-        if len(self.makers) > 1:
-            one, other = self.makers[:2]
-            yield f"{one}: makes the dataset, and so does {other}; set one of the two to null"
+        if len(self.preparation_stages) > 1:
+            one, other = self.preparation_stages[:2]
+            yield f"{one}: creates the dataset, but {other} does too; set one of them to null"
         if self.coco_stuff and Path(self.root).is_relative_to(self.coco_stuff):
-            yield f"root: lies in {self.coco_stuff}, of which it is made (coco_stuff); choose a folder outside of it"
+            yield f"root: lies inside dataset.coco_stuff, {self.coco_stuff}; choose a folder outside of it"
 
 
 @dataclass(frozen=True)
 class Saliency:
-    """Where saliency maps come from. ``folder``: grey PNG, same stem and size as the images; ``store``: an HDF5 raster
-    store; ``spectral_residual`` and ``fine_grained``: OpenCV's detectors, which need no weights."""
+    """The source of the saliency maps.
+
+    ``folder`` holds grey PNG files with the stem and size of the images. ``store`` is an HDF5 raster store.
+    ``spectral_residual`` and ``fine_grained`` are OpenCV's detectors, which need no weights.
+    """
 
     kind: Literal["folder", "store", "spectral_residual", "fine_grained", "none"]
     path: str | None = None
@@ -72,37 +77,42 @@ class Saliency:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A feature extractor. ``weights``: 'imagenet' (torchvision's, downloaded), null, or a file: a state dict in
-    torchvision's layout (a segmentation network's, trained on COCO, too), or the model.pt of another run."""
+    """A feature extractor and its initial weights.
+
+    ``weights`` is 'imagenet' (downloaded from torchvision), null (random), or a file: a state dict in torchvision's
+    layout (of a classifier or a segmentation network) or the model.pt of another run.
+    """
 
     name: Annotated[str, Name(BACKBONES)]
     output_stride: Literal[4, 8, 16, 32] = 8
-    dilated: bool = True  # layers after a removed stride are dilated instead
+    dilated: bool = True  # dilate the layers that follow a removed stride
     weights: str | None = None
-    frozen_batch_norm: bool = False  # keep statistics and affine parameters as loaded
-    frozen: tuple[str, ...] = ()  # the first taps: their stages stay as loaded, batch norms included
+    frozen_batch_norm: bool = False  # keep the loaded statistics and affine parameters
+    frozen: tuple[
+        str, ...
+    ] = ()  # the first taps, whose stages are not trained; their batch norms keep their statistics
 
     def faults(self) -> Iterator[str]:
         if self.frozen and self.weights is None:
             yield "frozen: would keep random weights; name weights, or freeze nothing"
 
     def describe(self) -> str:
-        """For the report, such as 'vgg16 from ImageNet weights'."""
+        """Describe the backbone for the report, such as 'vgg16 from ImageNet weights'."""
         start = {None: "random", "imagenet": "ImageNet"}.get(self.weights) or Path(self.weights or "").name
         return f"{self.name} from {start} weights"
 
 
 def backbones(block: object) -> dict[str, Backbone]:
-    """The backbones of a block by key: 'backbone', or 'backbones.NAME' where it has several."""
-    found: dict[str, Backbone] = {}
+    """Return the backbones of a block by key: 'backbone', or 'backbones.NAME' if it has several."""
+    result: dict[str, Backbone] = {}
     for key, value in vars(block).items():
         parts = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, Mapping) else {key: value}
-        found |= {name: part for name, part in parts.items() if isinstance(part, Backbone)}
-    return found
+        result |= {name: part for name, part in parts.items() if isinstance(part, Backbone)}
+    return result
 
 
 def without_weights(block: Any) -> Any:
-    """The block with backbones that start from random weights."""
+    """Copy the block with ``weights`` of its backbones set to null, since a checkpoint replaces them."""
 
     def bare(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -114,7 +124,7 @@ def without_weights(block: Any) -> Any:
 
 @dataclass(frozen=True)
 class Head:
-    """``convs`` 3x3 convolutions of ``channels`` with ReLU, then the 1x1 class-aware convolution."""
+    """A head of ``convs`` 3x3 convolutions with ``channels`` and ReLU, then a 1x1 convolution to one map per class."""
 
     convs: NonNegativeInt = 3
     channels: Count = 512
@@ -122,47 +132,47 @@ class Head:
 
 @dataclass(frozen=True)
 class Training:
-    """How any network is trained. Milestones count epochs, or iterations where ``iterations`` is given."""
+    """Training settings of a network. Milestones are in iterations if ``iterations`` is set, otherwise in epochs."""
 
     batch_size: Count
     lr: Positive
     epochs: Count | None = None
     iterations: Count | None = None  # optimizer steps; exactly one of epochs and iterations
-    accumulation: Count = 1  # batches an optimizer step
+    accumulation: Count = 1  # batches per optimizer step
     optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: Annotated[float, Range(least=0, below=1)] = 0.9
     nesterov: bool = False
     weight_decay: NonNegative = 5e-4
     decay_biases: bool = True
-    lr_bias: NonNegative = 2.0  # multiplier for biases
-    lr_new: NonNegative = 10.0  # multiplier for the layers added to the backbone; of their biases: lr_new * lr_bias
+    lr_bias: NonNegative = 2.0  # factor of the rate for biases
+    lr_new: NonNegative = 10.0  # factor for the layers added to the backbone; their biases get lr_new * lr_bias
     schedule: Literal["constant", "step", "poly"] = "step"
     milestones: tuple[NonNegative, ...] = ()
     gamma: Positive = 0.1
     power: NonNegative = 0.9
-    hold: Count = 1  # optimizer steps between two changes of the rate (DeepLab-v2: 10)
-    warmup: NonNegativeInt = 0  # optimizer steps with linearly growing learning rate
-    warmup_start: Share = 0.0  # share of the rate that it grows from
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
+    hold: Count = 1  # optimizer steps between changes of the rate (DeepLab-v2: 10)
+    warmup: NonNegativeInt = 0  # optimizer steps over which the rate grows linearly
+    warmup_start: Share = 0.0  # fraction of the rate at which the warmup starts
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 if the device supports it
 
     def faults(self) -> Iterator[str]:
         if (self.epochs is None) == (self.iterations is None):
-            yield ": give either epochs or iterations"
+            yield ": set either epochs or iterations, not both"
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             yield "nesterov: needs a momentum; set momentum above 0, or nesterov to false"
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """From a stored image to a training input, in this order: resize, scale, flip, jitter, crop."""
+    """Augmentation of training images, applied in this order: resize, scale, flip, jitter, crop."""
 
-    side: Literal["short", "long", "square", "none"] = "none"  # which side gets ``length``; square: both
+    side: Literal["short", "long", "square", "none"] = "none"  # the side that is resized to ``length``; square: both
     length: tuple[Count, Count] | None = None  # pixels, drawn uniformly from [low, high]
     scale: tuple[Positive, Positive] | None = None  # factor, drawn uniformly from [low, high]
     flip: bool = True
-    # Of brightness, contrast and saturation: x draws a factor from [1 - x, 1 + x]; of the hue: a shift from [-x, x]
+    # Brightness, contrast, saturation: a factor drawn from [1 - x, 1 + x]; hue: a shift drawn from [-x, x]
     jitter: tuple[NonNegative, NonNegative, NonNegative, Annotated[float, Range(least=0, most=0.5)]] | None = None
-    crop: Count | None = None  # side of a random square crop, padded where the image is smaller
+    crop: Count | None = None  # side of a random square crop; smaller images are padded
 
     def faults(self) -> Iterator[str]:
         if self.side != "none" and self.length is None:
@@ -177,11 +187,11 @@ class Augmentation:
 class Accumulate:
     """Online attention accumulation (OAA Sec. 3.2)."""
 
-    fusion: Literal["max", "average"] = "max"  # OAA Eq. 5 or Eq. 10
-    gate: Literal["top_n", "strict", "none"] = "top_n"  # rank within the number of tags; above all non-targets
-    skip_epochs: NonNegativeInt = 1  # epochs before accumulation begins; the last one always accumulates
+    fusion: Literal["max", "average"] = "max"  # OAA Eq. 5 (max) or Eq. 10 (average)
+    gate: Literal["top_n", "strict", "none"] = "top_n"  # rank within the number of tags; or above all non-targets
+    skip_epochs: NonNegativeInt = 1  # epochs before accumulation starts; the last epoch always accumulates
     cells: Count = 28  # cells on the short side of a stored map
-    snapshots: bool = False  # keep the maps of every epoch, for the attention evolution curve (OAA Fig. 11)
+    snapshots: bool = False  # save the maps of every epoch for the attention evolution curve (OAA Fig. 11)
 
 
 @dataclass(frozen=True)
@@ -190,26 +200,26 @@ class AttentionDrop:
 
     target: Literal["image", "features"] = "image"
     beta: Share = 0.5  # probability that a sample is occluded
-    delta: Share = 0.6  # attention above which it is occluded
+    delta: Share = 0.6  # attention above which pixels are occluded
 
 
 @dataclass(frozen=True)
 class Suppression:
-    """Discriminative region suppression (DRS Alg. 1), plugged into the layers of a classifier."""
+    """Discriminative region suppression (DRS Alg. 1) in the layers of a classifier."""
 
-    # Share of a channel's maximum that is left (the non-learnable controller); 0: learnable
+    # Upper bound as a fraction of a channel's maximum (the non-learnable controller); 0: learnable
     delta: Annotated[float, Range(least=0, below=1)] = 0.0
-    layers: tuple[str, ...] | None = None  # taps of the backbone, and 'head'; null: all of them
+    layers: tuple[str, ...] | None = None  # taps of the backbone and 'head'; null: all
 
     def describe(self) -> str:
-        """For the report, such as 'DRS, delta 0.55, in conv6, head'."""
+        """Describe the suppression for the report, such as 'DRS, delta 0.55, in conv6, head'."""
         kind = f"DRS, delta {self.delta:g}" if self.delta else "DRS, learnable"
         return kind if self.layers is None else f"{kind}, in {', '.join(self.layers) or 'no layer'}"
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """An image-level classifier whose class-aware maps locate objects."""
+    """An image-level classifier whose class activation maps localize objects."""
 
     backbone: Backbone
     training: Training
@@ -223,7 +233,7 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Refinement:
-    """A network trained on maps."""
+    """A refinement network that is trained to regress maps."""
 
     source: str  # classifiers/NAME (cumulative attention), localizations/NAME or walks/NAME
     backbone: Backbone
@@ -235,18 +245,21 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Climbing:
-    """Anti-adversarial climbing (AdvCAM): the image is changed step by step so that its tag's score grows, and the maps
-    of all steps are added up. AMR's public numbers contain it, its paper does not name it."""
+    """Anti-adversarial climbing (AdvCAM).
+
+    The image is changed step by step to increase the score of its tag, and the maps of all steps are summed. AMR's
+    published numbers use it, although its paper does not mention it.
+    """
 
     iterations: NonNegativeInt = 27
-    step: Positive = 0.08  # by which a step changes the value it changes most, in units of the normalised input
-    weight: NonNegative = 7.0  # of the term that holds back what is attended already
-    threshold: Share = 0.5  # share of a map's maximum above which a place counts as attended already
+    step: Positive = 0.08  # largest change of any value in a step, in units of the normalised input
+    weight: NonNegative = 7.0  # of the term that suppresses growth in regions attended already
+    threshold: Share = 0.5  # fraction of a map's maximum above which a pixel counts as attended already
 
 
 @dataclass(frozen=True)
 class Localization:
-    """Localization maps of a trained classifier, refinement or one-step network."""
+    """Localization maps from a trained classifier, refinement network or one-step network."""
 
     model: str  # classifiers/NAME, refinements/NAME or one_step/NAME
     side: Literal["short", "long", "square", "none"] = "none"
@@ -254,53 +267,53 @@ class Localization:
     scales: tuple[Positive, ...] = (1.0,)
     flip: bool = False
     fusion: Literal["mean", "max"] = "mean"
-    normalise: Literal["max", "none"] = "max"  # divide by the maximum; or cut at 1, for networks that regress values
-    stride: Count = 4  # image pixels a stored cell
-    climbing: Climbing | None = None  # of a classifier
+    normalise: Literal["max", "none"] = "max"  # none: clip to 1 instead, for networks that regress values
+    stride: Count = 4  # image pixels per stored cell
+    climbing: Climbing | None = None  # only for a classifier
 
     def faults(self) -> Iterator[str]:
         if self.side != "none" and self.length is None:
             yield f"length: is missing; side {self.side} needs it"
         if not self.scales:
-            yield "scales: is empty; name one at least"
+            yield "scales: is empty; add at least one"
         if self.climbing is not None and not self.model.startswith("classifiers/"):
-            yield f"climbing: {self.model} is no classifier; set climbing to null"
+            yield f"climbing: {self.model} is not a classifier; set climbing to null"
 
 
 @dataclass(frozen=True)
 class Affinity:
-    """The affinity branch of the inter-pixel relation network (IRN): edges, learned from confident labels."""
+    """The boundary branch of the inter-pixel relation network (IRN), trained on confident labels."""
 
-    labels: str  # pseudo_labels/NAME, of which only 255 is not learned from; rule: confident makes such labels
+    labels: str  # pseudo_labels/NAME; only 255 is ignored, so use rule: confident
     backbone: Backbone
     training: Training
-    frozen_backbone: bool = True  # only the branch learns (IRN's code); one without trained weights has to learn, too
-    channels: Annotated[int, Range(least=4)] = 32  # of each level's edge features
-    radius: Annotated[int, Range(least=2)] = 10  # cells: pairs that are nearer are compared
+    frozen_backbone: bool = True  # train only the branch (IRN's code); random backbones must be trained too
+    channels: Annotated[int, Range(least=4)] = 32  # edge features per level
+    radius: Annotated[int, Range(least=2)] = 10  # cells; pairs at a smaller distance are compared
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def faults(self) -> Iterator[str]:
         if self.channels % 4:
-            yield f"channels: {self.channels} is no multiple of 4, the groups of its norms"
+            yield f"channels: {self.channels} is not a multiple of 4, the number of groups of its group norms"
 
 
 @dataclass(frozen=True)
 class Walk:
-    """Maps spread by a random walk along the affinities (PSA, IRN)."""
+    """Propagation of maps by a random walk over the affinities (PSA, IRN)."""
 
     affinity: str  # affinities/NAME
     maps: str  # classifiers/NAME (cumulative attention), localizations/NAME or walks/NAME
-    # Cells: a step leads to those that are nearer; at 5 each cell begins 34 pairs
+    # Cells; a step reaches cells at a smaller distance. With 5, each cell is the first of 34 pairs
     radius: Annotated[int, Range(least=2)] = 5
-    beta: Positive = 10.0  # power of the affinities
+    beta: Positive = 10.0  # exponent of the affinities
     times: NonNegativeInt = 8  # the walk has 2^times steps
-    power: Positive = 1.0  # of the maps before the walk (AMR: 1.5)
-    edge_weighting: bool = True  # maps times (1 - edge) before the walk
+    power: Positive = 1.0  # exponent of the maps before the walk (AMR: 1.5)
+    edge_weighting: bool = True  # multiply the maps by (1 - edge) before the walk
 
 
 @dataclass(frozen=True)
 class Crf:
-    """Dense CRF; sigmas in pixels and grey levels."""
+    """Parameters of the dense CRF. The standard deviations are in pixels (xy) and intensity levels 0..255 (rgb)."""
 
     iterations: NonNegativeInt = 10
     gaussian_xy: Positive = 3.0
@@ -312,17 +325,19 @@ class Crf:
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """From maps to label maps: see ``pipeline.labels``."""
+    """Pseudo labels that a rule derives from maps; see ``pipeline.labels``."""
 
     source: str  # classifiers/NAME (cumulative attention), localizations/NAME or walks/NAME
     rule: Annotated[Choice, RULES]
-    normalise: Literal["minmax", "max", "none"] = "minmax"  # stretch each map from its own range or maximum to 1
+    normalise: Literal["minmax", "max", "none"] = "minmax"  # scale each map to 1 by its range or its maximum
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Pseudo labels in which a share of the training images, drawn among those with masks, have their masks instead
-    (OAA Table 7)."""
+    """Pseudo labels in which the masks replace the labels of some images (OAA Table 7).
+
+    ``share`` is a fraction of all training images. The images are drawn from those that have masks.
+    """
 
     labels: str
     share: Share
@@ -332,29 +347,30 @@ class Mixture:
 class Segmentation:
     """A segmentation network trained on label maps."""
 
-    # pseudo_labels/NAME, mixtures/NAME, or ground_truth: the supervised upper bound, of the training images with masks
+    # pseudo_labels/NAME, mixtures/NAME, or ground_truth (the supervised upper bound, on the images with masks)
     labels: str
     network: Annotated[Choice, SEGMENTATIONS]
     backbone: Backbone
     training: Training
     augmentation: Augmentation = field(default_factory=Augmentation)
-    loss_size: Literal["input", "output"] = "input"  # logits upsampled to the labels; or labels (nearest) to the logits
-    self_training: bool = False  # also learn the network's own labels among the image's tags (DRS's public code)
+    # Upsample the logits to the labels (input), or reduce the labels to the logits (output, nearest)
+    loss_size: Literal["input", "output"] = "input"
+    self_training: bool = False  # add a loss on the network's own predictions, restricted to the tags (DRS's code)
 
 
 @dataclass(frozen=True)
 class OneStep:
-    """A network that learns masks from tags in one training."""
+    """A network that learns to predict masks from tags in a single training."""
 
     network: Annotated[Choice, ONE_STEP]
-    backbones: dict[str, Backbone]  # by the names that the network gives them; null removes one of ``defaults``
+    backbones: dict[str, Backbone]  # keys are defined by the network; null removes one that ``defaults`` has
     training: Training
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
 @dataclass(frozen=True)
 class Test:
-    """How every segmentation network is tested: one protocol for all rows."""
+    """The test protocol of all segmentation networks."""
 
     scales: tuple[Positive, ...] = (1.0,)
     flip: bool = False
@@ -362,16 +378,16 @@ class Test:
 
     def faults(self) -> Iterator[str]:
         if not self.scales:
-            yield "scales: is empty; name one at least"
+            yield "scales: is empty; add at least one"
 
 
 @dataclass(frozen=True)
 class Params:
-    """The whole of params.yaml, defaults merged into the blocks."""
+    """All of params.yaml, with defaults merged into the blocks."""
 
-    experiment: str  # results/EXPERIMENT holds the outputs
+    experiment: str  # the outputs go to results/EXPERIMENT
     seed: NonNegativeInt
-    method: str  # the row whose numbers metrics.json carries
+    method: str  # the row whose scores go to metrics.json
     dataset: Dataset
     saliency: Saliency
     classifiers: dict[str, Classifier]
@@ -385,5 +401,5 @@ class Params:
     mixtures: dict[str, Mixture] = field(default_factory=dict)
     test: Test = field(default_factory=Test)
     gallery: NonNegativeInt = 12  # images in the report
-    # These rows alone, and the blocks that they are derived from; null: all
+    # Run only these rows and the blocks that they are derived from; null: all rows
     rows: tuple[str, ...] | None = None

@@ -1,7 +1,8 @@
-"""The stages of the workflow, stated once: what each reads and writes, what its results depend on, what it runs on.
+"""The table of all stages: their inputs, outputs, parameters and resources.
 
-Everything else that knows the stages is derived from this table: the jobs (``graph``), the references that blocks may
-make (``pipeline.config.references``, ``validation``), Snakemake's rules (``Snakefile``) and dvc.yaml (``dvc``).
+Every other description of the workflow is derived from this table: the jobs (``pipeline.workflow.graph``), the
+references that blocks may contain (``pipeline.config.references``), Snakemake's rules (``Snakefile``) and dvc.yaml
+(``pipeline.workflow.dvc``).
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,25 +12,25 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Input:
-    """A file of another job: of ``job``, which runs once, or of the job that the block's ``key`` names."""
+    """A file that another job writes: either ``job``, which runs once, or the job that a block's ``key`` names."""
 
     file: str
     job: str = ""
-    key: str = ""  # its value is SECTION/NAME, or the name of a job that runs once
-    of: tuple[str, ...] = ()  # the sections, and jobs that run once, which ``key`` may name
+    key: str = ""  # a key of the block; its value is SECTION/NAME or the name of a job that runs once
+    allowed: tuple[str, ...] = ()  # sections, and jobs that run once, that ``key`` may refer to
 
 
 @dataclass(frozen=True)
 class External:
     """A file or folder that the user supplies."""
 
-    key: str  # of params.yaml: it names the path
-    fix: str  # what to do where nothing is there
+    key: str  # the key of params.yaml that holds the path
+    fix: str  # the fix to suggest if the path does not exist
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What an evaluation scores, on the images of a split. ``title`` heads its columns in the report."""
+    """A kind of output to evaluate, on the images of a split. ``title`` heads its columns in the report."""
 
     title: str
     split: str
@@ -37,31 +38,31 @@ class Kind:
 
 @dataclass(frozen=True)
 class Stage:
-    """A program in ``stages/`` and its jobs: a single one, or one for each block of a section.
+    """A program in ``stages/``. It has a single job, one job per block of a section, or one per job of other stages.
 
-    Files are named without a folder. A job knows each by its stem: ``model`` is model.pt.
+    File names have no folder. A job refers to each file by its stem: ``model`` is model.pt.
     """
 
     name: str
-    folder: str  # below results/EXPERIMENT; where there are several jobs, each has a folder of its own in it
+    folder: str  # in results/EXPERIMENT; if the stage has many jobs, each has its own subfolder
     reads: dict[str, Input] = field(default_factory=dict)
     writes: tuple[str, ...] = ()
-    section: str = ""  # of params.yaml, whose blocks are the stage's settings
-    about: tuple[str, ...] = ()  # or folders of other stages: a job for each of their jobs, of which it reads ``own``
-    own: tuple[str, ...] = ()  # stems of the files that it reads there, where that job writes them
-    full_names: bool = False  # its jobs are called FOLDER/NAME, since jobs of several folders share names
-    settings: str = ""  # the key of params.yaml with the settings, where they are no block
-    params: tuple[str, ...] = ()  # further keys of params.yaml that the results depend on
-    external: tuple[str, ...] = ()  # keys of EXTERNAL
+    section: str = ""  # section of params.yaml; the stage has a job for each of its blocks
+    targets: tuple[str, ...] = ()  # folders of other stages; the stage has a job for each of their jobs
+    target_files: tuple[str, ...] = ()  # stems of the files that it reads from that job, if the job writes them
+    qualified_names: bool = False  # its jobs are named FOLDER/NAME, since jobs in different folders share names
+    settings: str = ""  # key of params.yaml that holds the settings, if they are not a block
+    params: tuple[str, ...] = ()  # other keys of params.yaml that the results depend on
+    external: tuple[str, ...] = ()  # keys of EXTERNAL: user-supplied inputs
     trains: bool = False
     gpu: bool = False
-    threads: int = 1  # that it can use on a node of a cluster, or beside a GPU
-    local_threads: int = 1  # that it gets on a plain processor, where other jobs run beside it
-    uses: Literal["", "loader", "workers", "both"] = ""  # what the threads are for; see ``arguments``
+    threads: int = 1  # threads on a cluster node or a machine with a GPU
+    local_threads: int = 1  # threads on a machine without a GPU, where several jobs run in parallel
+    thread_use: Literal["", "loader", "workers", "both"] = ""  # see ``arguments``
 
     def arguments(self, threads: int) -> list[str]:
-        """The command-line arguments by which the program uses this number of threads."""
-        match self.uses:
+        """Return the command-line arguments that make the program use this number of threads."""
+        match self.thread_use:
             case "loader":  # with more than two threads, all but two load images
                 return ["--threads", str(threads), "--workers", str(max(0, threads - 2))]
             case "both":  # arithmetic and worker processes take turns
@@ -71,12 +72,12 @@ class Stage:
         return []
 
     @property
-    def several(self) -> bool:
-        """Whether it has a job for each of some blocks, rather than a single one."""
-        return bool(self.section or self.about)
+    def has_many_jobs(self) -> bool:
+        """Whether the stage has a job per block or per target, rather than a single job."""
+        return bool(self.section or self.targets)
 
     def output(self, stem: str) -> str | None:
-        """The name of the file with this stem; None where the stage writes none."""
+        """Return the name of the output with this stem; None if the stage has none."""
         return next((file for file in self.writes if PurePath(file).stem == stem), None)
 
 
@@ -91,7 +92,7 @@ KINDS = {
     "labels": Kind("Pseudo labels", "train"),
     "predictions": Kind("Segmentation", "evaluation"),
 }
-REPORTED = ("maps", "labels", "features", "layers", "log", "scores")  # outputs of all stages that the report reads
+REPORTED = ("maps", "labels", "features", "layers", "log", "scores")  # stems of the outputs that the report reads
 
 _INDEX = {"index": Input("index.json", job="index")}
 _MASKS = {"ground_truth": Input("labels.h5", job="ground_truth")}
@@ -104,7 +105,7 @@ def _training(stage: Stage) -> Stage:
 
 
 def _on_gpu(stage: Stage) -> Stage:
-    return replace(stage, reads=_INDEX | stage.reads, gpu=True, threads=8, uses=stage.uses or "loader")
+    return replace(stage, reads=_INDEX | stage.reads, gpu=True, threads=8, thread_use=stage.thread_use or "loader")
 
 
 _TABLE = (
@@ -122,18 +123,20 @@ _TABLE = (
         external=("store",),
         threads=2,
         local_threads=2,
-        uses="workers",
+        thread_use="workers",
     ),
     _training(Stage("classifier", "classifiers", writes=("maps.h5", "snapshots.h5"), section="classifiers")),
     _training(Stage("one_step", "one_step", section="one_step")),
     _training(
-        Stage("refinement", "refinements", {"maps": Input("maps.h5", key="source", of=_MAPS)}, section="refinements")
+        Stage(
+            "refinement", "refinements", {"maps": Input("maps.h5", key="source", allowed=_MAPS)}, section="refinements"
+        )
     ),
     _on_gpu(
         Stage(
             "localization",
             "localizations",
-            {"model": Input("model.pt", key="model", of=("classifiers", "refinements", "one_step"))},
+            {"model": Input("model.pt", key="model", allowed=("classifiers", "refinements", "one_step"))},
             ("maps.h5",),
             section="localizations",
         )
@@ -141,17 +144,17 @@ _TABLE = (
     Stage(
         "pseudo_labels",
         "pseudo_labels",
-        _INDEX | {"maps": Input("maps.h5", key="source", of=_MAPS), "saliency": Input("maps.h5", job="saliency")},
+        _INDEX | {"maps": Input("maps.h5", key="source", allowed=_MAPS), "saliency": Input("maps.h5", job="saliency")},
         ("labels.h5",),
         section="pseudo_labels",
         threads=16,
-        uses="workers",
+        thread_use="workers",
     ),
     _training(
         Stage(
             "affinity",
             "affinities",
-            {"labels": Input("labels.h5", key="labels", of=("pseudo_labels",))},
+            {"labels": Input("labels.h5", key="labels", allowed=("pseudo_labels",))},
             section="affinities",
         )
     ),
@@ -160,8 +163,8 @@ _TABLE = (
             "walk",
             "walks",
             {
-                "maps": Input("maps.h5", key="maps", of=_MAPS),
-                "model": Input("model.pt", key="affinity", of=("affinities",)),
+                "maps": Input("maps.h5", key="maps", allowed=_MAPS),
+                "model": Input("model.pt", key="affinity", allowed=("affinities",)),
             },
             ("maps.h5",),
             section="walks",
@@ -170,7 +173,7 @@ _TABLE = (
     Stage(
         "mixture",
         "mixtures",
-        _INDEX | _MASKS | {"labels": Input("labels.h5", key="labels", of=("pseudo_labels",))},
+        _INDEX | _MASKS | {"labels": Input("labels.h5", key="labels", allowed=("pseudo_labels",))},
         ("labels.h5",),
         section="mixtures",
         params=("seed",),
@@ -179,7 +182,7 @@ _TABLE = (
         Stage(
             "segmentation",
             "segmentations",
-            {"labels": Input("labels.h5", key="labels", of=("pseudo_labels", "mixtures", "ground_truth"))},
+            {"labels": Input("labels.h5", key="labels", allowed=("pseudo_labels", "mixtures", "ground_truth"))},
             section="segmentations",
         )
     ),
@@ -188,8 +191,8 @@ _TABLE = (
             "features",
             "features",
             writes=("features.h5", "layers.json"),
-            about=("classifiers",),
-            own=("model",),
+            targets=("classifiers",),
+            target_files=("model",),
             params=("gallery",),
         )
     ),
@@ -198,10 +201,10 @@ _TABLE = (
             "prediction",
             "predictions",
             writes=("labels.h5",),
-            about=("segmentations", "one_step"),
-            own=("model",),
+            targets=("segmentations", "one_step"),
+            target_files=("model",),
             settings="test",
-            uses="both",
+            thread_use="both",
         )
     ),
     Stage(
@@ -209,32 +212,32 @@ _TABLE = (
         "evaluation",
         _INDEX | _MASKS,
         ("scores.json",),
-        about=(*_MAPS, "pseudo_labels", "mixtures", "predictions"),
-        own=("maps", "snapshots", "labels"),
-        full_names=True,
+        targets=(*_MAPS, "pseudo_labels", "mixtures", "predictions"),
+        target_files=("maps", "snapshots", "labels"),
+        qualified_names=True,
     ),
     Stage("report", "", _INDEX, ("report.html", "metrics.json"), params=("method", "gallery")),
 )
 STAGES = {stage.name: stage for stage in _TABLE}
-FOLDERS = {stage.folder: stage for stage in _TABLE if stage.several}
+FOLDERS = {stage.folder: stage for stage in _TABLE if stage.has_many_jobs}
 SECTIONS = tuple(stage.section for stage in _TABLE if stage.section)
 TRAINED = tuple(stage.section for stage in _TABLE if stage.trains)
 
 
 def kind(folder: str) -> str:
-    """What the jobs of a folder that is evaluated produce: a key of KINDS."""
+    """Return the kind (a key of KINDS) of the outputs in an evaluated folder."""
     return folder if folder in KINDS else "maps" if FOLDERS[folder].output("maps") else "labels"
 
 
-def blocks(folder: str) -> tuple[str, ...]:
-    """The sections whose blocks have a job in the folder."""
+def block_sections(folder: str) -> tuple[str, ...]:
+    """Return the sections whose blocks have a job in the folder."""
     if folder in SECTIONS:
         return (folder,)
-    return tuple(section for other in FOLDERS[folder].about for section in blocks(other))
+    return tuple(section for other in FOLDERS[folder].targets for section in block_sections(other))
 
 
 def sections(stage: Stage) -> list[tuple[str, str]]:
-    """Folder and section of the blocks that the stage has a job for."""
+    """Return folder and section of the blocks for which the stage has jobs."""
     if stage.section:
         return [(stage.folder, stage.section)]
-    return [(folder, section) for folder in stage.about for section in blocks(folder)]
+    return [(folder, section) for folder in stage.targets for section in block_sections(folder)]

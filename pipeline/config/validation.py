@@ -1,4 +1,4 @@
-"""What no single key of params.yaml can tell: references that lead nowhere, and values that contradict each other."""
+"""Cross-field validation of params.yaml: dangling references and inconsistent settings."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from pipeline.config.schema import Params
 
 
 def contradictions(params: Params) -> Iterator[str]:
-    """A line for each, which begins with the key that is at fault."""
+    """Yield a line for each inconsistency between blocks. A line starts with the key at fault."""
     yield from references.dangling(params)
     for name in params.one_step:
         if name in params.segmentations:
@@ -16,12 +16,12 @@ def contradictions(params: Params) -> Iterator[str]:
     yield from (f"rows: {row} is none of {', '.join(rows)}" for row in params.rows or () if row not in rows)
     if params.method not in (chosen := rows if params.rows is None else params.rows):
         yield f"method: {params.method} is none of the rows {', '.join(chosen)}"
-    if circle := references.circle(params):
-        yield f"goes round in a circle: {' <- '.join(circle)}"
+    if cycle := references.cycle(params):
+        yield f"references form a cycle: {' <- '.join(cycle)}"
 
 
 def lacking_saliency(params: Params) -> Iterator[str]:
-    """A line for each label rule that reads saliency maps where there are none. This reads the rules' settings."""
+    """Yield a line for each label rule that needs saliency maps if there are none. This imports the rules."""
     for name, labels in params.pseudo_labels.items():
         if labels.rule.settings.needs_saliency and params.saliency.kind == "none":
             yield (

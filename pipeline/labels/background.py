@@ -33,7 +33,7 @@ class _Reader:
             return reader.build(Share, value, where, faults)
         if not (self.saliency and value == "saliency"):
             choices = "a constant, {power: VALUE} or saliency" if self.saliency else "a constant or {power: VALUE}"
-            faults.append(f"{where}: must be {choices}, not {reader.shown(value)}")
+            faults.append(f"{where}: must be {choices}, not {reader.quoted(value)}")
         return value
 
 

@@ -36,7 +36,7 @@ def map_columns(params: Params, reference: str, logs: Logs) -> dict[str, str]:
     Cumulative attention is preceded by the localization of the same classifier, if there is one. It is not a source of
     the maps and is shown for comparison.
     """
-    chain = references.lineage(params, reference)
+    chain = references.ancestors(params, reference)
     names = [name for name in chain if name.startswith(("localizations/", "walks/"))]
     if _accumulated(chain):
         plain = [f"localizations/{name}" for name, block in params.localizations.items() if block.model == chain[0]]
@@ -73,7 +73,7 @@ def provenance(params: Params, row: str, logs: Logs) -> dict[str, str]:
     section, _, name = network.labels.partition("/")
     mixed = f"; masks of {100 * params.mixtures[name].share:g} % of the images" if section == "mixtures" else ""
     if rule := references.label_rule(params, network.labels):
-        chain = references.lineage(params, rule.source)
+        chain = references.ancestors(params, rule.source)
         first = f"{chain[0]} (cumulative attention)" if _accumulated(chain) else chain[0]
         sources["Maps"] = " → ".join([first, *chain[1:]])
         sources["Map networks"] = "; ".join(dict.fromkeys(filter(None, (_step(params, name, logs) for name in chain))))

@@ -45,7 +45,7 @@ def load(path: Path, num_classes: int, device: torch.device) -> nn.Module:
     model = load_model(path)
     if model["num_classes"] != num_classes:
         raise PipelineError(f"{path}: was trained on {model['num_classes']} classes, the dataset has {num_classes}")
-    block: Block = params.block(_BLOCKS[model["block"]], model["settings"], str(path))
+    block: Block = params.read_block(_BLOCKS[model["block"]], model["settings"], str(path))
     network = build(without_weights(block), num_classes)
     network.load_state_dict(model["state"])
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]

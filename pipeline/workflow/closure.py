@@ -1,8 +1,8 @@
-"""The project's code behind a file: all that it imports, and a hash that comments and docstrings do not change.
+"""The import closure of a file within the project, and a hash of it that ignores comments and docstrings.
 
-The imports are read from the syntax trees. Imports within functions count; those under ``if TYPE_CHECKING`` do not.
-An implementation that is looked up by name at run time (``pipeline.config.registry``) is not an import: the caller adds
-the files of the names that it looks up.
+The imports are read from the syntax trees. Imports inside functions count; imports under ``if TYPE_CHECKING`` do not.
+Implementations that are looked up by name at run time (``pipeline.config.registry``) are not imports: the caller must
+pass their files as roots.
 """
 
 import ast
@@ -13,13 +13,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("pipeline", "stages")
-DATA = (".css", ".html", ".j2", ".js")  # files of these kinds belong to the modules of their folder
-TEMPLATES = "templates"  # and so do those of this folder below it
+DATA = (".css", ".html", ".j2", ".js")  # non-Python files that belong to the modules in their folder
+TEMPLATES = "templates"  # a subfolder whose files also belong to these modules
 
 
 @functools.cache
 def digest(roots: tuple[Path, ...]) -> str:
-    """sha256 of the code of these files and of all that they import, in hexadecimal."""
+    """Return the SHA-256 of the import closure of these files, in hexadecimal."""
     whole = hashlib.sha256()
     for file in sorted(files(roots)):
         content = _code(file) if file.suffix == ".py" else hashlib.sha256(file.read_bytes()).hexdigest()
@@ -28,13 +28,13 @@ def digest(roots: tuple[Path, ...]) -> str:
 
 
 def files(roots: Iterable[Path]) -> set[Path]:
-    """These files, the files of the project that they import, directly or not, and the data files beside them."""
-    found: set[Path] = set()
+    """Return these files, the project's files that they import (also indirectly), and the data files next to them."""
+    closure: set[Path] = set()
     waiting = {file for root in roots for file in (root, *_packages(root))}
     while waiting:
-        found |= waiting
-        waiting = {other for file in waiting for other in _imports(file)} - found
-    return found | {data for folder in {file.parent for file in found} for data in _data(folder)}
+        closure |= waiting
+        waiting = {other for file in waiting for other in _imports(file)} - closure
+    return closure | {data for folder in {file.parent for file in closure} for data in _data(folder)}
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def _imports(file: Path) -> frozenset[Path]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker reads."""
+    """Yield all nodes except those that only a type checker reads."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             for other in child.orelse:
@@ -74,7 +74,7 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _source(module: str) -> Path | None:
-    """The file of a module of the project; None for all others, and for what is no module but a name in one."""
+    """Return the file of a module of the project; None for other modules and for names that are not modules."""
     parts = module.split(".")
     if parts[0] not in PACKAGES:
         return None
@@ -83,7 +83,7 @@ def _source(module: str) -> Path | None:
 
 
 def _packages(file: Path) -> list[Path]:
-    """The ``__init__.py`` of the packages around a file, which Python runs first."""
+    """Return the ``__init__.py`` files of the enclosing packages, which Python runs first."""
     folders = [parent for parent in file.parents if parent != ROOT and parent.is_relative_to(ROOT)]
     return [init for folder in folders if (init := folder / "__init__.py").is_file()]
 
@@ -96,9 +96,9 @@ def _code(file: Path) -> str:
 
 
 def _flatten(node: ast.AST, parts: list[str]) -> None:
-    """Append the node in a form without positions and without strings that stand alone, as docstrings do.
+    """Append the node to ``parts`` without positions and without string statements such as docstrings.
 
-    Empty fields are left out, so that Python versions whose trees differ only by new, unused fields agree.
+    Empty fields are omitted, so that Python versions whose syntax trees differ only in new, unused fields agree.
     """
     parts.append(type(node).__name__)
     for name in node._fields:

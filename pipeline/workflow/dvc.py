@@ -1,7 +1,7 @@
-"""The workflow as DVC sees it. ``python -m pipeline.workflow.dvc`` writes dvc.yaml, whose commands run the jobs.
+"""The workflow for DVC. ``python -m pipeline.workflow.dvc`` prints dvc.yaml; its commands run jobs through this module.
 
-DVC keeps a stage's outputs (``persist``), and its command asks the manifest before anything else: what DVC starts
-although it is up to date ends within a second. So what DVC takes for changed may be more than what is: any code.
+DVC keeps the outputs of a stage (``persist``), and each command first checks the job's manifest. If the job is up to
+date, the command ends within a second. So DVC's dependencies may be broader than the job's: they include all code.
 """
 
 import argparse
@@ -23,24 +23,27 @@ from pipeline.stores import manifest
 from pipeline.workflow.graph import Graph, Job, is_fresh
 
 HEADER = """\
-# Generated from pipeline/config/stage_table.py; to change it: python -m pipeline.workflow.dvc > dvc.yaml
-# A block must name its source, model or labels itself, since a dependency on `defaults` cannot be written here.
+# Generated from pipeline/config/stage_table.py. To regenerate: python -m pipeline.workflow.dvc > dvc.yaml
+# Each block must set its own source, model or labels: DVC cannot resolve dependencies that come from `defaults`.
 """
 RESULTS = "results/${experiment}"
 PARAMS = Path("params.yaml")
-UNKNOWN = ("download", "coco_stuff")  # stages without a place in dvc.yaml: they fill a folder that the user may share
-ROWS = "rows"  # the stage, and the folder of its outputs, by which the others depend on ``rows`` of params.yaml
-STAND_IN = "No row needed this file.\n"
+EXCLUDED = (
+    "download",
+    "coco_stuff",
+)  # stages left out of dvc.yaml, since users may keep other files in their output folder
+ROWS = "rows"  # the stage, and its output folder, through which others depend on ``rows`` of params.yaml
+PLACEHOLDER = "No row needed this file.\n"
 NO_LOG = '{"steps": []}\n'  # nothing to plot
 _ROWS: dict[str, Any] = {
     "cmd": f"python -m pipeline.workflow.dvc {ROWS}",
-    "deps": [str(PARAMS)],  # no key of it: dvc demands that a key be there
+    "deps": [str(PARAMS)],  # not params: DVC fails if the key ``rows`` is missing
     "outs": [f"{RESULTS}/{ROWS}"],
 }
 
 
 class _Inline(dict[str, Any]):
-    """A mapping that dvc.yaml holds in one line."""
+    """A mapping that is written on one line."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -55,10 +58,10 @@ _Dumper.add_representer(_Inline, lambda dumper, data: dumper.represent_mapping("
 
 
 def document() -> str:
-    """The text of dvc.yaml."""
+    """Return the text of dvc.yaml."""
     entries = {ROWS: _ROWS}
     for stage in STAGES.values():
-        if stage.name not in UNKNOWN:
+        if stage.name not in EXCLUDED:
             for folder, section in sections(stage) or [("", "")]:
                 entries[_name(stage, section)] = _stage(stage, folder, section)
     texts = [
@@ -69,7 +72,7 @@ def document() -> str:
 
 
 def name_of(job: Job) -> str:
-    """The job's name in dvc.yaml."""
+    """Return the name of a job in dvc.yaml."""
     name = _name(STAGES[job.stage], job.section)
     return f"{name}@{job.name.rpartition('/')[2]}" if job.name else name
 
@@ -80,8 +83,8 @@ def _name(stage: Stage, section: str) -> str:
 
 def _stage(stage: Stage, folder: str, section: str) -> dict[str, Any]:
     key = "${key}" if section else ""
-    name = f"{folder}/{key}" if stage.full_names else key
-    home = "/".join(filter(None, (RESULTS, stage.folder, name)))
+    name = f"{folder}/{key}" if stage.qualified_names else key
+    output_folder = "/".join(filter(None, (RESULTS, stage.folder, name)))
     keys = [*filter(None, [stage.settings]), *stage.params]
     if stage.section:
         keys += [f"defaults.{section}", f"{section}.{key}"]
@@ -93,102 +96,104 @@ def _stage(stage: Stage, folder: str, section: str) -> dict[str, Any]:
     }
     if keys:
         body["params"] = keys
-    files = [f"{home}/{file}" for file in (*stage.writes, manifest.NAME)]
-    body["outs"] = [_kept(file) for file in files if not file.endswith(("/log.json", "/metrics.json"))]
+    files = [f"{output_folder}/{file}" for file in (*stage.writes, manifest.NAME)]
+    body["outs"] = [_persistent(file) for file in files if not file.endswith(("/log.json", "/metrics.json"))]
     if not stage.writes:
-        body["outs"].insert(0, _kept("${dataset.root}"))
+        body["outs"].insert(0, _persistent("${dataset.root}"))
     if stage.trains:
         title = f"{stage.name.capitalize().replace('_', '-')} {key}: loss"
-        body["plots"] = [_kept(f"{home}/log.json", x="step", y="loss", title=title)]
+        body["plots"] = [_persistent(f"{output_folder}/log.json", x="step", y="loss", title=title)]
     if stage.name == "report":
-        body["metrics"] = [_kept(file, cache=False) for file in ("metrics.json", f"{home}/metrics.json")]
+        body["metrics"] = [_persistent(file, cache=False) for file in ("metrics.json", f"{output_folder}/metrics.json")]
     return {"foreach": f"${{{section}}}", "do": body} if section else body
 
 
-def _kept(file: str, **more: Any) -> dict[str, _Inline]:
-    """An output that DVC does not delete before it runs its stage."""
+def _persistent(file: str, **more: Any) -> dict[str, _Inline]:
+    """Declare an output that DVC does not delete before it runs the stage."""
     return {file: _Inline(**more, persist=True)}
 
 
 def _data(stage: Stage, folder: str, section: str, key: str) -> Iterator[str]:
-    """The files and folders that the stage reads."""
+    """Yield the data files and folders that the stage reads."""
     for external in stage.external:
-        if external == "root":  # a path that params.yaml need not name cannot be written here
+        if external == "root":  # the other keys are optional, and DVC cannot resolve a missing key
             yield f"${{{EXTERNAL[external].key}}}"
     for read in stage.reads.values():
         yield f"{RESULTS}/{read.job or f'${{item.{read.key}}}'}/{read.file}"
-    for stem in stage.own:
+    for stem in stage.target_files:
         if file := FOLDERS[folder].output(stem):
             yield f"{RESULTS}/{folder}/{key}/{file}"
     if section:
         yield f"{RESULTS}/{ROWS}/{section}/{key}"
     if stage.name == "report":
-        # Folders, since a list of blocks cannot be written here, and none that a section without blocks would lack: the
-        # manifests of the evaluations hold the hashes of all maps and labels, and so, indirectly, of all models.
+        # DVC cannot express one dependency per block, so these are folders, and only those that always exist. The
+        # manifests of the evaluations contain the hashes of all maps and labels and thus cover all models indirectly.
         folders = (ROWS, "ground_truth", "saliency", "features", "predictions", "evaluation")
         yield from (f"{RESULTS}/{name}" for name in folders)
 
 
 def write_rows() -> None:
-    """Write for each block of params.yaml whether a row needs it, in a file of its own: a dependency of its stages."""
-    kept, whole = parameters.load([PARAMS]), _whole()
-    folder = Path("results") / whole.experiment / ROWS
+    """Write one file per block of params.yaml that says whether a row needs it. The block's stages depend on it."""
+    selected, unfiltered = parameters.load([PARAMS]), _unfiltered()
+    folder = Path("results") / unfiltered.experiment / ROWS
     shutil.rmtree(folder, ignore_errors=True)
     for section in SECTIONS:
-        for name in getattr(whole, section):
+        for name in getattr(unfiltered, section):
             path = folder / section / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{'needed' if name in getattr(kept, section) else 'not needed'}\n")
+            path.write_text(f"{'needed' if name in getattr(selected, section) else 'not needed'}\n")
 
 
-def stand_in(graph: Graph) -> None:
-    """Satisfy DVC for all jobs of params.yaml that no row needs: see ``_stand_in``."""
+def write_placeholders(graph: Graph) -> None:
+    """Write placeholder outputs of all jobs of params.yaml that no row needs; see ``_write_placeholder``."""
     needed = {(job.stage, job.name) for job in graph.jobs}
-    for job in Graph(_whole()).jobs:
+    for job in Graph(_unfiltered()).jobs:
         if (job.stage, job.name) not in needed:
-            _stand_in(job)
+            _write_placeholder(job)
 
 
-def _whole() -> Params:
+def _unfiltered() -> Params:
     return parameters.load([PARAMS], {"rows": None})
 
 
-def _stand_in(job: Job) -> None:
-    """Write what is missing of the outputs of a job that no row needs, since DVC demands them: files that say so, and a
-    manifest by which no stage takes them for results."""
-    lacking = [path for path in job.outputs.values() if not path.exists()]
-    for path in lacking:
+def _write_placeholder(job: Job) -> None:
+    """Write placeholders for the missing outputs of a job that no row needs, since DVC requires that outputs exist.
+
+    The manifest is written too, so that no stage accepts the placeholders as results.
+    """
+    missing = [path for path in job.outputs.values() if not path.exists()]
+    for path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(NO_LOG if path.suffix == ".json" else STAND_IN)
-    if lacking:
+        path.write_text(NO_LOG if path.suffix == ".json" else PLACEHOLDER)
+    if missing:
         manifest.write(job.folder, stage="", outputs={path.name: "" for path in job.outputs.values()})
 
 
 def run(stage: str, name: str) -> None:
-    """Run a job of params.yaml unless it is up to date, or no row of the report needs it; in its program's process."""
+    """Run a job of params.yaml unless it is up to date or no row needs it. The stage replaces this process."""
     graph = Graph(parameters.load([PARAMS]))
     try:
         job = graph.find(stage, name)
     except PipelineError:
-        job = Graph(_whole()).find(stage, name)
-        _stand_in(job)
+        job = Graph(_unfiltered()).find(stage, name)
+        _write_placeholder(job)
         print(f"{job.label}: no row of params.yaml's rows needs it", flush=True)
         return
     if is_fresh(job, {}):
         print(f"{job.label}: up to date", flush=True)
         return
-    table = STAGES[stage]
-    # DVC runs one job at a time, so that a second thread helps on a plain processor, too.
-    threads = min(len(os.sched_getaffinity(0)), table.threads if runtime.gpus() else max(2, table.local_threads))
-    command = [sys.executable, "-m", f"stages.{stage}", *filter(None, [name]), *table.arguments(threads)]
+    entry = STAGES[stage]
+    # DVC runs one job at a time, so a second thread is also useful without a GPU.
+    threads = min(len(os.sched_getaffinity(0)), entry.threads if runtime.gpus() else max(2, entry.local_threads))
+    command = [sys.executable, "-m", f"stages.{stage}", *filter(None, [name]), *entry.arguments(threads)]
     os.execv(sys.executable, command)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.workflow.dvc", description=__doc__)
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser(ROWS, help="write which blocks the rows need")
-    job = commands.add_parser("run", help="run a job as dvc.yaml's commands do")
+    commands.add_parser(ROWS, help="write whether the rows need each block")
+    job = commands.add_parser("run", help="run one job; used by the commands in dvc.yaml")
     job.add_argument("stage", choices=list(STAGES))
     job.add_argument("name", nargs="?", default="")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""What every stage that trains does: the network of its block, the loop, model and log as files."""
+"""The training of a stage: build the network of its block, run the training loop, write the model and the log."""
 
 import json
 from collections.abc import Callable
@@ -24,16 +24,16 @@ def fit(
     group: Callable[[Any], int] = lambda network: 1,
     skip_unlabelled: bool = False,
 ) -> _Task:
-    """Train the network of the job's block on the training images; write ``model`` and ``log``.
+    """Train the network of the job's block on the training images, and write ``model`` and ``log``.
 
     Args:
-        make: returns the task, from the network and the training images.
-        labels: label maps that go with the images.
-        group: of the network, the images that shall share a class (``TrainingSet``).
-        skip_unlabelled: train on the images that have a label map; where none has, they are refused all the same.
+        make: builds the task from the network and the training images.
+        labels: label maps of the images.
+        group: returns the number of images in a group that shares a class (``TrainingSet``), for the network.
+        skip_unlabelled: drop images without a label map. It is still an error if no image has one.
 
     Returns:
-        The task, done.
+        The task after training.
 
     Raises:
         PipelineError: the block does not fit the data, or the loss is not finite.

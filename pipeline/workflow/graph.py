@@ -1,7 +1,7 @@
-"""The jobs of a set of parameters: which files each reads and writes, its exact parameters and its code.
+"""The job graph of a set of parameters, and which of its jobs are up to date.
 
-A job is a stage of ``pipeline.config.stage_table`` applied to one block. The manifest beside its outputs, which names
-the inputs, parameters and code that they come from, decides whether the job is up to date.
+A job is a stage of ``pipeline.config.stage_table`` that runs on one block. The manifest next to its outputs records the
+inputs, parameters and code that produced them. The job is up to date if they are unchanged.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any, cast
 from pipeline.config import params as parameters
 from pipeline.config import references
 from pipeline.config.registry import BACKBONES, Choice, plain
-from pipeline.config.schema import MAKERS, Backbone, Params, backbones
+from pipeline.config.schema import PREPARATION_STAGES, Backbone, Params, backbones
 from pipeline.config.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, Stage
 from pipeline.errors import PipelineError
 from pipeline.stores import manifest
@@ -26,17 +26,17 @@ from pipeline.workflow import closure
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One run of a stage."""
+    """One run of a stage: the files that it reads and writes, its parameters and its code."""
 
     stage: str
-    name: str  # of the block, or the reference of the job that it is about; '' where the stage runs once
+    name: str  # of the block or of the target job; '' if the stage runs once
     inputs: dict[str, Path]
     outputs: dict[str, Path]
-    values: Mapping[str, Any]  # all parameters that the outputs depend on, some as dataclasses
-    block: Any = None  # the settings, as their dataclass
-    home: Path | None = None
-    section: str = ""  # of the block
-    others: tuple[Any, ...] = ()  # further blocks whose implementations it uses: those of the networks that it loads
+    values: Mapping[str, Any]  # all parameters that the outputs depend on; some are dataclasses
+    block: Any = None  # the settings, an instance of the schema's dataclass
+    manifest_folder: Path | None = None  # only for a dataset
+    section: str = ""  # section of the block
+    used_blocks: tuple[Any, ...] = ()  # other blocks whose implementations run, such as those of networks that it loads
 
     @property
     def label(self) -> str:
@@ -44,53 +44,57 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where the manifest lies: beside the outputs; a dataset's lies with the results, not among its images."""
-        return self.home or next(iter(self.outputs.values())).parent
+        """Folder of the manifest: next to the outputs, but among the results for a dataset, not among its images."""
+        return self.manifest_folder or next(iter(self.outputs.values())).parent
 
     @cached_property
     def params(self) -> dict[str, Any]:
-        """The parameters as JSON holds them. This reads the settings of the block's choices, and thus imports them.
+        """The parameters as JSON types. This reads the settings of the block's choices and thus imports them.
 
         Raises:
-            PipelineError: with every fault of the settings, a line each.
+            PipelineError: the settings have faults; it has one line for each.
         """
         return cast(dict[str, Any], plain(self.values))
 
     @property
-    def programs(self) -> tuple[Path, ...]:
-        """The stage's file, and those of the implementations that its block, or a network that it loads, names.
+    def source_files(self) -> tuple[Path, ...]:
+        """The files of the stage and of the implementations that its blocks name.
 
-        With what they import they are all of the project's code that runs.
+        Together with their imports, they are all of the project's code that the job runs.
         """
-        named = {file for block in (self.block if self.section else None, *self.others) for file in _chosen(block)}
+        named = {
+            file
+            for block in (self.block if self.section else None, *self.used_blocks)
+            for file in _implementation_files(block)
+        }
         return (closure.ROOT / "stages" / f"{self.stage}.py", *sorted(named))
 
     @property
     def code(self) -> str:
-        """sha256 of the code that runs."""
-        return closure.digest(self.programs)
+        """SHA-256 of the code that runs, in hexadecimal."""
+        return closure.digest(self.source_files)
 
     def key(self, output: Path) -> str:
-        """What the manifest calls an output: its name, or ./PATH where it does not lie beside the manifest."""
+        """Return the key of an output in the manifest: its file name, or ./PATH if it is in another folder."""
         return output.name if output.parent == self.folder else f"./{output.as_posix()}"
 
 
 class Graph:
-    """All jobs of a set of parameters, in an order in which they can run."""
+    """All jobs of a set of parameters, in topological order."""
 
     def __init__(self, params: Params) -> None:
         self.params = params
         self.results = Path("results") / params.experiment
         self.jobs: list[Job] = []
         self.jobs.extend(self._single())
-        self.jobs.extend(self._block(reference) for reference in references.in_order(params))
+        self.jobs.extend(self._block(reference) for reference in references.topological_order(params))
         for stage in STAGES.values():
-            if stage.about:
-                self.jobs.extend(self._about(stage))
+            if stage.targets:
+                self.jobs.extend(self._target_jobs(stage))
         self.jobs.append(self._report())
 
     def missing(self) -> list[str]:
-        """A line for each file that no job writes and that does not exist, by the first job that reads it."""
+        """Return a line for each input that neither exists nor is written by a job, naming its first reader."""
         written: set[Path] = set()
         lines: dict[Path, str] = {}
         for job in self.jobs:
@@ -99,22 +103,26 @@ class Graph:
         return list(lines.values())
 
     def find(self, stage: str, name: str = "") -> Job:
-        """Raises PipelineError naming the blocks that there are."""
+        """Return the job of a stage by name.
+
+        Raises:
+            PipelineError: there is no such job; it lists the names that exist.
+        """
         named = [job for job in self.jobs if job.stage == stage]
         for job in named:
             if job.name == name:
                 return job
-        choices = ", ".join(job.name for job in named) or "nothing: params.yaml has no such block"
+        choices = ", ".join(job.name for job in named) or "nothing: params.yaml has no block for it"
         raise PipelineError(f"{stage} {name}: no such block; {stage} can run {choices}")
 
     def _single(self) -> Iterator[Job]:
-        """The jobs that run once and that others read."""
+        """Yield the jobs that run once and whose outputs other jobs read."""
         dataset, saliency = self.params.dataset, self.params.saliency
-        for maker in dataset.makers[:1]:
-            stage, block = STAGES[maker], getattr(dataset, maker)
+        for name in dataset.preparation_stages[:1]:
+            stage, block = STAGES[name], getattr(dataset, name)
             values = {"block": block} if stage.settings else {}
-            yield Job(maker, "", self._external(stage), {"root": Path(dataset.root)}, values, block, self._dataset)
-        kept = {key: value for key, value in plain(dataset).items() if key not in MAKERS}
+            yield Job(name, "", self._user_inputs(stage), {"root": Path(dataset.root)}, values, block, self._dataset)
+        kept = {key: value for key, value in plain(dataset).items() if key not in PREPARATION_STAGES}
         folder = saliency.path if saliency.kind == "folder" else None
         yield replace(self._job(STAGES["index"]), values={"dataset": kept, "saliency": folder}, block=dataset)
         yield self._job(STAGES["ground_truth"])
@@ -125,7 +133,7 @@ class Graph:
         return self.results / "dataset"
 
     def _block(self, reference: str) -> Job:
-        """The job whose settings are a block."""
+        """Return the job of a block."""
         section, name = reference.split("/")
         stage, block = FOLDERS[section], self._settings(reference)
         reads = stage.reads.items()
@@ -134,25 +142,28 @@ class Graph:
         weights = weight_files(block) if stage.trains else {}
         return self._job(stage, name, files | weights, block, section, models)
 
-    def _about(self, stage: Stage) -> Iterator[Job]:
-        """A job for each of the jobs that the stage is about."""
+    def _target_jobs(self, stage: Stage) -> Iterator[Job]:
+        """Yield a job for each target of the stage."""
         rows = references.rows(self.params)
         block = getattr(self.params, stage.settings) if stage.settings else None
-        for folder in stage.about:
-            of_section = {name: f"{folder}/{name}" for name in getattr(self.params, folder, ())}
-            for name, source in (of_section if folder in SECTIONS else rows).items():
-                files = {stem: FOLDERS[folder].output(stem) for stem in stage.own}
+        for folder in stage.targets:
+            section_jobs = {name: f"{folder}/{name}" for name in getattr(self.params, folder, ())}
+            for name, source in (section_jobs if folder in SECTIONS else rows).items():
+                files = {stem: FOLDERS[folder].output(stem) for stem in stage.target_files}
                 inputs = {stem: self.results / folder / name / file for stem, file in files.items() if file}
                 models = (self._settings(source),) if "model" in inputs else ()
-                called = f"{folder}/{name}" if stage.full_names else name
-                yield self._job(stage, called, inputs, block, source.split("/")[0], models)
+                job_name = f"{folder}/{name}" if stage.qualified_names else name
+                yield self._job(stage, job_name, inputs, block, source.split("/")[0], models)
 
     def _report(self) -> Job:
-        """Reads what all other jobs write for it: stores by their reference, JSON files as KEY of REFERENCE."""
+        """Return the job of the report, which reads outputs of all other jobs.
+
+        A store is keyed by its reference, a JSON file by 'KEY of REFERENCE'.
+        """
         inputs: dict[str, Path] = {}
         for job in self.jobs:
             reference = (
-                job.name if STAGES[job.stage].full_names else f"{STAGES[job.stage].folder}/{job.name}".rstrip("/")
+                job.name if STAGES[job.stage].qualified_names else f"{STAGES[job.stage].folder}/{job.name}".rstrip("/")
             )
             for key in REPORTED:
                 if path := job.outputs.get(key):
@@ -164,11 +175,11 @@ class Graph:
             "metrics": Path("metrics.json"),
         }
         job = self._job(STAGES["report"], "", inputs)
-        rules = tuple(self.params.pseudo_labels.values())  # they describe themselves in the report
-        return replace(job, outputs=outputs, values=values, block=self.params, others=rules)
+        rules = tuple(self.params.pseudo_labels.values())  # the report prints their descriptions
+        return replace(job, outputs=outputs, values=values, block=self.params, used_blocks=rules)
 
     def _chains(self) -> dict[str, dict[str, str]]:
-        """For each row the references that its numbers come from: maps, labels, predictions."""
+        """Map each row to the references of the maps, labels and predictions that its scores come from."""
         chains: dict[str, dict[str, str]] = {}
         for name in references.rows(self.params):
             chains[name] = {"predictions": f"predictions/{name}"}
@@ -187,103 +198,104 @@ class Graph:
         section: str = "",
         models: tuple[Any, ...] = (),
     ) -> Job:
-        """``inputs``: beside those of jobs that run once, and those that the user supplies."""
+        """Build a job. ``inputs`` are its inputs except outputs of jobs that run once and user-supplied files."""
         values = {key: getattr(self.params, key) for key in stage.params} | ({} if block is None else {"block": block})
-
         more = dict(inputs or {})
         read = {key: self.results / x.job / x.file if x.job else more.pop(key) for key, x in stage.reads.items()}
         folder = self.results / stage.folder / name
         outputs = {Path(file).stem: folder / file for file in stage.writes}
-        return Job(stage.name, name, self._external(stage) | read | more, outputs, values, block, None, section, models)
+        return Job(
+            stage.name, name, self._user_inputs(stage) | read | more, outputs, values, block, None, section, models
+        )
 
     def _settings(self, reference: str) -> Any:
         section, name = reference.split("/")
         return getattr(self.params, section)[name]
 
-    def _external(self, stage: Stage) -> dict[str, Path]:
-        """The files and folders among the stage's inputs that the user supplies."""
-        found: dict[str, Path] = {}
+    def _user_inputs(self, stage: Stage) -> dict[str, Path]:
+        """Return the user-supplied inputs of a stage."""
+        paths: dict[str, Path] = {}
         for name in stage.external:
             section, key = EXTERNAL[name].key.split(".")
             path = getattr(getattr(self.params, section), key)
             if path and (name != "store" or self.params.saliency.kind == "store"):
-                found[name] = Path(path)
-        return found
+                paths[name] = Path(path)
+        return paths
 
 
 def weight_files(block: Any) -> dict[str, Path]:
-    """The files that a trained block's backbones start from."""
-    named = {key: value.weights for key, value in backbones(block).items() if value.weights not in (None, "imagenet")}
-    return {f"weights of {key}": Path(file) for key, file in named.items() if file is not None}
+    """Return the files with initial weights of the backbones of a block."""
+    weights = {key: value.weights for key, value in backbones(block).items() if value.weights not in (None, "imagenet")}
+    return {f"weights of {key}": Path(file) for key, file in weights.items() if file is not None}
 
 
-def _chosen(value: Any) -> Iterator[Path]:
-    """The files of the implementations that a block names: its method, backbone, rule or network."""
+def _implementation_files(value: Any) -> Iterator[Path]:
+    """Yield the files of the implementations that a block names: its method, backbones, rule or network."""
     if isinstance(value, Choice | Backbone):
         registry = value.registry if isinstance(value, Choice) else BACKBONES
         if (file := registry.file(value.name)) is not None:
             yield file
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _chosen(item)
+            yield from _implementation_files(item)
     elif dataclasses.is_dataclass(value):
-        yield from _chosen(vars(value))
+        yield from _implementation_files(vars(value))
 
 
 def missing(job: Job) -> dict[Path, str]:
-    """The job's inputs that do not exist, and a line on each."""
+    """Return the inputs of a job that do not exist, each with a message."""
     lines: dict[Path, str] = {}
     for name, path in job.inputs.items():
         if not path.exists():
             if name.startswith("weights of "):
                 fix = "put the file there"
             else:
-                fix = EXTERNAL[name].fix if name in EXTERNAL else "run the stage that makes it"
+                fix = EXTERNAL[name].fix if name in EXTERNAL else "run the stage that writes it"
             lines[path] = f"{path}: missing ({name} of {job.label}); {fix}"
     return lines
 
 
 def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:
-    """Whether the job's outputs exist and its manifest names these inputs, parameters and code.
+    """Return whether the outputs of a job exist and its manifest records the current inputs, parameters and code.
 
-    ``hashes`` keeps what was already looked up: of a job's output what its manifest says, of any other file its bytes.
+    ``hashes`` caches the hashes of inputs. The hashes of outputs are read from their manifests.
     """
-    found = manifest.read(job.folder)
-    if found is None or found.get("stage") != job.label or not all(path.exists() for path in job.outputs.values()):
+    record = manifest.read(job.folder)
+    if record is None or record.get("stage") != job.label or not all(path.exists() for path in job.outputs.values()):
         return False
-    if found["code"] != job.code or found["params"] != job.params:
+    if record["code"] != job.code or record["params"] != job.params:
         return False
     shared = [path for path in job.outputs.values() if path.parent != job.folder and path.is_file()]
-    if any(found["outputs"].get(job.key(path)) != fingerprint(path) for path in shared):
-        return False  # as metrics.json, which each experiment writes
+    if any(record["outputs"].get(job.key(path)) != fingerprint(path) for path in shared):
+        return False  # such as metrics.json, which every experiment overwrites
     for key, path in job.inputs.items():
         if path not in hashes:
             if not path.exists():
                 return False
-            beside = manifest.read(path.parent)
-            made = beside.get("outputs", {}).get(path.name) if beside else None
-            hashes[path] = made or fingerprint(path)
-        if found["inputs"].get(key) != hashes[path]:
+            producer = manifest.read(path.parent)
+            recorded = producer.get("outputs", {}).get(path.name) if producer else None
+            hashes[path] = recorded or fingerprint(path)
+        if record["inputs"].get(key) != hashes[path]:
             return False
     return True
 
 
 def stale(graph: Graph) -> list[Job]:
-    """Jobs whose outputs are missing or do not fit, and all jobs that follow from them, in order."""
-    out: list[Job] = []
-    remade: set[Path] = set()
+    """Return the jobs that are not up to date and all jobs downstream of them, in topological order."""
+    jobs: list[Job] = []
+    rewritten: set[Path] = set()
     hashes: dict[Path, str] = {}
     for job in graph.jobs:
-        if remade.intersection(job.inputs.values()) or not is_fresh(job, hashes):
-            out.append(job)
-            remade.update(job.outputs.values())
-    return out
+        if rewritten.intersection(job.inputs.values()) or not is_fresh(job, hashes):
+            jobs.append(job)
+            rewritten.update(job.outputs.values())
+    return jobs
 
 
 def main() -> None:
-    """Print the command of every job in order: ``python -m pipeline.workflow.graph [FILE ...] | sh -e`` runs them.
+    """Print the commands of all jobs in order; ``python -m pipeline.workflow.graph [FILE ...] | sh -e`` runs them.
 
-    If the params are wrong, the only command printed is one that fails, so that the shell fails too.
+    If the params are invalid, print only ``exit 1``, so that the shell fails too.
     """
     files = sys.argv[1:] or ["params.yaml"]
     try:

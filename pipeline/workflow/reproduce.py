@@ -1,8 +1,8 @@
-"""Snakemake for a person who watches: ``python -m pipeline.workflow.reproduce [ARGUMENT ...]``, which make calls.
+"""Snakemake with a compact progress display: ``python -m pipeline.workflow.reproduce [ARGUMENT ...]``, used by make.
 
-It starts ``snakemake --cores all ARGUMENT ...`` and keeps all that Snakemake and the stages print in a log. A terminal
-shows one line that moves (jobs done, time left, what runs) and each row's numbers once they are known; a file or a pipe
-gets a line a job. A job that fails is shown with what its stage printed last.
+It runs ``snakemake --cores all ARGUMENT ...`` and writes the output of Snakemake and the stages to a log. On a terminal
+it shows a status line (jobs done, time left, running jobs) and the scores of each row once they are known. In a file or
+pipe it prints one line per job. If a job fails, it prints the end of the job's log.
 """
 
 import os
@@ -19,28 +19,28 @@ from types import FrameType
 from typing import TextIO
 
 LOG = Path(".snakemake/log/reproduce.log")
-SCORED = re.compile(r"predictions/\w+ on ")  # what the evaluation stage prints of a row
-TAIL = 40  # lines of a failed job's log, where its stage gives no error of its own
+SCORED = re.compile(r"predictions/\w+ on ")  # the line with the scores of a row, from the evaluation stage
+TAIL = 40  # lines to print of a failed job's log if it contains no error message
 
 
 class Watch:
-    """What Snakemake's output says about the run so far."""
+    """The state of the run, parsed from Snakemake's output, and its display."""
 
     def __init__(self, out: TextIO, clock: float) -> None:
         self.out, self.start = out, clock
         self.terminal = out.isatty()
         self.total = self.done = 0
-        self.left: Counter[str] = Counter()  # jobs by rule
+        self.left: Counter[str] = Counter()  # remaining jobs by rule
         self.names: dict[str, tuple[str, str]] = {}  # rule and name of a job by its id
-        self.began: dict[str, float] = {}  # of the jobs that run
+        self.began: dict[str, float] = {}  # start times of the running jobs by id
         self.took: dict[str, list[float]] = defaultdict(list)  # seconds of the finished jobs by rule
-        self.failed: list[tuple[str, list[str]]] = []  # rule and the lines that Snakemake prints about it
-        self._block: list[str] = []  # the job that Snakemake is describing
+        self.failed: list[tuple[str, list[str]]] = []  # rule, and the lines that Snakemake prints about it
+        self._block: list[str] = []  # rule and id of the job that Snakemake is describing
         self._stats = False
-        self._shown = ""  # the line that moves, as it stands
+        self._status = ""  # the status line that is shown
 
     def read(self, line: str, now: float) -> None:
-        """Take in a line of the output."""
+        """Parse a line of the output."""
         if self._stats:
             self._count(line)
         elif line.startswith("Job stats:"):
@@ -57,10 +57,10 @@ class Watch:
         elif match := re.match(r"Finished jobid: (\d+)", line):
             self._finish(match[1], now)
         elif SCORED.match(line):
-            self.tell(line)
+            self.print_line(line)
 
     def _count(self, line: str) -> None:
-        """A row of the table of jobs by rule, which ends with their total."""
+        """Parse a line of the table of jobs by rule, whose last line is the total."""
         match = re.match(r"(\w+) +(\d+)", line)
         if match and match[1] == "total":
             self.total, self._stats = int(match[2]), False
@@ -84,62 +84,65 @@ class Watch:
         self.left[rule] -= 1
         self.took[rule].append(seconds)
         if not self.terminal and rule != "all":
-            self.tell(f"[{self.done}/{self.total}] {f'{rule} {name}'.strip()}: done in {seconds:.1f} s")
+            self.print_line(f"[{self.done}/{self.total}] {f'{rule} {name}'.strip()}: done in {seconds:.1f} s")
 
-    def tell(self, text: str) -> None:
-        """Print a line that stays."""
+    def print_line(self, text: str) -> None:
+        """Print a permanent line in place of the status line."""
         print(f"\r\033[K{text}" if self.terminal else text, file=self.out, flush=True)
-        self._shown = ""
+        self._status = ""
 
     def show(self, now: float) -> None:
-        """Draw the line that moves."""
+        """Draw the status line."""
         if not self.terminal:
             return
         running = ", ".join(" ".join(filter(None, self.names[job])) for job in self.began)
         counts = f"{self.done}/{self.total} jobs done" if self.total else "planning"
         text = " | ".join(filter(None, [counts, self._left(now), running]))
         width = os.get_terminal_size(self.out.fileno()).columns or 80
-        if text != self._shown:
+        if text != self._status:
             print(f"\r\033[K{text[: width - 1]}", end="", file=self.out, flush=True)
-        self._shown = text
+        self._status = text
 
     def _left(self, now: float) -> str:
-        """The time left: each job takes the mean of its rule so far, or of all; as many run at once as did so far."""
+        """Estimate the time left from the mean duration of each rule's jobs and the mean number of parallel jobs."""
         finished = [seconds for times in self.took.values() for seconds in times]
         if not finished or now <= self.start:
             return ""
         mean = sum(finished) / len(finished)
-        of = {rule: sum(times) / len(times) for rule, times in self.took.items()}
+        means = {rule: sum(times) / len(times) for rule, times in self.took.items()}
         spent = sum(now - began for began in self.began.values())
-        work = sum(count * of.get(rule, mean) for rule, count in self.left.items()) - spent
-        at_once = max(1.0, (sum(finished) + spent) / (now - self.start))
-        minutes = max(0, round(max(0.0, work) / at_once / 60))
+        work = sum(count * means.get(rule, mean) for rule, count in self.left.items()) - spent
+        parallel = max(1.0, (sum(finished) + spent) / (now - self.start))
+        minutes = max(0, round(max(0.0, work) / parallel / 60))
         return f"about {minutes} min left" if minutes else "less than a minute left"
 
     def close(self) -> None:
-        """Clear the line that moves."""
+        """Clear the status line."""
         if self.terminal:
             print("\r\033[K", end="", file=self.out, flush=True)
 
 
-def explain(rule: str, lines: list[str]) -> list[str]:
-    """What to show of a failed job: its stage's own errors, or the end of its log where it gives none."""
+def failure_report(rule: str, lines: list[str]) -> list[str]:
+    """Return the lines to print about a failed job: the error messages in its log or, failing that, its end."""
     log = next((line.split()[1].rstrip(",") for line in lines if line.startswith("log: ")), None)
-    told = Path(log).read_text().splitlines() if log and Path(log).exists() else []
-    own = [line for line in told if line.startswith("error: ")]
-    stopped = [line for line in told if line.startswith("stopping on ")]
-    return [f"{rule} failed" + (f"; its log is {log}:" if log else ":"), *(own or stopped or told[-TAIL:] or lines)]
+    printed = Path(log).read_text().splitlines() if log and Path(log).exists() else []
+    errors = [line for line in printed if line.startswith("error: ")]
+    stopped = [line for line in printed if line.startswith("stopping on ")]
+    return [
+        f"{rule} failed" + (f"; its log is {log}:" if log else ":"),
+        *(errors or stopped or printed[-TAIL:] or lines),
+    ]
 
 
 def run(arguments: list[str], out: TextIO) -> int:
-    """Run Snakemake to its end.
+    """Run Snakemake and show its progress.
 
     Returns:
-        Its exit status; 128 + the signal's number where this process was asked to stop.
+        Snakemake's exit status, or 128 + the signal's number if this process received a signal.
     """
     LOG.parent.mkdir(parents=True, exist_ok=True)
     command = ["snakemake", "--cores", "all", *arguments]
-    # In a process group of its own, so that each of its processes gets a signal once, whoever the sender meant.
+    # A process group of its own ensures that each process gets a signal once, whether it was sent to one or to all.
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -167,21 +170,21 @@ def run(arguments: list[str], out: TextIO) -> int:
     status = process.wait()
     watch.close()
     if received:
-        watch.tell(f"stopped, {watch.done} of {watch.total} jobs are done; to resume, run the same command again")
+        watch.print_line(f"stopped, {watch.done} of {watch.total} jobs done; to resume, run the same command again")
         return 128 + received[0]
     if status:
-        watch.tell(f"all that was printed: {LOG}")
+        watch.print_line(f"the whole output is in {LOG}")
     for rule, lines in watch.failed:
-        for text in explain(rule, lines):
-            watch.tell(text)
+        for text in failure_report(rule, lines):
+            watch.print_line(text)
     if status and not watch.failed:
         for text in [line for line in tail if line.startswith("error: ")] or tail:
-            watch.tell(text)
+            watch.print_line(text)
     return status
 
 
 def _lines(process: subprocess.Popen[bytes], watch: Watch) -> Iterator[str]:
-    """The lines of the output, as they come; the moving line is drawn in between, once a second."""
+    """Yield the lines of the output as they arrive, and redraw the status line every second."""
     assert process.stdout is not None
     rest = b""
     while True:

@@ -1,8 +1,8 @@
-"""What the Snakefile asks before its first rule: are the params right, and what is up to date?
+"""Support for the Snakefile: validate the params, decide which jobs are up to date, and build the rules.
 
-Snakemake judges by modification times, which git, DVC and a copy change, or by records of its own, which a fresh clone
-lacks. The manifests know better. So ``plan`` makes the times say what the manifests say, and profiles/default leaves
-Snakemake no other trigger: it then runs what is stale and nothing else, on any machine, after any checkout.
+Snakemake compares modification times, which git, DVC and copying change, or its own records, which a fresh clone lacks.
+The manifests are more reliable. So ``plan`` sets the modification times to match the manifests, and profiles/default
+disables Snakemake's other triggers. Snakemake then runs exactly the stale jobs, on any machine and after any checkout.
 """
 
 import json
@@ -29,83 +29,87 @@ from pipeline.workflow.graph import Graph, Job, stale
 
 PARAMS = "params.yaml"
 SECOND = 10**9  # nanoseconds
-FIXES = {  # of what DVC may say
+FIXES = {  # part of DVC's message -> fix
     "not a git repository": "run: dvc config --local core.no_scm true",
     "Unable to acquire lock": "where the file system has no locks, run: dvc config --local core.hardlink_lock true",
 }
-_interrupted: list[int] = []  # the signals of this process, Ctrl-C
-_alive: list[IO[str]] = []  # the lock of this process, held until it ends
+_interrupts: list[int] = []  # signals received by this process (Ctrl-C)
+_alive: list[IO[str]] = []  # the lock file of this process, kept open until it ends
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the Snakefile asks: which rules there are, and what is in them."""
+    """The contents of the Snakefile's rules."""
 
     graph: Graph
-    options: list[str]  # the stages' arguments that repeat how this run was given its params
-    ample: bool  # a GPU is at hand, or the nodes of a cluster are
+    options: list[str]  # arguments that pass this run's params files and overrides to the stages
+    full_threads: bool  # there is a GPU or a cluster, so stages get all their threads
 
     @property
     def stages(self) -> list[Stage]:
-        """Those that have a job."""
+        """The stages that have a job."""
         return [STAGES[name] for name in dict.fromkeys(job.stage for job in self.graph.jobs)]
 
     @property
     def targets(self) -> list[str]:
         """The manifest of every job."""
-        return [str(rule_files(job)[-1]) for job in self.graph.jobs]
+        return [str(declared_outputs(job)[-1]) for job in self.graph.jobs]
 
     def inputs(self, stage: Stage) -> Any:
-        """Of a rule's jobs, by their wildcards; a dataset stands for its manifest."""
-        homes = {job.outputs["root"]: rule_files(job)[-1] for job in self.graph.jobs if job.home}
+        """Return the input function of a rule. A manifest replaces a dataset."""
+        manifests = {job.outputs["root"]: declared_outputs(job)[-1] for job in self.graph.jobs if job.manifest_folder}
 
-        def of(wildcards: Any) -> list[str]:
+        def job_inputs(wildcards: Any) -> list[str]:
             job = self.graph.find(stage.name, getattr(wildcards, "name", ""))
-            # What reads nothing still has a time to compare with: its program's.
-            return [str(homes.get(path, path)) for path in job.inputs.values()] or [str(program(job))]
+            # A job without inputs depends on its stage's file, so that there is a time to compare with.
+            return [str(manifests.get(path, path)) for path in job.inputs.values()] or [str(stage_file(job))]
 
-        return of
+        return job_inputs
 
     def outputs(self, stage: Stage) -> list[str]:
-        """Of a rule, with the block's name as a wildcard."""
+        """Return the outputs of a rule; the block's name is a wildcard."""
         job = next(job for job in self.graph.jobs if job.stage == stage.name)
-        return [self._pattern(stage, path, job) for path in rule_files(job)]
+        return [self._pattern(stage, path, job) for path in declared_outputs(job)]
 
     def log(self, stage: Stage) -> str:
+        """Return the log file of a rule; the block's name is a wildcard."""
         name = stage.folder or stage.name
-        return str(self.graph.results / "logs" / (f"{name}/{{name}}.log" if stage.several else f"{name}.log"))
+        return str(self.graph.results / "logs" / (f"{name}/{{name}}.log" if stage.has_many_jobs else f"{name}.log"))
 
     def threads(self, stage: Stage) -> int:
-        """On a plain processor most stages get a single thread, and their jobs run side by side: a second one saves a
-        quarter to a third of a training's time, not half."""
-        return stage.threads if self.ample else stage.local_threads
+        """Return the number of threads of a rule.
+
+        Without a GPU, most stages get one thread, and their jobs run in parallel: a second thread shortens a training
+        by only a quarter to a third.
+        """
+        return stage.threads if self.full_threads else stage.local_threads
 
     def command(self, stage: Stage) -> Any:
-        """Of a rule's jobs, by their wildcards and threads."""
+        """Return the function that builds the command of a rule from its wildcards and threads."""
 
-        def of(wildcards: Any, threads: int) -> str:
-            name = [wildcards.name] if stage.several else []
+        def job_command(wildcards: Any, threads: int) -> str:
+            name = [wildcards.name] if stage.has_many_jobs else []
             return shlex.join(["python", "-m", f"stages.{stage.name}", *name, *stage.arguments(threads), *self.options])
 
-        return of
+        return job_command
 
     def record(self) -> None:
-        """Tell DVC what is fresh, so that ``dvc repro`` does not do it again.
+        """Record the up-to-date jobs in DVC, so that ``dvc repro`` does not run them again.
 
-        Only of a run of params.yaml as it stands, since that is what dvc.yaml describes.
+        A run with other params files or overrides is not recorded, since dvc.yaml describes params.yaml alone.
         """
-        if _interrupted or self.options or not Path(".dvc").is_dir() or not shutil.which("dvc"):
+        if _interrupts or self.options or not Path(".dvc").is_dir() or not shutil.which("dvc"):
             return
-        behind = stale(self.graph)
-        fresh = [job for job in self.graph.jobs if job not in behind]
-        names = [dvc.name_of(job) for job in fresh if job.stage not in dvc.UNKNOWN]
+        outdated = stale(self.graph)
+        fresh = [job for job in self.graph.jobs if job not in outdated]
+        names = [dvc.name_of(job) for job in fresh if job.stage not in dvc.EXCLUDED]
         if not names:
             return
         dvc.write_rows()
         names.append(dvc.ROWS)
-        if not behind and self.graph.params.dataset.demo:
-            # Without names DVC records all that dvc.yaml states, and reads it once, not once a name: 18 s, not 4 min.
-            dvc.stand_in(self.graph)
+        if not outdated and self.graph.params.dataset.demo:
+            # Without names, DVC records all stages and reads dvc.yaml once rather than once per name: 18 s, not 4 min.
+            dvc.write_placeholders(self.graph)
             names = []
         done = subprocess.run(["dvc", "commit", "--force", *names], capture_output=True, text=True)
         if done.returncode:
@@ -117,32 +121,36 @@ class Plan:
 
     def _pattern(self, stage: Stage, path: Path, job: Job) -> str:
         folder = self.graph.results / stage.folder
-        return str(folder / "{name}" / path.relative_to(folder / job.name)) if stage.several else str(path)
+        return str(folder / "{name}" / path.relative_to(folder / job.name)) if stage.has_many_jobs else str(path)
 
 
-def program(job: Job) -> Path:
+def stage_file(job: Job) -> Path:
+    """Return the file of the stage's program."""
     return Path("stages") / f"{job.stage}.py"
 
 
-def rule_files(job: Job) -> list[Path]:
-    """The files that the job's rule names. Of a dataset its manifest alone: Snakemake deletes what a rule is to make,
-    and nobody's images may go that way."""
-    return [*(() if job.home else job.outputs.values()), job.folder / manifest.NAME]
+def declared_outputs(job: Job) -> list[Path]:
+    """Return the outputs that the rule of a job declares.
+
+    A dataset rule declares only its manifest: Snakemake deletes declared outputs before it runs a rule, which would
+    delete the user's images.
+    """
+    return [*(() if job.manifest_folder else job.outputs.values()), job.folder / manifest.NAME]
 
 
 def plan(workflow: Any) -> Plan:
-    """Check the params; make the files' times follow the manifests.
+    """Validate the params and set the modification times of the outputs to match the manifests.
 
-    Ends the process with status 1 and a line a fault where the params are wrong, or a file that the user supplies is
-    missing, whichever part of the graph is asked for.
+    If the params are invalid or a user-supplied file is missing, print one line per fault and exit with status 1. All
+    of the graph is checked, whatever the requested targets are.
     """
-    files, overrides = _sources(workflow.config_settings)
+    files, overrides = _params_sources(workflow.config_settings)
     try:
-        # Not Snakemake's own merger of the files: it mixes the settings of two implementations that a key can name.
+        # Not Snakemake's own merge of the files: it would mix the settings of two implementations.
         graph = Graph(parameters.load([Path(file) for file in files], overrides, resolve=True))
     except PipelineError as error:
         _refuse(error.lines)
-    # Snakemake would not say how to fix it, and with --quiet nothing at all.
+    # Snakemake would not suggest a fix, and with --quiet it would print nothing.
     if faults := graph.missing():
         _refuse(faults)
     cards = runtime.gpus()
@@ -153,19 +161,19 @@ def plan(workflow: Any) -> Plan:
         _set_times(graph)
         if cards and workflow.resource_settings.nodes is None:
             workflow.global_resources.setdefault("gpu", cards)
-    given = files != [PARAMS] or overrides
-    options = ["--params", *files, "--set", json.dumps(overrides)] if given else []
+    customised = files != [PARAMS] or overrides
+    options = ["--params", *files, "--set", json.dumps(overrides)] if customised else []
     return Plan(
-        graph, options, ample=bool(cards or workflow.remote_exec or workflow.resource_settings.nodes is not None)
+        graph, options, full_threads=bool(cards or workflow.remote_exec or workflow.resource_settings.nodes is not None)
     )
 
 
 def _note_interrupts() -> None:
-    """After Ctrl-C a person waits for the stages to save their state, not for DVC: the next run records it."""
+    """Remember Ctrl-C, so that ``record`` does not delay the exit. The next run records these jobs in DVC."""
     before = signal.getsignal(signal.SIGINT)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        _interrupted.append(number)
+        _interrupts.append(number)
         if callable(before):
             before(number, frame)
 
@@ -178,35 +186,37 @@ def _refuse(faults: Iterable[str]) -> NoReturn:
     sys.exit(1)
 
 
-def _sources(settings: Any) -> tuple[list[str], dict[str, Any]]:
-    """The params files in the order in which Snakemake lays them on each other, and what --config lays on top."""
-    given = [os.path.relpath(path) for path in settings.configfiles]
+def _params_sources(settings: Any) -> tuple[list[str], dict[str, Any]]:
+    """Return the params files in the order in which they are merged, and the overrides from --config."""
+    configfiles = [os.path.relpath(path) for path in settings.configfiles]
     base = [] if settings.replace_workflow_config else [PARAMS]
-    return [*base, *(name for name in given if name != PARAMS)], dict(settings.config)
+    return [*base, *(name for name in configfiles if name != PARAMS)], dict(settings.config)
 
 
 def _set_times(graph: Graph) -> None:
-    """Make the outputs of fresh jobs as new as the inputs where they are older, and those of stale jobs older.
+    """Set the times of outputs: at least as new as the inputs for up-to-date jobs, older for stale jobs.
 
-    The change is harmless, even by a dry run with other params: the next plan sets the times as it needs them.
+    This is harmless even if other params are used, since the next plan sets the times again.
     """
-    behind = stale(graph)
-    makers = {path: job for job in graph.jobs for path in job.outputs.values()}
+    outdated = stale(graph)
+    producers = {path: job for job in graph.jobs for path in job.outputs.values()}
     for job in graph.jobs:
         sources = [
-            file for path in job.inputs.values() for file in (rule_files(makers[path]) if path in makers else [path])
+            file
+            for path in job.inputs.values()
+            for file in (declared_outputs(producers[path]) if path in producers else [path])
         ]
-        newest = max(map(_time, sources or [program(job)]))
-        for path in rule_files(job):
+        newest = max(map(_time, sources or [stage_file(job)]))
+        for path in declared_outputs(job):
             time = _time(path)
-            if time and newest and (time < newest) != (job in behind):
-                time = newest - SECOND if job in behind else newest
-                with suppress(FileNotFoundError):  # another run's stage may be about to make it anew
+            if time and newest and (time < newest) != (job in outdated):
+                time = newest - SECOND if job in outdated else newest
+                with suppress(FileNotFoundError):  # a stage of another run may be replacing it
                     os.utime(path, ns=(time, time))
 
 
 def _time(path: Path) -> int:
-    """Nanoseconds; 0 where there is no such file."""
+    """Return the modification time in nanoseconds; 0 if the file does not exist."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -216,13 +226,13 @@ def _time(path: Path) -> int:
 def _drop_dead_locks(folder: Path) -> None:
     """Remove the locks that a killed Snakemake left behind.
 
-    Every living one holds a shared lock on one file. Where the file system has no locks, a living one cannot be told
-    from a killed one, and nothing is removed.
+    Every running Snakemake holds a shared lock on one file. If the file system has no locks, a running Snakemake cannot
+    be distinguished from a killed one, and nothing is removed.
     """
     folder.mkdir(exist_ok=True)
     file = (folder / "alive").open("a")
-    unguarded = "the locks that a killed Snakemake leaves are not removed; then run snakemake --unlock"
-    if locks.take(file, unguarded) is locks.Lock.HELD:
+    warning = "the locks that a killed Snakemake leaves are not removed; then run snakemake --unlock"
+    if locks.take(file, warning) is locks.Lock.HELD:
         shutil.rmtree(folder / "locks", ignore_errors=True)
-    locks.take(file, unguarded, shared=True, wait=True)
+    locks.take(file, warning, shared=True, wait=True)
     _alive.append(file)

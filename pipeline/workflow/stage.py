@@ -1,4 +1,4 @@
-"""What every stage does around its work: arguments, checks of the inputs, the lock, publishing, the manifest."""
+"""The frame of every stage: command line, checks of the inputs, locking, atomic outputs and the manifest."""
 
 import argparse
 import json
@@ -23,18 +23,18 @@ from pipeline.workflow.graph import Graph, Job, is_fresh, missing
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage's function is given. ``outputs`` are temporary paths: write there, all of them."""
+    """The argument of a stage's function, which must write every path in ``outputs``. These paths are temporary."""
 
     job: Job
     inputs: dict[str, Path]
     outputs: dict[str, Path]
     runtime: Runtime
-    key: str  # hash of parameters, inputs and code: names the checkpoint
-    checkpoint: Path  # file, folder or prefix where a long stage keeps its state; survives a kill, deleted on success
+    key: str  # hash of parameters, inputs and code; part of the checkpoint's name
+    checkpoint: Path  # file, folder or prefix for the state of a long stage; deleted on success
 
 
 def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = None) -> None:
-    """Run one job of ``stage`` as a command; the process's exit status is 1 where the input is at fault."""
+    """Run one job of ``stage`` from the command line. Faults in the input are printed, and the exit status is 1."""
     options = _parser(stage).parse_args(arguments)
     try:
         files = [Path(name) for name in options.params]
@@ -51,34 +51,34 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
 
 def _overrides(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        overrides = json.loads(text)
     except ValueError as error:
         raise PipelineError(f"--set {text}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise PipelineError(f'--set {text}: must be a mapping, as {{"seed": 5}}')
-    return found
+    if not isinstance(overrides, dict):
+        raise PipelineError(f'--set {text}: must be a mapping such as {{"seed": 5}}')
+    return overrides
 
 
 def _parser(stage: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}")
-    parser.add_argument("name", nargs="?", default="", help="the block to run, where the stage has several")
+    parser.add_argument("name", nargs="?", default="", help="the block to run, if the stage has several")
     parser.add_argument(
-        "--params", nargs="+", default=["params.yaml"], metavar="FILE", help="each laid on the one before"
+        "--params", nargs="+", default=["params.yaml"], metavar="FILE", help="params files; later ones take precedence"
     )
-    parser.add_argument("--set", default="{}", metavar="JSON", help="laid on the params last")
+    parser.add_argument("--set", default="{}", metavar="JSON", help="overrides, merged over the params files")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
-    parser.add_argument("--threads", type=int, default=0, help="arithmetic threads; 0: all that the process may use")
+    parser.add_argument("--threads", type=int, default=0, help="arithmetic threads; 0: all available cores")
     parser.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--force", action="store_true", help="run even if the outputs are up to date")
     return parser
 
 
 def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: bool = False) -> None:
-    """Run the job unless its outputs are up to date; publish the outputs and then their manifest.
+    """Run the job unless its outputs are up to date; then publish the outputs and their manifest.
 
     Raises:
-        PipelineError: an input is missing, or is not what its manifest says.
+        PipelineError: an input is missing, or it does not match its manifest.
     """
     start = time.monotonic()
     with _lock(job):
@@ -92,8 +92,7 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
         for path in temporary.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = job.folder / f".checkpoint-{job.stage}-{key[:16]}"
-        made = Work(job, job.inputs, temporary, runtime, key, checkpoint)
-        work(made)
+        work(Work(job, job.inputs, temporary, runtime, key, checkpoint))
         for path in job.outputs.values():
             publish(path)
         manifest.write(
@@ -135,19 +134,19 @@ def _key(job: Job, inputs: dict[str, str], code: str) -> str:
 
 
 def _device(runtime: Runtime) -> str:
-    """What the stage computed on, for the manifest: a stage that never loaded torch computed on the processor."""
+    """Return the device for the manifest. A stage that never loaded torch ran on the CPU."""
     torch = sys.modules.get("torch")
     if torch is None or runtime.device == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return str(torch.cuda.get_device_name())
 
 
-_UNGUARDED = "nothing keeps two processes from working on one block at once; start each block only once"
+_UNGUARDED = "two processes could run the same block at the same time; start each block only once"
 
 
 @contextmanager
 def _lock(job: Job) -> Iterator[None]:
-    """Hold the job's lock; wait where another process holds it, as one may that outlived a killed Snakemake."""
+    """Hold the job's lock. Wait if another process holds it, such as one that outlived a killed Snakemake."""
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / f".lock-{job.stage}").open("a+") as file:
         if locks.take(file, _UNGUARDED) is locks.Lock.BUSY:
@@ -162,12 +161,12 @@ def _lock(job: Job) -> Iterator[None]:
 
 @contextmanager
 def in_place(work: Work) -> Iterator[Path]:
-    """Give a dataset's folder to be filled where it is: a person's own files, saliency maps say, may be there and stay.
+    """Yield the dataset's folder itself to write to, since it may contain the user's own files, such as saliency maps.
 
-    Whole, it is moved to the temporary name from which the stage frame publishes it.
+    When it is complete, it is moved to the temporary path from which ``execute`` publishes it.
 
     Raises:
-        PipelineError: what a killed run had moved is in the way.
+        PipelineError: both the folder and a copy that a killed run had moved exist.
     """
     root, folder = work.job.outputs["root"], work.outputs["root"]
     if folder.exists():  # killed after the move
@@ -179,7 +178,7 @@ def in_place(work: Work) -> Iterator[Path]:
 
 
 def progress(items: Any, label: str, total: int | None = None) -> Any:
-    """The items with a bar on a terminal, and with a line every tenth part in a log."""
+    """Iterate over items with a progress bar on a terminal, or a printed line after every tenth of them in a log."""
     total = len(items) if total is None else total
     if sys.stderr.isatty():
         from tqdm import tqdm
