@@ -1,7 +1,7 @@
-"""From image tags to masks: one rule a stage, one job a block of params.yaml, whatever the number of images.
+"""The workflow from image tags to masks: one rule per stage, one job per block of params.yaml.
 
-The rules are those of pipeline/config/stage_table.py; the params are read by pipeline/config/params.py. What is up to date is decided
-by the manifests beside the outputs (pipeline/workflow/snakemake.py).
+pipeline/config/stage_table.py defines the rules, and pipeline/config/params.py reads the params. The manifests next to
+the outputs decide which jobs are up to date (pipeline/workflow/snakemake.py).
 """
 
 from snakemake.utils import min_version
@@ -13,7 +13,7 @@ min_version("9.27")
 PLAN = plan(workflow)
 
 
-# Of a job's processes the stage alone acts on Ctrl-C and SIGTERM: its shell waits for it, and tee takes down its last line.
+# Only the stage acts on Ctrl-C and SIGTERM. Its shell waits for it, and tee records its last line.
 shell.prefix("set -euo pipefail; trap : INT TERM; tee() {{ trap '' INT TERM; exec tee \"$@\"; }}; ")
 
 
@@ -21,7 +21,7 @@ wildcard_constraints:
     name="[^/]+(/[^/]+)?",
 
 
-# Every stage, not the report alone: a failed rerun of an early one must not pass for 'nothing to be done'.
+# All stages, not only the report: otherwise, after a failed rerun of an early stage, there would be 'nothing to be done'.
 rule all:
     input:
         PLAN.targets,

@@ -15,7 +15,7 @@ from pipeline.workflow.stage import Work, run
 
 
 class AffinityTask(Stateless):
-    """An affinity network and the label maps of a batch, each cell with the label under its centre."""
+    """The training task of an affinity network. Each cell has the label of the pixel at its centre."""
 
     def __init__(self, network: AffinityNetwork, settings: Affinity) -> None:
         self.network = network

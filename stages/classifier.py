@@ -1,4 +1,4 @@
-"""Train an image-level classifier; accumulate the attention of its training (OAA)."""
+"""Train an image-level classifier and accumulate its attention during training (OAA)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +18,7 @@ from pipeline.workflow.stage import Work, run
 
 
 class ClassifierTask:
-    """A method under the attention accumulator and, where it is asked for, behind the attention drop layer."""
+    """The training task of a method, with attention accumulation and, optionally, the attention drop layer."""
 
     def __init__(self, network: Method, images: list[Image], epochs: int, seed: int, work: Work) -> None:
         self.network = network
@@ -64,12 +64,12 @@ class ClassifierTask:
 
 
 def snapshot(work: Work, epoch: int) -> Path:
-    """Where an epoch's cumulative maps wait for the end of the training."""
+    """Return the temporary file of the cumulative maps of an epoch."""
     return work.checkpoint.with_name(f"{work.checkpoint.name}-epoch-{epoch:03d}.h5")
 
 
 def join_snapshots(work: Work, epochs: int) -> None:
-    """All epochs' maps in one store; image ids are EPOCH/IMAGE, epochs counted from 1."""
+    """Merge the maps of all epochs into one store. Image ids are EPOCH/IMAGE; epochs count from 1."""
     with RasterWriter(work.outputs["snapshots"], "snapshots") as writer:
         for epoch in range(epochs if work.job.block.accumulate.snapshots else 0):
             store = RasterStore(snapshot(work, epoch))

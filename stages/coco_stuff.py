@@ -1,4 +1,4 @@
-"""Make a dataset in VOC layout at dataset.root of COCO-Stuff 10k."""
+"""Convert COCO-Stuff 10k into a dataset in VOC layout at dataset.root."""
 
 from pipeline.data.coco_stuff import convert
 from pipeline.workflow.stage import Work, in_place, progress, run
@@ -7,7 +7,7 @@ from pipeline.workflow.stage import Work, in_place, progress, run
 def main(work: Work) -> None:
     with in_place(work) as root:
         left_out = convert(work.inputs["coco_stuff"], root, progress)
-    print(f"{work.job.label}: {left_out} training images without any of VOC's classes are left out", flush=True)
+    print(f"{work.job.label}: {left_out} training images without any VOC class were left out", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ def main(work: Work) -> None:
     old = work.job.outputs["root"]
     if old.exists() and any(old.iterdir()) and not (old / MARK).exists():
         raise PipelineError(
-            f"{old}: holds something else than the demo; set dataset.demo to null, or dataset.root anew"
+            f"{old}: contains something other than the demo; set dataset.demo to null, or choose another dataset.root"
         )
     root = work.outputs["root"]
     if root.exists():

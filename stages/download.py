@@ -1,11 +1,11 @@
-"""Download PASCAL VOC 2012 with the SBD's masks to dataset.root."""
+"""Download PASCAL VOC 2012 and the masks of SBD to dataset.root."""
 
 from pipeline.data.download import download, is_complete, voc2012_aug
 from pipeline.workflow.stage import Work, in_place, progress, run
 
 
 def main(work: Work) -> None:
-    """Gigabytes are fetched only where something is missing."""
+    """Download the dataset unless it is already complete."""
     release = voc2012_aug()
     with in_place(work) as root:
         if not is_complete(root, release):

@@ -1,4 +1,4 @@
-"""Score maps, label maps or predictions against masks: scores.json."""
+"""Score maps, label maps or predictions against masks, and write scores.json."""
 
 import json
 from typing import Any
@@ -13,11 +13,11 @@ from pipeline.stores.blocks import listed
 from pipeline.stores.raster import RasterStore
 from pipeline.workflow.stage import Work, progress, run
 
-COVERAGE_IMAGES = 300  # the list's first with masks: every epoch reads them all again
+COVERAGE_IMAGES = 300  # only the first images with masks, since every epoch reads them all again
 
 
 def main(work: Work) -> None:
-    """Score the split's images that have a mask; where none has one, say so in ``images: 0``."""
+    """Score the images of the split that have a mask. If there are none, write only ``images: 0``."""
     index = Index(work.inputs["index"])
     masks = RasterStore(work.inputs["ground_truth"])
     kind = stage_table.kind(work.job.name.split("/")[0])
@@ -35,7 +35,7 @@ def main(work: Work) -> None:
 
 
 def score_labels(work: Work, index: Index, masks: RasterStore, images: list[Image], kind: str) -> dict[str, Any]:
-    """mIoU and accuracy of one label map an image."""
+    """Return mIoU and accuracy of the label maps, one per image."""
     store = RasterStore(work.inputs["labels"])
     _refuse_missing(store, [image for image in images if image.id not in store or not store.classes(image.id)])
     matrix = ConfusionMatrix(index.num_classes)
@@ -49,7 +49,7 @@ def score_labels(work: Work, index: Index, masks: RasterStore, images: list[Imag
 
 
 def score_maps(work: Work, index: Index, masks: RasterStore, images: list[Image]) -> dict[str, Any]:
-    """Recall, noise, threshold sweep, and coverage by epoch where the maps of every epoch were kept."""
+    """Return recall, noise, the threshold sweep and, if the maps of every epoch were saved, coverage by epoch."""
     store = RasterStore(work.inputs["maps"])
     _refuse_missing(store, [image for image in images if image.tags and image.id not in store])
     half, sweep = HalfMaximum(index.num_classes), ThresholdSweep(index.num_classes)
@@ -67,9 +67,9 @@ def score_maps(work: Work, index: Index, masks: RasterStore, images: list[Image]
 def coverage_by_epoch(
     snapshots: RasterStore, num_classes: int, masks: RasterStore, images: list[Image]
 ) -> dict[str, Any]:
-    """Coverage of the cumulative attention after each epoch (OAA Fig. 11); snapshots are keyed 'EPOCH/IMAGE'.
+    """Return the coverage of the cumulative attention after each epoch (OAA Fig. 11).
 
-    Of an image without a snapshot in an epoch nothing was discovered yet.
+    Snapshots are keyed 'EPOCH/IMAGE'. An image without a snapshot in an epoch has no coverage yet.
     """
     epochs = sorted({int(key.split("/", 1)[0]) for key in snapshots})
     images = images[:COVERAGE_IMAGES] if epochs else []
@@ -86,9 +86,7 @@ def coverage_by_epoch(
 def _refuse_missing(store: RasterStore, missing: list[Image]) -> None:
     if missing:
         named = listed([image.id for image in missing])
-        raise PipelineError(
-            f"{store.path}: holds nothing of {len(missing)} images with masks ({named}); run its stage again"
-        )
+        raise PipelineError(f"{store.path}: lacks {len(missing)} images with masks ({named}); run its stage again")
 
 
 if __name__ == "__main__":

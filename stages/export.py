@@ -1,4 +1,4 @@
-"""By hand, no part of the graph: ``python -m stages.export STORE.h5 FOLDER`` writes a store's rasters as PNG."""
+"""Export the rasters of a store as PNG files: ``python -m stages.export STORE.h5 FOLDER``. Not part of the workflow."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from pipeline.stores.raster import RasterStore
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.export", description=__doc__)
     parser.add_argument(
-        "store", type=Path, metavar="STORE.h5", help="label maps become palette PNG, other maps grey PNG"
+        "store", type=Path, metavar="STORE.h5", help="label maps are written as palette PNG, other maps as grey PNG"
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     options = parser.parse_args(arguments)
@@ -27,9 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
-    bare = sum(not store.classes(image_id) for image_id in store)
+    empty = sum(not store.classes(image_id) for image_id in store)
     print(
-        f"{options.folder}: {written} PNG of {len(store.ids)} images" + (f", {bare} of which have none" if bare else "")
+        f"{options.folder}: {written} PNG files of {len(store.ids)} images"
+        + (f"; {empty} images have none" if empty else "")
     )
 
 

@@ -1,4 +1,4 @@
-"""Feature maps of a classifier's layers, of the few training images that the report shows."""
+"""Compute feature maps of a classifier's layers for the training images that the report shows."""
 
 import json
 from functools import partial

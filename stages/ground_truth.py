@@ -1,4 +1,4 @@
-"""Masks of the index -> labels.h5. No other stage reads a mask file; images without a mask are absent."""
+"""Convert the masks in the index to labels.h5. Images without a mask are absent. No other stage reads mask files."""
 
 from pipeline.data.checks import read_mask
 from pipeline.data.faults import Faults

@@ -1,4 +1,4 @@
-"""Dataset -> index.json: everything that later stages know of the dataset, checked in full."""
+"""Check the dataset in full, and write index.json, from which later stages learn all they need to know about it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Localization maps of the training images, from a trained classifier or refinement network."""
+"""Compute localization maps of the training images with a trained network."""
 
 from functools import partial
 

@@ -1,6 +1,6 @@
-"""index, labels, ground_truth -> labels: pseudo labels of which a share of images carry their masks (OAA Table 7).
+"""Replace the pseudo labels of a share of the training images with their masks (OAA Table 7).
 
-The share is of all training images, and drawn among those that have masks.
+The share is a fraction of all training images. The images are drawn from those that have masks.
 """
 
 from pipeline.config.schema import Mixture
@@ -19,7 +19,7 @@ def main(work: Work) -> None:
     count = round(mixture.share * len(ids))
     if count > len(masked):
         raise PipelineError(
-            f"{masks.path}: masks of {len(masked)} training images, but a share of {mixture.share:g} of all "
+            f"{masks.path}: has masks of {len(masked)} training images, but a share of {mixture.share:g} of all "
             f"{len(ids)} is {count}; add masks to the dataset, or lower the share"
         )
     annotated = chosen(masked, count, work.job.params["seed"])
@@ -29,7 +29,7 @@ def main(work: Work) -> None:
 
 
 def chosen(ids: list[str], count: int, seed: int) -> set[str]:
-    """``count`` of the images, drawn by the seed; with one seed, fewer lie within more."""
+    """Draw ``count`` of the images. With the same seed, a smaller set is a subset of a larger one."""
     order = rng(seed, Purpose.MIXTURE).permutation(len(ids))
     return {ids[number] for number in order[:count]}
 

@@ -1,4 +1,4 @@
-"""Train a one-step network: from tags to masks in one training."""
+"""Train a one-step network, which learns to predict masks from tags in a single training."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -15,14 +15,14 @@ from pipeline.workflow.stage import Work, run
 
 
 class OneStepTask:
-    """A one-step network, and the means of its loss's terms over the current epoch."""
+    """The training task of a one-step network. It logs the mean of each loss term over an epoch."""
 
     def __init__(self, network: OneStepNetwork, mapper: Mapper) -> None:
-        """``mapper``: ``map``, or one over worker processes."""
+        """``mapper`` is ``map`` or its equivalent over worker processes."""
         self.network = network
         self.mapper = mapper
-        self.names: list[str] = []  # of the terms
-        self.terms: Tensor | None = None  # sums over the epoch's batches, and the number of batches
+        self.names: list[str] = []  # of the loss terms
+        self.terms: Tensor | None = None  # sums over the batches of the epoch, then the number of batches
 
     def about(self) -> dict[str, str]:
         return self.network.about()

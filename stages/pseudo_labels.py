@@ -1,4 +1,4 @@
-"""index, maps, saliency -> labels: the pseudo label of every training image."""
+"""Compute the pseudo labels of the training images from maps, saliency maps and the images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from pipeline.workflow.stage import Work, progress, run
 
 @dataclass(frozen=True)
 class Labeller:
-    """Labels one image; opens the stores in the process that it was sent to. ``key`` identifies their contents."""
+    """Compute the pseudo label of an image. It opens the stores in its own process; ``key`` identifies the contents."""
 
     rule: Rule
     normalise: Normalise
@@ -57,7 +57,7 @@ def main(work: Work) -> None:
         write_blocks(images, compute, writer, work.checkpoint, progress=partial(progress, label=work.job.label))
     labels = RasterStore(work.outputs["labels"])
     if not any(((label > 0) & (label != IGNORE)).any() for label in map(labels.get, labels)):
-        print(f"warning: {work.job.label}: labels no object at all: its maps are empty, or below the rule's thresholds")
+        print(f"warning: {work.job.label}: labels no object pixels; its maps are empty or below the rule's thresholds")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a refinement network on the maps of any source."""
+"""Train a refinement network on stored maps."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ from pipeline.workflow.stage import Work, run
 
 
 class RefinementTask(Stateless):
-    """A refinement network and the stored maps that supervise it."""
+    """The training task of a refinement network, supervised by stored maps."""
 
     def __init__(self, network: RefinementNetwork, maps: RasterStore) -> None:
         self.network = network
@@ -31,12 +31,12 @@ class RefinementTask(Stateless):
         return self.network.loss(batch.images, lambda size: self.attention(batch, size), batch.tags)
 
     def attention(self, batch: Batch, size: tuple[int, int]) -> Tensor:
-        """B x K x h x w target: the stored maps seen through each sample's window; 0 for absent classes."""
-        out = torch.zeros(len(batch.ids), batch.tags.shape[1], *size)
+        """Return the target, B x K x h x w in [0, 1]: the stored maps in each sample's window; 0 for absent classes."""
+        target = torch.zeros(len(batch.ids), batch.tags.shape[1], *size)
         for sample, (image_id, window) in enumerate(zip(batch.ids, batch.windows, strict=True)):
             for tag, raster in self.maps.maps(image_id).items():
-                out[sample, tag - 1] = to_window(torch.from_numpy(raster)[None].float() / 255, window, size)[0]
-        return out
+                target[sample, tag - 1] = to_window(torch.from_numpy(raster)[None].float() / 255, window, size)[0]
+        return target
 
 
 def main(work: Work) -> None:

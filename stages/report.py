@@ -1,4 +1,4 @@
-"""Collect every row's scores in metrics.json and present them in report.html."""
+"""Collect the scores of all rows in metrics.json and report.html."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.workflow.stage import Work, run
 
 
 def main(work: Work) -> None:
-    """Write the page, the table of all rows and the selected method's scores; print the table."""
+    """Write the report, the table of all rows and the scores of the selected method; print the table."""
     rows, method = work.job.params["rows"], work.job.params["method"]
     scores = _read(work, "scores of ")
     table = metrics.collect(rows, scores)
@@ -34,10 +34,10 @@ def main(work: Work) -> None:
 
 
 def _read(work: Work, prefix: str) -> dict[str, Any]:
-    """The JSON inputs whose names begin with ``prefix``, keyed by the rest of the name.
+    """Read the JSON inputs whose names start with ``prefix``, keyed by the rest of the name.
 
     Raises:
-        PipelineError: with every input that is not JSON.
+        PipelineError: inputs are not JSON; it has one line for each.
     """
     contents, faults = {}, []
     for name, path in work.inputs.items():

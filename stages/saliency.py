@@ -1,4 +1,4 @@
-"""index (+ the user's saliency maps) -> maps: one saliency map an image of the index, at the image's size."""
+"""Compute or copy the saliency map of every image in the index, at the size of the image."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,7 +25,7 @@ def main(work: Work) -> None:
             for image in images:
                 writer.add_image(image.id)
             return
-        # A raster store is read faster than its handle could be handed to other processes.
+        # Reading from a raster store is too fast to benefit from worker processes.
         workers = 0 if settings.kind == "store" else work.runtime.workers
         source = partial(_attempt, _source(settings, work.inputs, images))
         with parallel(work.job.label, workers) as each:
@@ -43,7 +43,11 @@ def main(work: Work) -> None:
 
 
 def _source(settings: Saliency, inputs: dict[str, Path], images: list[Image]) -> Source:
-    """What gives an image's map; maps that are missing are named before any is read."""
+    """Return the function that yields the map of an image.
+
+    Raises:
+        PipelineError: maps are missing. This is checked before any map is read.
+    """
     if settings.kind == "folder":
         missing = [image.id for image in images if not (image.saliency and image.saliency.is_file())]
         _refuse_missing(str(settings.path), missing)
@@ -65,7 +69,7 @@ def _refuse_missing(where: str, missing: list[str]) -> None:
 
 
 def _attempt(source: Source, image: Image) -> Raster | PipelineError:
-    """A fault is handed back, so that a whole block's are told at once."""
+    """Return a fault instead of raising it, so that all faults of a block are reported together."""
     try:
         return source(image)
     except PipelineError as fault:

@@ -1,6 +1,6 @@
 """Train a segmentation network on label maps: pseudo labels, or masks for the supervised upper bound.
 
-Masks, which a dataset may lack of some training images, are learned of those that have one.
+The upper bound is trained on the images that have a mask.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from pipeline.workflow.stage import Work, run
 
 
 class SegmentationTask(Stateless):
-    """A segmentation network and the label maps of a batch."""
+    """The training task of a segmentation network, supervised by label maps."""
 
     def __init__(self, network: SegmentationNetwork, settings: Segmentation) -> None:
         self.network = network

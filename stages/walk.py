@@ -1,4 +1,4 @@
-"""Spread the maps of the training images along the affinities that a trained network sees."""
+"""Propagate the maps of the training images by a random walk over the affinities of a trained network."""
 
 from functools import partial
 

@@ -232,7 +232,7 @@ def test_the_stages_up_to_the_scores(raw: dict[str, Any], capsys: pytest.Capture
     saliency.write_bytes(b"a person's own")
     for name, stage in (("coco_stuff", main), ("index", index.main), ("ground_truth", ground_truth.main)):
         run(name, stage, [])
-    said = "coco_stuff: 1 training images without any of VOC's classes are left out\n"
+    said = "coco_stuff: 1 training images without any VOC class were left out\n"
     assert said in capsys.readouterr().out
     assert saliency.read_bytes() == b"a person's own"
     assert not stages_behind() & {"coco_stuff", "index", "ground_truth"}

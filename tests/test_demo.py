@@ -151,6 +151,6 @@ def test_the_stage_replaces_a_demo_but_not_user_images(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     demo.main(work)  # an empty folder may be used
     (tmp_path / "demo" / "mine.jpg").touch()
-    with pytest.raises(PipelineError, match=r"demo: holds something else .*; set dataset\.demo to null"):
+    with pytest.raises(PipelineError, match=r"demo: contains something other .*; set dataset\.demo to null"):
         demo.main(work)
     assert (tmp_path / "demo" / "mine.jpg").exists()

@@ -241,9 +241,9 @@ def test_stage_reports_missing_masks(dataset: Path, capsys: pytest.CaptureFixtur
 
 def test_stage_names_missing_or_invalid_inputs(dataset: Path) -> None:
     path = store(dataset / "labels.h5", {"two": {0: labels([2, 2, 0, 0])}})
-    with pytest.raises(PipelineError, match=r"labels\.h5: holds nothing of 1 images with masks \(one\)"):
+    with pytest.raises(PipelineError, match=r"labels\.h5: lacks 1 images with masks \(one\)"):
         score(dataset, "pseudo_labels/x", labels=path)
-    with pytest.raises(PipelineError, match=r"holds nothing of 1 images with masks \(one\)"):
+    with pytest.raises(PipelineError, match=r"lacks 1 images with masks \(one\)"):
         score(dataset, "localizations/x", maps=path)
     path = store(dataset / "labels.h5", {"one": {0: labels([1, 1])}, "two": {0: labels([2, 2])}})
     with pytest.raises(PipelineError, match=r"labels\.h5: image one: .*shape"):

@@ -237,7 +237,9 @@ def test_a_mixture_draws_its_share_of_all_among_the_images_with_masks(
     with pytest.raises(SystemExit):
         run("mixture", mixture.main, ["most"])
     masks = "results/test/ground_truth/labels.h5"
-    wanted = f"error: {masks}: masks of 4 training images, but a share of 0.8 of all 7 is 6; add masks to the dataset"
+    wanted = (
+        f"error: {masks}: has masks of 4 training images, but a share of 0.8 of all 7 is 6; add masks to the dataset"
+    )
     assert capsys.readouterr().err == f"{wanted}, or lower the share\n"
 
 

@@ -373,7 +373,7 @@ def test_mixture_draws_among_the_images_with_masks(tmp_path: Path, two_kinds: di
     assert len(annotated(tmp_path, two_kinds, 0.4, 1)) == 4
     assert annotated(tmp_path, two_kinds, 0.8, 1) == {f"i{number}" for number in range(2, 10)}
     with pytest.raises(
-        PipelineError, match=r"some\.h5: masks of 8 training images, but .* 0\.9 of all 10 is 9; add masks"
+        PipelineError, match=r"some\.h5: has masks of 8 training images, but .* 0\.9 of all 10 is 9; add masks"
     ):
         annotated(tmp_path, two_kinds, 0.9, 1)
 
@@ -385,7 +385,7 @@ def test_labels_are_exported_in_vocs_palette(tmp_path: Path, capsys: pytest.Capt
     few, all_ids = raster([0, 1], [1, 255]), np.arange(256, dtype=np.uint8).reshape(16, 16)
     path = write_store(tmp_path / "labels.h5", "labels", {"few": {0: few}, "folder/all": {0: all_ids}, "none": {}})
     stages.export.main([str(path), str(tmp_path / "png")])
-    assert capsys.readouterr().out == f"{tmp_path}/png: 2 PNG of 3 images, 1 of which have none\n"
+    assert capsys.readouterr().out == f"{tmp_path}/png: 2 PNG files of 3 images; 1 images have none\n"
     for name, values in [("few", few), ("folder/all", all_ids)]:
         with Pillow.open(tmp_path / f"png/{name}.png") as picture:
             assert picture.mode == "P"
