@@ -261,7 +261,7 @@ def test_the_stage_recovers_the_folder_that_a_killed_run_moved(
     execute(job(tmp_path), stage.main, Runtime())
     assert is_complete(root, release)
     partial(root).mkdir()
-    with pytest.raises(PipelineError, match=r"left by a killed run, but .* is there too; merge or remove one of them"):
+    with pytest.raises(PipelineError, match=r"left by a killed run, but .* also exists; merge them or remove one"):
         execute(job(tmp_path), stage.main, Runtime(), force=True)
     assert is_complete(root, release)
 

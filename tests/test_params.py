@@ -184,7 +184,7 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
         ),
         (
             {"segmentations": {"row": {"backbone": {"frozen": ["conv1"]}}}},
-            "p.yaml: segmentations.row.backbone.frozen: would keep random weights; name weights, or freeze nothing",
+            "p.yaml: segmentations.row.backbone.frozen: would freeze random weights; set weights, or freeze nothing",
         ),
         (
             {"mixtures": {"half": {"labels": "pseudo_labels/rule", "share": 1.5}}},

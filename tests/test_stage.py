@@ -126,7 +126,7 @@ class TestRefusals:
         refused(Fake(), "nonesuch")
         assert capsys.readouterr().err == "error: classifier nonesuch: no such block; classifier can run base, other\n"
         refused(Fake(), "x", name="mixture")
-        assert "nothing: params.yaml has no such block" in capsys.readouterr().err
+        assert "nothing: params.yaml has no block for it" in capsys.readouterr().err
 
     def test_faulty_params_are_refused_whole(self, capsys: pytest.CaptureFixture[str]) -> None:
         refused(Fake(), *set_("classifiers", "base", metod="cam", accumulate={"cells": "many"}))

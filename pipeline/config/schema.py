@@ -88,13 +88,11 @@ class Backbone:
     dilated: bool = True  # dilate the layers that follow a removed stride
     weights: str | None = None
     frozen_batch_norm: bool = False  # keep the loaded statistics and affine parameters
-    frozen: tuple[
-        str, ...
-    ] = ()  # the first taps, whose stages are not trained; their batch norms keep their statistics
+    frozen: tuple[str, ...] = ()  # the first taps, whose stages keep the loaded parameters and statistics
 
     def faults(self) -> Iterator[str]:
         if self.frozen and self.weights is None:
-            yield "frozen: would keep random weights; name weights, or freeze nothing"
+            yield "frozen: would freeze random weights; set weights, or freeze nothing"
 
     def describe(self) -> str:
         """Describe the backbone for the report, such as 'vgg16 from ImageNet weights'."""

@@ -28,10 +28,7 @@ HEADER = """\
 """
 RESULTS = "results/${experiment}"
 PARAMS = Path("params.yaml")
-EXCLUDED = (
-    "download",
-    "coco_stuff",
-)  # stages left out of dvc.yaml, since users may keep other files in their output folder
+EXCLUDED = ("download", "coco_stuff")  # stages not in dvc.yaml: users may keep other files in their output folder
 ROWS = "rows"  # the stage, and its output folder, through which others depend on ``rows`` of params.yaml
 PLACEHOLDER = "No row needed this file.\n"
 NO_LOG = '{"steps": []}\n'  # nothing to plot

@@ -31,7 +31,7 @@ PARAMS = "params.yaml"
 SECOND = 10**9  # nanoseconds
 FIXES = {  # part of DVC's message -> fix
     "not a git repository": "run: dvc config --local core.no_scm true",
-    "Unable to acquire lock": "where the file system has no locks, run: dvc config --local core.hardlink_lock true",
+    "Unable to acquire lock": "if the file system has no locks, run: dvc config --local core.hardlink_lock true",
 }
 _interrupts: list[int] = []  # signals received by this process (Ctrl-C)
 _alive: list[IO[str]] = []  # the lock file of this process, kept open until it ends

@@ -171,7 +171,7 @@ def in_place(work: Work) -> Iterator[Path]:
     root, folder = work.job.outputs["root"], work.outputs["root"]
     if folder.exists():  # killed after the move
         if root.exists():
-            raise PipelineError(f"{folder}: left by a killed run, but {root} is there too; merge or remove one of them")
+            raise PipelineError(f"{folder}: left by a killed run, but {root} also exists; merge them or remove one")
         folder.rename(root)
     yield root
     root.rename(folder)
