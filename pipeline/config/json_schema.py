@@ -1,6 +1,6 @@
-"""A JSON Schema of params files, by which editors complete and check them while they are written.
+"""A JSON Schema of params files, which lets editors complete and check them.
 
-``python -m pipeline.config.json_schema > params.schema.json`` writes it; the first line of each params file names it.
+``python -m pipeline.config.json_schema > params.schema.json`` generates it. Line 1 of each params file names it.
 It describes types, ranges and names. Contradictions between values are found when a run is planned.
 """
 
@@ -22,7 +22,7 @@ _BOUNDS = {"least": "minimum", "most": "maximum", "above": "exclusiveMinimum", "
 
 
 def params_schema() -> Schema:
-    """The schema of a params file or profile. No key is required: files are laid on each other."""
+    """Return the schema of a params file or profile. No key is required, since several files are merged."""
     blocks: dict[str, Schema] = {}
     top = _fields(Params, blocks)
     sections = {section: top["properties"][section]["additionalProperties"] for section in SECTIONS}
@@ -31,7 +31,7 @@ def params_schema() -> Schema:
 
 
 def _schema(kind: Any, blocks: dict[str, Schema]) -> Schema:
-    """The schema of an annotation, as ``reader.build`` reads it; null is valid, since it removes a key.
+    """Return the schema of an annotated type as ``reader.build`` reads it. Null is valid, since it removes a key.
 
     Args:
         blocks: receives the schema of each dataclass under its name.
