@@ -181,7 +181,9 @@ def train_gallery(results: Results) -> Content:
 def _row_with_maps(results: Results) -> str | None:
     """Row shown in the gallery: the selected row if it has maps, else a row trained on its output, else the first."""
     method, rows = results.params.method, results.rows
-    chains = {row: references.ancestors(results.params, chain["maps"]) for row, chain in rows.items() if "maps" in chain}
+    chains = {
+        row: references.ancestors(results.params, chain["maps"]) for row, chain in rows.items() if "maps" in chain
+    }
     if method in chains:
         return method
     return next((row for row, chain in chains.items() if chain[0] == f"one_step/{method}"), next(iter(chains), None))
