@@ -18,7 +18,7 @@ reproduce: $(INSTALLED)
 	@echo && cat results/demo/logs/report.log && echo "Report with pictures: results/demo/report.html"
 
 test: lint
-	python -m pytest --numprocesses auto --dist loadfile
+	python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	ruff check
