@@ -1,8 +1,10 @@
 """Snakemake and DVC over the same stages: each knows what the other has done, and nothing stale passes for done."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -312,20 +314,34 @@ def test_wrong_params_are_refused_in_a_line(project: Path) -> None:
 
 
 def test_a_killed_snakemake_is_started_again_without_ado(project: Path) -> None:
-    """Killed outright it leaves its locks and a stage still at work, for which the next one waits."""
-    model = "results/demo/classifiers/base/model.pt"
-    command = ["snakemake", "--config", "seed=2", "--", model]
-    log = project / "results/demo/logs/classifiers/base.log"
-    log.unlink()
+    """Killed outright it leaves its locks and a stage still at work, for which the next one waits.
+
+    The stage is suspended until the next one waits: it might be done before Snakemake has planned.
+    """
+    folder = project / "results/demo/classifiers/base"
+    command = ["snakemake", "--config", "seed=2", "--", "results/demo/classifiers/base/model.pt"]
+    lock, log = folder / ".lock-classifier", project / "results/demo/logs/classifiers/base.log"
+    lock.unlink()
     with subprocess.Popen(
         command, cwd=project, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
     ) as first:
-        while not log.exists():
-            time.sleep(0.05)
+        while not (lock.exists() and lock.read_text()):
+            time.sleep(0.02)
             assert first.poll() is None
+        stage = int(lock.read_text())
+        os.kill(stage, signal.SIGSTOP)
         first.kill()
     assert any((project / ".snakemake/locks").iterdir())
-    text = run(project, *command)
+    with subprocess.Popen(
+        command, cwd=project, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as second:
+        try:
+            while f"waiting for process {stage}" not in log.read_text():
+                time.sleep(0.02)
+                assert second.poll() is None
+        finally:
+            os.kill(stage, signal.SIGCONT)
+        text, _ = second.communicate()
     assert "1 of 1 steps (100%) done" in text
     assert planned(project, *command[1:]) == set()
 
