@@ -43,6 +43,12 @@ def copy(folder: Path, git: bool) -> Path:
     return folder
 
 
+def link_code(folder: Path) -> None:
+    """Link the project's code into ``folder``, so that stages can be started there."""
+    for part in ("pipeline", "stages"):
+        (folder / part).symlink_to(ROOT / part)
+
+
 def environment() -> dict[str, str]:
     """This process's, with this environment's tools first, a git author, and nothing of a DVC or git around it."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "GIT_"))}

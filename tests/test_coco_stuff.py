@@ -28,7 +28,7 @@ from pipeline.workflow.graph import Graph, stale
 from pipeline.workflow.stage import run
 from stages import coco_stuff, evaluation, ground_truth, index
 from stages.coco_stuff import main
-from tests.project import ROOT
+from tests.project import ROOT, link_code
 from tests.voc_tree import minimal_params
 
 scipy_io = pytest.importorskip("scipy.io", reason="scipy is not installed; it writes COCO-Stuff's annotations")
@@ -214,8 +214,7 @@ def test_the_index_accepts_the_dataset() -> None:
 @pytest.fixture
 def raw() -> dict[str, Any]:
     """Params of a run on the converted dataset, also written to params.yaml."""
-    for part in ("pipeline", "stages"):
-        Path(part).symlink_to(ROOT / part)
+    link_code(Path())
     dataset = Dataset(root=str(VOC), masks="SegmentationClass", coco_stuff=str(SOURCE))
     params = minimal_params(dataset)
     Path("params.yaml").write_text(yaml.safe_dump(params))

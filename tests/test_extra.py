@@ -23,7 +23,7 @@ from pipeline.stores.raster import RasterStore, RasterWriter
 from pipeline.workflow.graph import Graph, stale
 from pipeline.workflow.stage import run
 from stages import ground_truth, index, mixture, segmentation
-from tests.project import ROOT
+from tests.project import link_code
 from tests.voc_tree import make_tree, minimal_params
 
 LISTED = ["img_000", "img_001", "img_002", "img_003"]
@@ -40,8 +40,7 @@ def picture(path: Path, size: tuple[int, int] = (20, 28)) -> None:
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     """Four training images in data/, and more/ with two cats, a bird and files to be skipped."""
     monkeypatch.chdir(tmp_path)
-    for part in ("pipeline", "stages"):
-        (tmp_path / part).symlink_to(ROOT / part)
+    link_code(tmp_path)
     tree = make_tree(Path("data"))
     for name in ("cat/zebra_1.jpg", "cat/cat_9.PNG", "bird/a_bird.jpeg"):
         picture(Path("more", name))

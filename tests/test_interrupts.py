@@ -19,7 +19,7 @@ from pipeline import interrupts
 from pipeline.stores.files import sha256
 from pipeline.workflow.stage import run
 from stages import index
-from tests.project import ROOT
+from tests.project import link_code
 from tests.voc_tree import make_tree, minimal_params
 
 CLASSIFIER = Path("results/test/classifiers/base")
@@ -37,8 +37,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for part in ("pipeline", "stages"):
-            (folder / part).symlink_to(ROOT / part)
+        link_code(folder)
         params: dict[str, Any] = minimal_params(make_tree(Path("data"), train=160))
         training = {"batch_size": 20, "lr": 0.05, "epochs": 4, "accumulation": 2}
         params["classifiers"]["base"] = {"backbone": {"name": "small"}, "training": training}

@@ -18,7 +18,7 @@ from pipeline.config.params import load
 from pipeline.workflow.graph import Graph
 from pipeline.workflow.stage import run
 from stages import ground_truth, index
-from tests.project import ROOT
+from tests.project import link_code
 from tests.voc_tree import make_tree, minimal_params
 
 EPOCHS = {"classifier": 60, "refinement": 90, "segmentation": 120, "one_step": 40, "affinity": 90}
@@ -36,8 +36,7 @@ SHORT = {section: {"drs": {"training": {"epochs": 2}}} for section in ("classifi
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a small dataset, its index and masks, and params whose trainings last seconds."""
     monkeypatch.chdir(tmp_path)
-    for part in ("pipeline", "stages"):
-        (tmp_path / part).symlink_to(ROOT / part)
+    link_code(tmp_path)
     params: dict[str, Any] = minimal_params(make_tree(Path("data"), train=14))
     small = {
         section: {"backbone": {"name": "small"}, "training": {"batch_size": 4, "lr": 0.05, "epochs": epochs}}

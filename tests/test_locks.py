@@ -14,7 +14,7 @@ from pipeline.stores import locks
 from pipeline.workflow import snakemake
 from pipeline.workflow.stage import run
 from stages import index
-from tests.project import ROOT
+from tests.project import ROOT, link_code
 from tests.voc_tree import make_tree, minimal_params
 
 NUMBERS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -61,8 +61,7 @@ def test_a_stage_runs_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for part in ("pipeline", "stages"):
-        (tmp_path / part).symlink_to(ROOT / part)
+    link_code(tmp_path)
     Path("params.yaml").write_text(yaml.safe_dump(minimal_params(make_tree(Path("data")))))
     run("index", index.main, [])
     assert Path("results/test/index/index.json").exists()

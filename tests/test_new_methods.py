@@ -32,7 +32,7 @@ from pipeline.stores.raster import RasterStore
 from pipeline.training import models
 from pipeline.workflow.stage import run
 from stages import classifier, evaluation, features, ground_truth, index, localization, one_step, prediction, refinement
-from tests.project import ROOT
+from tests.project import ROOT, link_code
 from tests.test_one_step import AGEN
 from tests.test_report import RAW, experiment
 from tests.voc_tree import make_tree, minimal_params
@@ -124,8 +124,7 @@ def toys() -> Iterator[None]:
 def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Params of a small tree in the working directory, with a block of each toy."""
     monkeypatch.chdir(tmp_path)
-    for part in ("pipeline", "stages"):
-        (tmp_path / part).symlink_to(ROOT / part)
+    link_code(tmp_path)
     params = minimal_params(make_tree(Path("data")))
     training = {"batch_size": 2, "lr": 0.02, "epochs": 2, "lr_new": 1.0}
     small = {"backbone": {"name": "small"}, "training": training, "head": {"convs": 0}}

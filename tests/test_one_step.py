@@ -22,7 +22,7 @@ from pipeline.workflow import dvc
 from pipeline.workflow.graph import Graph
 from pipeline.workflow.stage import run
 from stages import evaluation, ground_truth, index, localization, one_step, prediction, pseudo_labels
-from tests.project import ROOT
+from tests.project import link_code
 from tests.test_report import RAW, experiment, training_logs
 from tests.voc_tree import make_tree, minimal_params
 
@@ -45,8 +45,7 @@ LEARNER: dict[str, Any] = {
 def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Params of a small tree in the working directory, with a one-step network and its two-step form."""
     monkeypatch.chdir(tmp_path)
-    for part in ("pipeline", "stages"):
-        (tmp_path / part).symlink_to(ROOT / part)
+    link_code(tmp_path)
     params = minimal_params(make_tree(Path("data")))
     params["one_step"] = {"agen": copy.deepcopy(LEARNER)}
     params["localizations"]["agen"] = {"model": "one_step/agen", "normalise": "none"}

@@ -26,7 +26,7 @@ from pipeline.workflow.graph import Graph
 from pipeline.workflow.stage import run
 from stages import classifier, evaluation, ground_truth, index, localization, prediction, pseudo_labels, saliency
 from stages import segmentation as segmentation_stage
-from tests.project import ROOT
+from tests.project import link_code
 from tests.voc_tree import make_tree, minimal_params
 
 
@@ -94,8 +94,7 @@ def registered() -> Iterator[None]:
 def test_from_tags_to_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No other file names them: params, graph, stages and report find them by the registry."""
     monkeypatch.chdir(tmp_path)
-    for part in ("pipeline", "stages"):
-        (tmp_path / part).symlink_to(ROOT / part)
+    link_code(tmp_path)
     raw = minimal_params(make_tree(Path("data")), Path("data/Saliency"))
     raw["classifiers"]["base"] |= {"backbone": {"name": "strided", "output_stride": 4}, "head": {"convs": 0}}
     raw["pseudo_labels"]["cam"]["rule"] = {"brightest": {"level": 0.6}}

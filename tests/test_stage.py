@@ -17,7 +17,7 @@ from pipeline.stores.files import partial, publish
 from pipeline.workflow.graph import Graph, is_fresh
 from pipeline.workflow.stage import Work, execute, progress, run
 from stages import classifier, index, localization, saliency
-from tests.project import ROOT
+from tests.project import link_code
 from tests.voc_tree import make_tree, minimal_params
 
 RESULTS = Path("results/test")
@@ -28,8 +28,7 @@ BASE = RESULTS / "classifiers/base"
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a dataset, params.yaml, the index, and this project's own code."""
     monkeypatch.chdir(tmp_path)
-    for part in ("pipeline", "stages"):
-        (tmp_path / part).symlink_to(ROOT / part)
+    link_code(tmp_path)
     params = minimal_params(make_tree(Path("data")))
     params["classifiers"]["other"] = params["classifiers"]["base"]
     Path("params.yaml").write_text(yaml.safe_dump(params))
