@@ -28,7 +28,7 @@ lint: $(INSTALLED)
 	snakemake --lint
 
 clean:
-	rm -rf data/demo results/demo metrics.json .snakemake
+	rm -rf data/demo results/demo results/.hashes metrics.json .snakemake
 
 $(INSTALLED): requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 with venv on the PATH; install one or set PYTHON"; exit 1; }

@@ -20,6 +20,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from pipeline.stores.files import sha256
+
 HEIGHT, WIDTH, CLASSES = 375, 500, 20
 
 
@@ -27,6 +29,7 @@ def write_index(folder: Path, images: int) -> Path:
     """Write an index of ``images`` ids that share one file; return its path."""
     picture = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8)
     cv2.imwrite(str(folder / "image.jpg"), picture)
+    digest = sha256(folder / "image.jpg")
     random = np.random.default_rng(0)
     names = [f"image_{number:07d}" for number in range(images)]
     entries = {}
@@ -39,7 +42,7 @@ def write_index(folder: Path, images: int) -> Path:
             "tags": sorted(tags.tolist()),
             "mask": None,
             "saliency": None,
-            "sha256": "0" * 64,
+            "sha256": digest,
         }
     index = {
         "root": str(folder),

@@ -1,12 +1,11 @@
 """Convert COCO-Stuff 10k into a dataset in VOC layout at dataset.root."""
 
 from pipeline.data.coco_stuff import convert
-from pipeline.workflow.stage import Work, in_place, progress, run
+from pipeline.workflow.stage import Work, progress, run
 
 
 def main(work: Work) -> None:
-    with in_place(work) as root:
-        left_out = convert(work.inputs["coco_stuff"], root, progress)
+    left_out = convert(work.inputs["coco_stuff"], work.outputs["root"], progress)
     print(f"{work.job.label}: {left_out} training images without any VOC class were left out", flush=True)
 
 

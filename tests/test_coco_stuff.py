@@ -22,7 +22,8 @@ from pipeline.data.coco_stuff import convert
 from pipeline.data.index import Index
 from pipeline.data.palette import voc_palette
 from pipeline.errors import PipelineError
-from pipeline.stores.files import partial
+from pipeline.stores import manifest
+from pipeline.stores.files import sha256
 from pipeline.stores.raster import RasterStore
 from pipeline.workflow.graph import Graph, stale
 from pipeline.workflow.stage import run
@@ -242,6 +243,7 @@ def test_the_stages_up_to_the_scores(raw: dict[str, Any], capsys: pytest.Capture
     predictions = Path("results/test/predictions/cam/labels.h5")
     predictions.parent.mkdir(parents=True)
     shutil.copy(masks, predictions)  # perfect predictions, also on test images without tags
+    manifest.write(predictions.parent, stage="prediction cam", outputs={predictions.name: sha256(predictions)})
     run("evaluation", evaluation.main, ["predictions/cam"])
     scores = json.loads(Path("results/test/evaluation/predictions/cam/scores.json").read_text())
     assert (scores["images"], scores["miou"]) == (2, 1.0)
@@ -265,9 +267,11 @@ def test_another_source_is_converted_again_and_a_missing_one_refused(
     assert capsys.readouterr().err == f"error: coco: missing (coco_stuff of coco_stuff); {fix}\n"
 
 
-@pytest.mark.parametrize("images", range(len(STUFF) + 1))
-def test_killed_it_starts_over(raw: dict[str, Any], images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kill comes after any image, or (last case) between the move to the temporary name and the publication."""
+@pytest.mark.parametrize("images", range(len(STUFF)))
+def test_killed_it_starts_over(
+    raw: dict[str, Any], images: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kill comes after any image. Until the conversion is run again, the index refuses the dataset."""
 
     def killed(items: Any, *_: Any) -> Any:
         for number, item in enumerate(items):
@@ -275,16 +279,20 @@ def test_killed_it_starts_over(raw: dict[str, Any], images: int, monkeypatch: py
                 raise KeyboardInterrupt
             yield item
 
-    if images < len(STUFF):
+    for force in ([], ["--force"]):  # a first conversion, and one over a finished one
         with monkeypatch.context() as patch:
             patch.setattr(coco_stuff, "progress", killed)
             with pytest.raises(KeyboardInterrupt):
-                run("coco_stuff", main, [])
-        assert not (VOC / "tags.json").exists()
-    else:
-        convert(SOURCE, partial(VOC))
-    assert "coco_stuff" in stages_behind()
-    run("coco_stuff", main, [])
+                run("coco_stuff", main, force)
+        assert (VOC / "tags.json").exists() == bool(force)
+        assert "coco_stuff" in stages_behind()
+        with pytest.raises(SystemExit):
+            run("index", index.main, ["--force"])
+        line = f"error: {VOC}: is not finished; run the stage coco_stuff (again)\n"
+        assert capsys.readouterr().err == line
+        run("coco_stuff", main, [])
+        run("index", index.main, [])
+        assert not {"coco_stuff", "index"} & stages_behind()
     assert read("train") == TRAIN[:2]
     assert [np.array_equal(mask(name), spread(values, np.uint8)) for name, values in WANTED.items()] == [True] * 5
     assert [path.name for path in VOC.parent.iterdir()] == ["voc"]

@@ -48,8 +48,12 @@ def names(paths: Any) -> frozenset[str]:
 
 
 def planned(graph: Graph) -> set[Rule]:
-    """The rules that Snakemake should have: a manifest replaces a dataset, which depends on its stage's file."""
+    """The rules that Snakemake should have: a manifest replaces a dataset, which depends on its stage's file.
+
+    It also replaces the saliency maps in the dataset's folder.
+    """
     home = {job.outputs["root"]: declared_outputs(job)[0] for job in graph.jobs if job.manifest_folder}
+    home |= {root / "Saliency": file for root, file in home.items()}
     return {
         Rule(
             job.stage,
@@ -78,7 +82,7 @@ def test_snakemake_states_the_graph(run: str, tmp_path: Path) -> None:
     graph = graph_of(RUNS[run])
     dataset = graph.params.dataset
     if source := dataset.coco_stuff or (None if dataset.demo or dataset.download else dataset.root):
-        (folder / source).mkdir(parents=True)
+        (folder / source / "Saliency").mkdir(parents=True)
     for path in {path for job in graph.jobs for key, path in job.inputs.items() if key.startswith("weights of")}:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).touch()

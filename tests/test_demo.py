@@ -129,16 +129,18 @@ def test_saliency_files_are_grey_and_of_the_images_size(root: Path) -> None:
 
 def stage_work(tmp_path: Path) -> Work:
     job = Job("demo", "", {}, {"root": tmp_path / "demo"}, {}, Demo(train=2, evaluation=1, size=48), tmp_path)
-    return Work(job, {}, {"root": tmp_path / ".demo.partial"}, Runtime(), "", tmp_path / "checkpoint")
+    return Work(job, {}, job.outputs, Runtime(), "", tmp_path / "checkpoint")
 
 
 def test_the_stage_starts_afresh(tmp_path: Path) -> None:
-    """Files of an interrupted run in the temporary folder do not enter the dataset."""
+    """Files of an interrupted run do not enter the dataset."""
     work = stage_work(tmp_path)
     images = work.outputs["root"] / "JPEGImages"
-    images.mkdir(parents=True)
-    (images / "demo_99999.jpg").touch()
+    generate(work.outputs["root"], Demo(train=5, evaluation=1, size=48))
+    (work.outputs["root"] / "link").symlink_to(tmp_path)
     demo.main(work)
+    assert tmp_path.exists()
+    assert not (work.outputs["root"] / "link").exists()
     assert sorted(path.name for path in images.iterdir()) == [f"demo_0000{number}.jpg" for number in range(3)]
 
 
@@ -148,8 +150,10 @@ def test_the_stage_replaces_a_demo_but_not_user_images(tmp_path: Path) -> None:
     demo.main(work)
     assert (work.outputs["root"] / "tags.json").exists()
     shutil.rmtree(tmp_path / "demo")
-    (tmp_path / "demo").mkdir()
-    demo.main(work)  # an empty folder may be used
+    (tmp_path / "demo" / "lost+found").mkdir(parents=True)
+    demo.main(work)  # an empty folder may be used, such as the top of a file system
+    assert (tmp_path / "demo" / "lost+found").exists()
+    (tmp_path / "demo" / "GENERATED.txt").unlink()
     (tmp_path / "demo" / "mine.jpg").touch()
     with pytest.raises(PipelineError, match=r"demo: contains something other .*; set dataset\.demo to null"):
         demo.main(work)

@@ -22,7 +22,6 @@ from pipeline.data.download import Archive, Release, download, is_complete, voc2
 from pipeline.data.palette import voc_palette
 from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
-from pipeline.stores.files import partial
 from pipeline.workflow.graph import Job
 from pipeline.workflow.stage import execute
 from stages import download as stage
@@ -249,21 +248,6 @@ def test_the_stage_leaves_other_files_alone(tmp_path: Path, release: Release, mo
     execute(job(tmp_path), stage.main, Runtime())
     assert is_complete(tmp_path / "data/voc", release)
     assert saliency.read_bytes() == b"map"
-
-
-def test_the_stage_recovers_the_folder_that_a_killed_run_moved(
-    tmp_path: Path, release: Release, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stage, "voc2012_aug", lambda: release)
-    root = tmp_path / "data/voc"
-    download(release, partial(root))
-    (tmp_path / "source/voc.tar").unlink()
-    execute(job(tmp_path), stage.main, Runtime())
-    assert is_complete(root, release)
-    partial(root).mkdir()
-    with pytest.raises(PipelineError, match=r"left by a killed run, but .* also exists; merge them or remove one"):
-        execute(job(tmp_path), stage.main, Runtime(), force=True)
-    assert is_complete(root, release)
 
 
 def test_the_release_uses_torchvisions_addresses() -> None:

@@ -19,6 +19,8 @@ from pipeline.data.images import read_rgb
 from pipeline.data.index import Index
 from pipeline.errors import PipelineError
 from pipeline.report import protocol
+from pipeline.stores import manifest
+from pipeline.stores.files import sha256
 from pipeline.stores.raster import RasterStore, RasterWriter
 from pipeline.workflow.graph import Graph, stale
 from pipeline.workflow.stage import run
@@ -229,6 +231,12 @@ def test_a_mixture_draws_its_share_of_all_among_the_images_with_masks(
     with RasterWriter(folder / "labels.h5", "labels") as writer:
         for name in LISTED + EXTRA:
             writer.append(name, np.full((2, 2), 77, np.uint8))
+    with pytest.raises(SystemExit):
+        run("mixture", mixture.main, ["half"])
+    labels = folder / "labels.h5"
+    line = f"error: {labels}: has no manifest, since its stage was interrupted; run its stage again\n"
+    assert capsys.readouterr().err == line
+    manifest.write(folder, stage="pseudo_labels cam", outputs={labels.name: sha256(labels)})
     run("mixture", mixture.main, ["half"])
     store = RasterStore(Path("results/test/mixtures/half/labels.h5"))
     assert store.ids == LISTED + EXTRA

@@ -1,5 +1,6 @@
 """Training inputs: unchanged files, and batches that do not depend on the loading process."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,27 @@ class TestFiles:
         expected = (np.array([250, 120, 10]) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         np.testing.assert_allclose(normalise(rgb)[:, 2, 3].numpy(), expected, rtol=1e-5)
 
-    @pytest.mark.parametrize("harm", ["missing", "other size", "no image"])
-    def test_a_file_that_differs_from_the_index_is_refused(self, tmp_path: Path, harm: str) -> None:
+    @pytest.mark.parametrize(
+        ("harm", "fault"),
+        [
+            ("missing", "cannot be read (No such file or directory); restore it, or run the index stage again"),
+            ("FIFO", "cannot be read (Not a regular file); restore it, or run the index stage again"),
+            ("other size", "differs from the indexed image; run the index stage again"),
+            ("no image", "differs from the indexed image; run the index stage again"),
+            ("empty", "differs from the indexed image; run the index stage again"),
+        ],
+    )
+    def test_a_file_that_differs_from_the_index_is_refused(self, tmp_path: Path, harm: str, fault: str) -> None:
         path = tmp_path / "a.png"
         if harm == "other size":
             cv2.imwrite(str(path), np.zeros((6, 5, 3), np.uint8))
-        elif harm == "no image":
-            path.write_text("text")
-        with pytest.raises(PipelineError, match=r"a\.png: differs from the indexed image; run the index stage"):
+        elif harm == "FIFO":
+            os.mkfifo(path)
+        elif harm != "missing":
+            path.write_text("" if harm == "empty" else "text")
+        with pytest.raises(PipelineError) as caught:
             read_rgb(Image("a", path, 5, 6, (1,), None, None))
+        assert caught.value.lines == (f"{path}: {fault}",)
 
 
 SETTINGS = Augmentation(scale=(0.7, 1.4), jitter=(0.3, 0.3, 0.3, 0.1), crop=20)

@@ -26,6 +26,7 @@ class External:
 
     key: str  # the key of params.yaml that holds the path
     fix: str  # the fix to suggest if the path does not exist
+    saliency_kind: str = ""  # the path is read only if saliency.kind has this value
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Stage:
     settings: str = ""  # key of params.yaml that holds the settings, if they are not a block
     params: tuple[str, ...] = ()  # other keys of params.yaml that the results depend on
     external: tuple[str, ...] = ()  # keys of EXTERNAL: user-supplied inputs
+    keeps_user_files: bool = False  # its output folder may hold files of the user, such as saliency maps
     trains: bool = False
     gpu: bool = False
     threads: int = 1  # threads on a cluster node or a machine with a GPU
@@ -85,7 +87,8 @@ EXTERNAL = {
     "root": External("dataset.root", "put the dataset there, or correct dataset.root"),
     "extra": External("dataset.extra", "put the images there, or correct dataset.extra"),
     "coco_stuff": External("dataset.coco_stuff", "unpack COCO-Stuff 10k v1.1 there, or correct dataset.coco_stuff"),
-    "store": External("saliency.path", "put the file there, or correct saliency.path"),
+    "maps of saliency": External("saliency.path", "put the maps there, or correct saliency.path", "folder"),
+    "store": External("saliency.path", "put the file there, or correct saliency.path", "store"),
 }
 KINDS = {
     "maps": Kind("Maps", "train"),
@@ -110,9 +113,15 @@ def _on_gpu(stage: Stage) -> Stage:
 
 _TABLE = (
     Stage("demo", "dataset", settings="dataset.demo"),
-    Stage("download", "dataset", settings="dataset.download"),
-    Stage("coco_stuff", "dataset", external=("coco_stuff",)),
-    Stage("index", "index", writes=("index.json",), params=("dataset", "saliency"), external=("root", "extra")),
+    Stage("download", "dataset", settings="dataset.download", keeps_user_files=True),
+    Stage("coco_stuff", "dataset", external=("coco_stuff",), keeps_user_files=True),
+    Stage(
+        "index",
+        "index",
+        writes=("index.json",),
+        params=("dataset", "saliency"),
+        external=("root", "extra", "maps of saliency"),
+    ),
     Stage("ground_truth", "ground_truth", _INDEX, ("labels.h5",)),
     Stage(
         "saliency",

@@ -16,6 +16,7 @@ from pipeline.data.checks import IGNORE, InvalidFile, image_size, mask_values, s
 from pipeline.data.faults import Faults, hint
 from pipeline.data.tags import IMAGE_SUFFIXES, Tags, read_list, read_tags
 from pipeline.data.voc import CLASSES
+from pipeline.stores.files import read_regular
 from pipeline.stores.raster import Raster
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # items, label, number of items
@@ -110,7 +111,7 @@ def read_classes(root: Path, classes: str, faults: Faults) -> list[str]:
         return list(CLASSES)
     path = root / classes
     try:
-        names = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        names = [line.strip() for line in read_regular(path).decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         faults.add("classes", f"{path}: cannot be read ({error}); write one class name a line, or set dataset.classes")
         return []
@@ -144,7 +145,7 @@ def _read_extra(folder: Path, classes: Sequence[str], faults: Faults) -> ExtraIm
     """Collect the images of the class-named subfolders (not recursive), sorted by class id and image id."""
     faults_before = len(faults)
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(name for name in os.listdir(folder) if os.path.isdir(folder / name) and not name.startswith("."))
     except OSError as error:
         faults.add("folder", f"{folder}: cannot be listed ({error.strerror}); create it or correct dataset.extra")
         return ExtraImages()
@@ -156,9 +157,11 @@ def _read_extra(folder: Path, classes: Sequence[str], faults: Faults) -> ExtraIm
     for class_id, name in enumerate(classes, 1):
         stems = _files_by_stem(folder / name, IMAGE_SUFFIXES, "dataset.extra", faults) if name in names else {}
         for stem, files in sorted((stems or {}).items()):
-            if not stem.startswith("."):
-                extra.files.setdefault(stem, []).extend(files)
-                extra.tags.setdefault(stem, (class_id,))
+            if not stem.isprintable():
+                line = f"{str(files[0])!a}: its name is not printable UTF-8 text; rename it"
+                faults.add("name of an image", line)
+            extra.files.setdefault(stem, []).extend(files)
+            extra.tags.setdefault(stem, (class_id,))
     if not extra.files and len(faults) == faults_before:
         line = f"{folder}: no class folder (such as {folder / classes[0]}) holds an image; add some"
         faults.add("extra folder", f"{line}, or set dataset.extra to null")
@@ -227,7 +230,7 @@ def _files_by_stem(folder: Path, suffixes: tuple[str, ...], key: str, faults: Fa
     stems: dict[str, list[Path]] = {}
     for name in names:
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() in suffixes:
+        if suffix.lower() in suffixes and not name.startswith("."):  # hidden files never count (``stores.hashes``)
             stems.setdefault(stem, []).append(folder / name)
     return stems
 
@@ -252,7 +255,7 @@ def _inspect(files: ImageFiles, num_classes: int) -> tuple[dict[str, Any], list[
         entry[key] = None
         try:
             if path is not None:
-                data = path.read_bytes()
+                data = read_regular(path)
                 entry[key] = hashlib.sha256(data).hexdigest()
                 return decode(data)
         except InvalidFile as error:

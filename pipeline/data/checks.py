@@ -4,7 +4,6 @@ OpenCV silently fills the missing part of a truncated JPEG with grey and convert
 therefore parsed up to their end marker first, and Pillow decodes masks and maps.
 """
 
-import hashlib
 import re
 import zlib
 from io import BytesIO
@@ -14,8 +13,8 @@ import cv2
 import numpy as np
 from PIL import Image as Pillow
 
+from pipeline.data.images import read_indexed
 from pipeline.data.index import Image
-from pipeline.errors import PipelineError
 from pipeline.stores.raster import Raster
 
 IGNORE = 255
@@ -77,17 +76,7 @@ def read_mask(image: Image) -> Raster:
     """
     if image.mask is None:
         raise ValueError(f"image {image.id} has no mask")
-    try:
-        data = image.mask.read_bytes()
-    except OSError as error:
-        raise PipelineError(f"{image.mask}: cannot be read ({error.strerror}); run the index stage again") from None
-    actual = hashlib.sha256(data).hexdigest()
-    if actual != image.mask_sha256:
-        raise PipelineError(
-            f"{image.mask}: changed since it was indexed: sha256 is {actual}, the index says {image.mask_sha256}; "
-            "run the index stage again"
-        )
-    return mask_values(data)
+    return mask_values(read_indexed(image.mask, image.mask_sha256))
 
 
 def _grey(data: bytes, modes: tuple[str, ...], wanted: str) -> Raster:

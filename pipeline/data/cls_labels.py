@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.stores.files import open_regular
+
 _NUMBERS = {"b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
 
 
@@ -86,7 +88,7 @@ def load(path: Path) -> dict[str, NDArray[Any]]:
         OSError: the file cannot be read.
         ValueError: the file is damaged, is not such a dict, or contains anything but numeric arrays.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         try:
             content = _content(file)
         except OSError:

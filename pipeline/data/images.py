@@ -1,4 +1,10 @@
-"""Image decoding without torch, so that label and saliency workers start quickly."""
+"""Reading of indexed files without torch, so that label and saliency workers start quickly.
+
+Every image, mask and saliency map that a stage after the index reads passes ``read_indexed``.
+"""
+
+import hashlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -6,15 +12,41 @@ from numpy.typing import NDArray
 
 from pipeline.data.index import Image
 from pipeline.errors import PipelineError
+from pipeline.stores.files import read_regular
+
+
+def read_indexed(path: Path, sha256: str | None) -> bytes:
+    """Read a file of the dataset after comparing it with its hash in the index, if that has one.
+
+    Raises:
+        PipelineError: the file cannot be read, or it has changed since it was indexed.
+    """
+    try:
+        content = read_regular(path)
+    except OSError as error:
+        raise PipelineError(
+            f"{path}: cannot be read ({error.strerror}); restore it, or run the index stage again"
+        ) from None
+    actual = hashlib.sha256(content).hexdigest()
+    if sha256 not in (None, actual):
+        raise PipelineError(
+            f"{path}: changed since it was indexed: sha256 is {actual}, the index says {sha256}; "
+            "run the index stage again"
+        )
+    return content
 
 
 def read_rgb(image: Image) -> NDArray[np.uint8]:
     """Read an image as H x W x 3 uint8; EXIF orientation is not applied.
 
     Raises:
-        PipelineError: the file cannot be decoded or does not have the indexed size.
+        PipelineError: the file differs from the one that was indexed, or it cannot be decoded to the indexed size.
     """
-    bgr = cv2.imread(str(image.file), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    content = np.frombuffer(read_indexed(image.file, image.sha256), np.uint8)
+    try:
+        bgr = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:  # the file is empty, or has more pixels than OpenCV accepts
+        bgr = None
     if bgr is None or bgr.shape[:2] != (image.height, image.width):
         raise PipelineError(f"{image.file}: differs from the indexed image; run the index stage again")
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from xml.etree import ElementTree
 
 from pipeline.data import cls_labels
 from pipeline.data.faults import Faults, hint
+from pipeline.stores.files import read_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -64,7 +66,7 @@ def read_tags(path: Path, classes: Sequence[str], ids: Collection[str], faults: 
         ids: images whose annotations are read from a folder. Tag files are always read and checked completely.
     """
     resolver = _Resolver(path, classes, faults)
-    if path.is_dir():
+    if os.path.isdir(path):
         _read_folder(path, ids, resolver)
         source = f"{path.name}/*.xml (objects, difficult ones included)"
     elif path.suffix == ".npy":
@@ -119,7 +121,7 @@ class _Resolver:
 
 def _read_text(path: Path, kind: str, faults: Faults) -> str | None:
     try:
-        return path.read_text("utf-8-sig")
+        return read_regular(path).decode("utf-8-sig")
     except OSError as error:
         faults.add(kind, f"{path}: cannot be read as {kind} ({error.strerror}); correct its path in params.yaml")
     except UnicodeDecodeError:
@@ -193,7 +195,7 @@ def _read_folder(folder: Path, ids: Iterable[str], resolver: _Resolver) -> None:
     for name in ids:
         file = folder / f"{name}.xml"
         try:
-            objects = ElementTree.parse(file).getroot().findall("object")
+            objects = ElementTree.fromstring(read_regular(file)).findall("object")
         except FileNotFoundError:
             continue  # untagged; build_index reports it if it needs tags
         except (OSError, ElementTree.ParseError) as error:

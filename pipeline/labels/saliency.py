@@ -1,6 +1,5 @@
 """Saliency maps: user-supplied files or stores, and two OpenCV detectors that need no weights."""
 
-import hashlib
 from typing import Any
 
 import cv2
@@ -8,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.checks import InvalidFile, saliency_values
+from pipeline.data.images import read_indexed
 from pipeline.data.index import Image
 from pipeline.errors import PipelineError
 from pipeline.stores.raster import Raster, RasterStore
@@ -30,14 +30,9 @@ def read_file(image: Image) -> Raster:
     if path is None:
         raise ValueError(f"image {image.id} has no saliency map")
     try:
-        data = path.read_bytes()
-        raster = saliency_values(data)
-    except OSError as error:
-        raise PipelineError(f"{path}: cannot be read ({error.strerror}); run the index stage again") from None
+        raster = saliency_values(read_indexed(path, image.saliency_sha256))
     except InvalidFile as error:
         raise PipelineError(f"{path}: {error}") from None
-    if image.saliency_sha256 not in (None, hashlib.sha256(data).hexdigest()):
-        raise PipelineError(f"{path}: changed since it was indexed; run the index stage again")
     return _checked_size(raster, str(path), image)
 
 

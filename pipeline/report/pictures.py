@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
-from pipeline.errors import PipelineError
 
 Pixels = NDArray[np.uint8]
 LONG_SIDE = 264  # pixels; the page shows pictures at half this size, so they are sharp on high-density screens
@@ -32,15 +32,13 @@ def read_photo(image: Image) -> Pixels:
     """Read an image as (height, width, 3) RGB, resized to a long side of ``LONG_SIDE`` pixels.
 
     Raises:
-        PipelineError: the file cannot be decoded.
+        PipelineError: the file differs from the one that was indexed.
     """
-    image_bgr = cv2.imread(str(image.file), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image_bgr is None:
-        raise PipelineError(f"{image.file}: is not the image that was indexed; run the index stage again")
-    factor = LONG_SIDE / max(image_bgr.shape[:2])
-    size = max(1, round(image_bgr.shape[1] * factor)), max(1, round(image_bgr.shape[0] * factor))
-    filtered = cv2.resize(image_bgr, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
-    return np.asarray(cv2.cvtColor(filtered, cv2.COLOR_BGR2RGB), np.uint8)
+    rgb = read_rgb(image)
+    factor = LONG_SIDE / max(rgb.shape[:2])
+    size = max(1, round(rgb.shape[1] * factor)), max(1, round(rgb.shape[0] * factor))
+    filtered = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    return np.asarray(filtered, np.uint8)
 
 
 def overlay(photo: Pixels, maps: Mapping[int, Pixels]) -> Pixels:

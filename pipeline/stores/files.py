@@ -1,43 +1,41 @@
-"""File hashes and atomic writes."""
+"""File hashes, safe opening and atomic writes."""
 
+import errno
 import hashlib
 import os
-import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
-SOURCES = (".py", ".j2", ".css")  # suffixes of source files: Python, report templates and style sheet
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading, following links. Anything else could block: a FIFO waits for a writer.
+
+    Raises:
+        OSError: the file cannot be opened, or it is not a regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a regular file; raises what ``open_regular`` raises."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
+    """Hex sha256 of a file's bytes; raises what ``open_regular`` raises."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint(path: Path) -> str:
-    """Identify an input: sha256 of a file, or of a folder's sorted (path, size) listing.
-
-    Files in a folder are not read: the index already has the hash of every image. Hidden files are skipped.
-    """
-    if not path.is_dir():
-        return sha256(path)
-    digest = hashlib.sha256()
-    for entry in sorted(_walk(path, "")):
-        digest.update(f"{entry[0]}\0{entry[1]}\n".encode())
-    return digest.hexdigest()
-
-
-def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
-            else:
-                yield prefix + entry.name, entry.stat().st_size
 
 
 def partial(path: Path) -> Path:
@@ -46,16 +44,19 @@ def partial(path: Path) -> Path:
 
 
 def publish(path: Path) -> None:
-    """Flush ``partial(path)`` to disk and rename it to ``path``; a folder replaces an existing one."""
+    """Flush ``partial(path)`` to disk and rename it to ``path``."""
     temporary = partial(path)
-    if temporary.is_dir() and path.exists():
-        shutil.rmtree(path)
-    descriptor = os.open(temporary, os.O_RDONLY)
+    flush(temporary)
+    os.replace(temporary, path)
+
+
+def flush(path: Path) -> None:
+    """Flush a file's content, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.replace(temporary, path)
 
 
 @contextmanager

@@ -25,10 +25,11 @@ from pipeline.workflow.graph import Graph, Job, is_fresh
 HEADER = """\
 # Generated from pipeline/config/stage_table.py. To regenerate: python -m pipeline.workflow.dvc > dvc.yaml
 # Each block must set its own source, model or labels: DVC cannot resolve dependencies that come from `defaults`.
+# Regenerate it after you set or remove dataset.extra or saliency.path: DVC cannot resolve a missing key.
 """
 RESULTS = "results/${experiment}"
-PARAMS = Path("params.yaml")
-EXCLUDED = ("download", "coco_stuff")  # stages not in dvc.yaml: users may keep other files in their output folder
+PARAMS, DVC_YAML = Path("params.yaml"), Path("dvc.yaml")
+EXCLUDED = tuple(stage.name for stage in STAGES.values() if stage.keeps_user_files)  # stages not in dvc.yaml
 ROWS = "rows"  # the stage, and its output folder, through which others depend on ``rows`` of params.yaml
 PLACEHOLDER = "No row needed this file.\n"
 NO_LOG = '{"steps": []}\n'  # nothing to plot
@@ -57,10 +58,12 @@ _Dumper.add_representer(_Inline, lambda dumper, data: dumper.represent_mapping("
 def document() -> str:
     """Return the text of dvc.yaml."""
     entries = {ROWS: _ROWS}
+    supplied = {(job.stage, name) for job in Graph(_unfiltered()).jobs for name in job.inputs if name in EXTERNAL}
     for stage in STAGES.values():
         if stage.name not in EXCLUDED:
             for folder, section in sections(stage) or [("", "")]:
-                entries[_name(stage, section)] = _stage(stage, folder, section)
+                files = [EXTERNAL[name].key for name in stage.external if (stage.name, name) in supplied]
+                entries[_name(stage, section)] = _stage(stage, folder, section, files)
     texts = [
         yaml.dump({"stages": {key: entry}}, Dumper=_Dumper, sort_keys=False, width=200)
         for key, entry in entries.items()
@@ -78,7 +81,8 @@ def _name(stage: Stage, section: str) -> str:
     return f"{stage.name}_{section}" if len(sections(stage)) > 1 else stage.name
 
 
-def _stage(stage: Stage, folder: str, section: str) -> dict[str, Any]:
+def _stage(stage: Stage, folder: str, section: str, user_files: list[str]) -> dict[str, Any]:
+    """Return the entry of a stage. ``user_files`` are keys of params.yaml that hold paths of its external inputs."""
     key = "${key}" if section else ""
     name = f"{folder}/{key}" if stage.qualified_names else key
     output_folder = "/".join(filter(None, (RESULTS, stage.folder, name)))
@@ -89,7 +93,12 @@ def _stage(stage: Stage, folder: str, section: str) -> dict[str, Any]:
         keys += ["defaults", *SECTIONS]
     body: dict[str, Any] = {
         "cmd": " ".join(filter(None, ("python -m pipeline.workflow.dvc run", stage.name, name))),
-        "deps": [*_data(stage, folder, section, key), f"stages/{stage.name}.py", "pipeline"],
+        "deps": [
+            *(f"${{{key}}}" for key in user_files),
+            *_data(stage, folder, section, key),
+            f"stages/{stage.name}.py",
+            "pipeline",
+        ],
     }
     if keys:
         body["params"] = keys
@@ -111,10 +120,7 @@ def _persistent(file: str, **more: Any) -> dict[str, _Inline]:
 
 
 def _data(stage: Stage, folder: str, section: str, key: str) -> Iterator[str]:
-    """Yield the data files and folders that the stage reads."""
-    for external in stage.external:
-        if external == "root":  # the other keys are optional, and DVC cannot resolve a missing key
-            yield f"${{{EXTERNAL[external].key}}}"
+    """Yield the files and folders that the stage reads and that other stages write."""
     for read in stage.reads.values():
         yield f"{RESULTS}/{read.job or f'${{item.{read.key}}}'}/{read.file}"
     for stem in stage.target_files:
@@ -179,6 +185,11 @@ def run(stage: str, name: str) -> None:
     if is_fresh(job, {}):
         print(f"{job.label}: up to date", flush=True)
         return
+    text = DVC_YAML.read_text("utf-8") if DVC_YAML.exists() else ""
+    for key in {EXTERNAL[key].key for key in job.inputs if key in EXTERNAL}:
+        if f"${{{key}}}" not in text:
+            fix = "to regenerate it: python -m pipeline.workflow.dvc > dvc.yaml"
+            print(f"warning: dvc.yaml does not know {key}, so DVC will not notice changes there; {fix}", flush=True)
     entry = STAGES[stage]
     # DVC runs one job at a time, so a second thread is also useful without a GPU.
     threads = min(len(os.sched_getaffinity(0)), entry.threads if runtime.gpus() else max(2, entry.local_threads))

@@ -5,13 +5,14 @@ inputs, parameters and code that produced them. The job is up to date if they ar
 """
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from pipeline.config import params as parameters
 from pipeline.config import references
@@ -20,8 +21,15 @@ from pipeline.config.schema import PREPARATION_STAGES, Backbone, Params, backbon
 from pipeline.config.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, Stage
 from pipeline.errors import PipelineError
 from pipeline.stores import manifest
-from pipeline.stores.files import fingerprint
+from pipeline.stores.hashes import fingerprint
 from pipeline.workflow import closure
+
+
+class Part(NamedTuple):
+    """What a stage reads of an input folder: files, and folders with the number of levels of folders."""
+
+    paths: tuple[Path, ...]
+    depth: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +45,9 @@ class Job:
     manifest_folder: Path | None = None  # only for a dataset
     section: str = ""  # section of the block
     used_blocks: tuple[Any, ...] = ()  # other blocks whose implementations run, such as those of networks that it loads
+    parts: Mapping[str, "Part"] = field(default_factory=dict)  # input -> what is read of it, if not all of it
+    leaves: tuple[Path, ...] = ()  # outputs that no job reads, and a dataset that only this job writes to
+    writers: Mapping[str, "Job"] = field(default_factory=dict)  # input -> the job that writes it
 
     @property
     def label(self) -> str:
@@ -74,6 +85,16 @@ class Job:
         """SHA-256 of the code that runs, in hexadecimal."""
         return closure.digest(self.source_files)
 
+    def fingerprint(self, name: str) -> str:
+        """Return the hash of an input by content.
+
+        Raises:
+            OSError: it is a file that cannot be read.
+        """
+        if name in self.parts:
+            return fingerprint(*self.parts[name].paths, depth=self.parts[name].depth)
+        return fingerprint(self.inputs[name])
+
     def key(self, output: Path) -> str:
         """Return the key of an output in the manifest: its file name, or ./PATH if it is in another folder."""
         return output.name if output.parent == self.folder else f"./{output.as_posix()}"
@@ -92,14 +113,25 @@ class Graph:
             if stage.targets:
                 self.jobs.extend(self._target_jobs(stage))
         self.jobs.append(self._report())
+        read = {path for job in self.jobs for path in job.inputs.values()}
+        self._writers: dict[str, Job] = {}
+        for number, job in enumerate(self.jobs):
+            writers = {name: writer for name, path in job.inputs.items() if (writer := self.writer(path))}
+            job = self.jobs[number] = replace(job, leaves=_leaves(job, read), writers=writers)
+            self._writers |= {os.path.abspath(path): job for path in job.outputs.values()}
+
+    def writer(self, path: Path) -> Job | None:
+        """Return the job that writes a file, or the dataset that the file lies in; None if the user supplies it."""
+        whole = Path(os.path.abspath(path))
+        return next((self._writers[str(each)] for each in (whole, *whole.parents) if str(each) in self._writers), None)
 
     def missing(self) -> list[str]:
         """Return a line for each input that neither exists nor is written by a job, naming its first reader."""
-        written: set[Path] = set()
         lines: dict[Path, str] = {}
         for job in self.jobs:
-            lines |= {path: line for path, line in missing(job).items() if path not in written and path not in lines}
-            written.update(job.outputs.values())
+            for path, line in missing(job).items():
+                if not self.writer(path):
+                    lines.setdefault(path, line)
         return list(lines.values())
 
     def find(self, stage: str, name: str = "") -> Job:
@@ -121,10 +153,18 @@ class Graph:
         for name in dataset.preparation_stages[:1]:
             stage, block = STAGES[name], getattr(dataset, name)
             values = {"block": block} if stage.settings else {}
-            yield Job(name, "", self._user_inputs(stage), {"root": Path(dataset.root)}, values, block, self._dataset)
+            inputs, root = self._user_inputs(stage), {"root": Path(dataset.root)}
+            folders = ("images", "annotations", "imageLists")
+            parts = {key: Part(tuple(path / folder for folder in folders), 1) for key, path in inputs.items()}
+            yield Job(name, "", inputs, root, values, block, self._dataset, parts=parts)
         kept = {key: value for key, value in plain(dataset).items() if key not in PREPARATION_STAGES}
         folder = saliency.path if saliency.kind == "folder" else None
-        yield replace(self._job(STAGES["index"]), values={"dataset": kept, "saliency": folder}, block=dataset)
+        classes = None if dataset.classes == "voc" else dataset.classes
+        names = (dataset.train, dataset.evaluation, dataset.tags, dataset.images, dataset.masks, classes)
+        job = self._job(STAGES["index"])
+        parts = {name: Part((path,), 2 if name == "extra" else 1) for name, path in job.inputs.items()}
+        parts["root"] = Part(tuple(Path(dataset.root) / name for name in names if name), 1)
+        yield replace(job, values={"dataset": kept, "saliency": folder}, block=dataset, parts=parts)
         yield self._job(STAGES["ground_truth"])
         yield self._job(STAGES["saliency"], block=saliency)
 
@@ -218,7 +258,7 @@ class Graph:
         for name in stage.external:
             section, key = EXTERNAL[name].key.split(".")
             path = getattr(getattr(self.params, section), key)
-            if path and (name != "store" or self.params.saliency.kind == "store"):
+            if path and EXTERNAL[name].saliency_kind in ("", self.params.saliency.kind):
                 paths[name] = Path(path)
         return paths
 
@@ -227,6 +267,17 @@ def weight_files(block: Any) -> dict[str, Path]:
     """Return the files with initial weights of the backbones of a block."""
     weights = {key: value.weights for key, value in backbones(block).items() if value.weights not in (None, "imagenet")}
     return {f"weights of {key}": Path(file) for key, file in weights.items() if file is not None}
+
+
+def _leaves(job: Job, read: set[Path]) -> tuple[Path, ...]:
+    """Return the outputs whose content ``is_fresh`` compares: no reader would notice that they are damaged.
+
+    The generated demo is one too, since the index would take a damaged image for a new one. A dataset that may hold
+    files of the user is not: the index reports what is missing there.
+    """
+    if job.manifest_folder:
+        return () if STAGES[job.stage].keeps_user_files else tuple(job.outputs.values())
+    return tuple(path for path in job.outputs.values() if path not in read)
 
 
 def _implementation_files(value: Any) -> Iterator[Path]:
@@ -243,41 +294,44 @@ def _implementation_files(value: Any) -> Iterator[Path]:
 
 
 def missing(job: Job) -> dict[Path, str]:
-    """Return the inputs of a job that do not exist, each with a message."""
+    """Return the inputs of a job that do not exist or cannot be accessed, each with a message."""
     lines: dict[Path, str] = {}
     for name, path in job.inputs.items():
-        if not path.exists():
+        try:
+            os.stat(path)
+        except OSError as error:
             if name.startswith("weights of "):
                 fix = "put the file there"
             else:
                 fix = EXTERNAL[name].fix if name in EXTERNAL else "run the stage that writes it"
-            lines[path] = f"{path}: missing ({name} of {job.label}); {fix}"
+            fault = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            lines[path] = f"{path}: {fault} ({name} of {job.label}); {fix}"
     return lines
 
 
 def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:
     """Return whether the outputs of a job exist and its manifest records the current inputs, parameters and code.
 
-    ``hashes`` caches the hashes of inputs. The hashes of outputs are read from their manifests.
+    ``hashes`` caches the hashes of inputs. The hashes of outputs are read from their manifests, except those of leaves.
     """
     record = manifest.read(job.folder)
-    if record is None or record.get("stage") != job.label or not all(path.exists() for path in job.outputs.values()):
+    if record is None or record["stage"] != job.label or not all(map(os.path.exists, job.outputs.values())):
         return False
+    if not all(isinstance(record["outputs"].get(job.key(path)), str) for path in job.outputs.values()):
+        return False  # no reader would accept them
     if record["code"] != job.code or record["params"] != job.params:
         return False
-    shared = [path for path in job.outputs.values() if path.parent != job.folder and path.is_file()]
-    if any(record["outputs"].get(job.key(path)) != fingerprint(path) for path in shared):
-        return False  # such as metrics.json, which every experiment overwrites
-    for key, path in job.inputs.items():
-        if path not in hashes:
-            if not path.exists():
+    try:
+        for key, path in job.inputs.items():
+            if path not in hashes:
+                producer = manifest.read(path.parent)
+                recorded = producer["outputs"].get(path.name) if producer and os.path.exists(path) else None
+                hashes[path] = recorded or job.fingerprint(key)
+            if record["inputs"].get(key) != hashes[path]:
                 return False
-            producer = manifest.read(path.parent)
-            recorded = producer.get("outputs", {}).get(path.name) if producer else None
-            hashes[path] = recorded or fingerprint(path)
-        if record["inputs"].get(key) != hashes[path]:
-            return False
-    return True
+        return all(record["outputs"].get(job.key(path)) == fingerprint(path) for path in job.leaves)
+    except OSError:  # a file is missing or cannot be read
+        return False
 
 
 def stale(graph: Graph) -> list[Job]:

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -44,6 +43,7 @@ class Plan:
     graph: Graph
     options: list[str]  # arguments that pass this run's params files and overrides to the stages
     full_threads: bool  # there is a GPU or a cluster, so stages get all their threads
+    unset: set[str]  # labels of jobs whose inputs' times Snakemake must ignore: see ``_set_times``
 
     @property
     def stages(self) -> list[Stage]:
@@ -56,13 +56,14 @@ class Plan:
         return [str(declared_outputs(job)[-1]) for job in self.graph.jobs]
 
     def inputs(self, stage: Stage) -> Any:
-        """Return the input function of a rule. A manifest replaces a dataset."""
-        manifests = {job.outputs["root"]: declared_outputs(job)[-1] for job in self.graph.jobs if job.manifest_folder}
+        """Return the input function of a rule."""
+
+        from snakemake.io import ancient  # only Snakemake's process has it
 
         def job_inputs(wildcards: Any) -> list[str]:
             job = self.graph.find(stage.name, getattr(wildcards, "name", ""))
-            # A job without inputs depends on its stage's file, so that there is a time to compare with.
-            return [str(manifests.get(path, path)) for path in job.inputs.values()] or [str(stage_file(job))]
+            paths = [str(path) for path in declared_inputs(job)]
+            return list(map(ancient, paths)) if job.label in self.unset else paths
 
         return job_inputs
 
@@ -105,12 +106,16 @@ class Plan:
         names = [dvc.name_of(job) for job in fresh if job.stage not in dvc.EXCLUDED]
         if not names:
             return
-        dvc.write_rows()
         names.append(dvc.ROWS)
-        if not outdated and self.graph.params.dataset.demo:
-            # Without names, DVC records all stages and reads dvc.yaml once rather than once per name: 18 s, not 4 min.
-            dvc.write_placeholders(self.graph)
-            names = []
+        try:
+            dvc.write_rows()
+            if not outdated and self.graph.params.dataset.demo:
+                # Without names, DVC records all stages and reads dvc.yaml once, not once per name: 18 s, not 4 min.
+                dvc.write_placeholders(self.graph)
+                names = []
+        except OSError as error:
+            print(f"note: DVC did not record this run: {error.filename}: {error.strerror}", file=sys.stderr)
+            return
         done = subprocess.run(["dvc", "commit", "--force", *names], capture_output=True, text=True)
         if done.returncode:
             reason = next(
@@ -138,6 +143,19 @@ def declared_outputs(job: Job) -> list[Path]:
     return [*(() if job.manifest_folder else job.outputs.values()), job.folder / manifest.NAME]
 
 
+def declared_inputs(job: Job) -> list[Path]:
+    """Return the inputs that the rule of a job declares. The manifest of a dataset replaces all that lies in it.
+
+    A job without inputs depends on its stage's file, so that there is a time to compare with.
+    """
+    writers = {name: job.writers.get(name) for name in job.inputs}
+    declared = [
+        declared_outputs(writer)[-1] if (writer := writers[name]) and writer.manifest_folder else path
+        for name, path in job.inputs.items()
+    ]
+    return list(dict.fromkeys(declared)) or [stage_file(job)]
+
+
 def plan(workflow: Any) -> Plan:
     """Validate the params and set the modification times of the outputs to match the manifests.
 
@@ -154,18 +172,18 @@ def plan(workflow: Any) -> Plan:
     if faults := graph.missing():
         _refuse(faults)
     cards = runtime.gpus()
+    unset: set[str] = set()
     if workflow.is_main_process:
         _note_interrupts()
         if not workflow.output_settings.dryrun:
             _drop_dead_locks(Path(".snakemake"))
-        _set_times(graph)
+        unset = _set_times(graph)
         if cards and workflow.resource_settings.nodes is None:
             workflow.global_resources.setdefault("gpu", cards)
     customised = files != [PARAMS] or overrides
     options = ["--params", *files, "--set", json.dumps(overrides)] if customised else []
-    return Plan(
-        graph, options, full_threads=bool(cards or workflow.remote_exec or workflow.resource_settings.nodes is not None)
-    )
+    full_threads = bool(cards or workflow.remote_exec or workflow.resource_settings.nodes is not None)
+    return Plan(graph, options, full_threads, unset)
 
 
 def _note_interrupts() -> None:
@@ -193,33 +211,39 @@ def _params_sources(settings: Any) -> tuple[list[str], dict[str, Any]]:
     return [*base, *(name for name in configfiles if name != PARAMS)], dict(settings.config)
 
 
-def _set_times(graph: Graph) -> None:
+def _set_times(graph: Graph) -> set[str]:
     """Set the times of outputs: at least as new as the inputs for up-to-date jobs, older for stale jobs.
 
     This is harmless even if other params are used, since the next plan sets the times again.
+
+    Returns:
+        The labels of up-to-date jobs whose outputs look older than their inputs, since the results are read-only.
     """
     outdated = stale(graph)
-    producers = {path: job for job in graph.jobs for path in job.outputs.values()}
+    unset: set[str] = set()
     for job in graph.jobs:
-        sources = [
-            file
-            for path in job.inputs.values()
-            for file in (declared_outputs(producers[path]) if path in producers else [path])
-        ]
-        newest = max(map(_time, sources or [stage_file(job)]))
+        writers = [writer for name in job.inputs if (writer := job.writers.get(name))]
+        sources = {*declared_inputs(job), *(path for writer in writers for path in declared_outputs(writer))}
+        newest = max(map(_time, sources))
         for path in declared_outputs(job):
             time = _time(path)
             if time and newest and (time < newest) != (job in outdated):
                 time = newest - SECOND if job in outdated else newest
-                with suppress(FileNotFoundError):  # a stage of another run may be replacing it
+                try:
                     os.utime(path, ns=(time, time))
+                except FileNotFoundError:
+                    pass  # a stage of another run may be replacing it
+                except OSError:
+                    if job not in outdated:
+                        unset.add(job.label)
+    return unset
 
 
 def _time(path: Path) -> int:
-    """Return the modification time in nanoseconds; 0 if the file does not exist."""
+    """Return the modification time in nanoseconds; 0 if the file does not exist or cannot be accessed."""
     try:
         return path.stat().st_mtime_ns
-    except FileNotFoundError:
+    except OSError:
         return 0
 
 

@@ -17,13 +17,18 @@ from pipeline.config.registry import plain
 from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
 from pipeline.stores import locks, manifest
-from pipeline.stores.files import fingerprint, partial, publish
+from pipeline.stores.files import partial, publish
+from pipeline.stores.hashes import fingerprint
 from pipeline.workflow.graph import Graph, Job, is_fresh, missing
 
 
 @dataclass(frozen=True)
 class Work:
-    """The argument of a stage's function, which must write every path in ``outputs``. These paths are temporary."""
+    """The argument of a stage's function, which must write every path in ``outputs``.
+
+    These paths are temporary, except a dataset's folder: that may be a mount point or a link, which cannot be renamed,
+    and may hold files of the user.
+    """
 
     job: Job
     inputs: dict[str, Path]
@@ -78,23 +83,29 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
     """Run the job unless its outputs are up to date; then publish the outputs and their manifest.
 
     Raises:
-        PipelineError: an input is missing, or it does not match its manifest.
+        PipelineError: an input is missing, or it does not match its manifest; or the results cannot be written to.
     """
     start = time.monotonic()
+    if _skip(job, force):  # before the lock, which read-only results do not have
+        return
     with _lock(job):
-        if not force and is_fresh(job, {}):
-            print(f"{job.label}: up to date", flush=True)
+        if _skip(job, force):
             return
         inputs = _check_inputs(job)
         code = job.code
         key = _key(job, inputs, code)
-        temporary = {name: partial(path) for name, path in job.outputs.items()}
+        in_place = job.manifest_folder is not None
+        temporary = {name: path if in_place else partial(path) for name, path in job.outputs.items()}
         for path in temporary.values():
             path.parent.mkdir(parents=True, exist_ok=True)
+        if in_place:
+            manifest.remove(job.folder)
         checkpoint = job.folder / f".checkpoint-{job.stage}-{key[:16]}"
         work(Work(job, job.inputs, temporary, runtime, key, checkpoint))
-        for path in job.outputs.values():
-            publish(path)
+        if not in_place:
+            manifest.remove(job.folder)
+            for path in job.outputs.values():
+                publish(path)
         manifest.write(
             job.folder,
             stage=job.label,
@@ -111,14 +122,34 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
     print(f"{job.label}: done in {time.monotonic() - start:.1f} s", flush=True)
 
 
+def _skip(job: Job, force: bool) -> bool:
+    """Return whether there is nothing to do, and say so."""
+    fresh = not force and is_fresh(job, {})
+    if fresh:
+        print(f"{job.label}: up to date", flush=True)
+    return fresh
+
+
 def _check_inputs(job: Job) -> dict[str, str]:
-    faults, hashes = list(missing(job).values()), {}
+    datasets = {writer for writer in job.writers.values() if writer.manifest_folder}
+    unfinished = {writer for writer in datasets if manifest.read(writer.folder) is None}
+    faults = [
+        f"{path}: is not finished; run the stage {writer.label} (again)"
+        for writer in unfinished
+        for path in writer.outputs.values()
+    ]
+    absent, hashes = missing(job), {}
     for name, path in job.inputs.items():
+        writer = job.writers.get(name)
         try:
-            if path.is_dir():
-                hashes[name] = fingerprint(path)
-            elif path.exists():
-                hashes[name] = manifest.verify(path)
+            if writer in unfinished:
+                continue
+            if path in absent:
+                faults.append(absent[path])
+            elif writer is None or writer in datasets:
+                hashes[name] = job.fingerprint(name) if path.is_dir() else manifest.verify(path)
+            else:
+                hashes[name] = manifest.verify(path, required=True)
         except PipelineError as error:
             faults.extend(error.lines)
     if faults:
@@ -147,8 +178,15 @@ _UNGUARDED = "two processes could run the same block at the same time; start eac
 @contextmanager
 def _lock(job: Job) -> Iterator[None]:
     """Hold the job's lock. Wait if another process holds it, such as one that outlived a killed Snakemake."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with (job.folder / f".lock-{job.stage}").open("a+") as file:
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        opened = (job.folder / f".lock-{job.stage}").open("a+")
+    except OSError as error:
+        raise PipelineError(
+            f"{error.filename}: cannot be written to ({error.strerror}), and {job.label} is not up to date; "
+            "make the folder writable, or set another experiment"
+        ) from None
+    with opened as file:
         if locks.take(file, _UNGUARDED) is locks.Lock.BUSY:
             file.seek(0)
             print(f"{job.label}: waiting for process {file.read().strip()}, which is at work on it", flush=True)
@@ -157,24 +195,6 @@ def _lock(job: Job) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-@contextmanager
-def in_place(work: Work) -> Iterator[Path]:
-    """Yield the dataset's folder itself to write to, since it may contain the user's own files, such as saliency maps.
-
-    When it is complete, it is moved to the temporary path from which ``execute`` publishes it.
-
-    Raises:
-        PipelineError: both the folder and a copy that a killed run had moved exist.
-    """
-    root, folder = work.job.outputs["root"], work.outputs["root"]
-    if folder.exists():  # killed after the move
-        if root.exists():
-            raise PipelineError(f"{folder}: left by a killed run, but {root} also exists; merge them or remove one")
-        folder.rename(root)
-    yield root
-    root.rename(folder)
 
 
 def progress(items: Any, label: str, total: int | None = None) -> Any:

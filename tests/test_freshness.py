@@ -1,0 +1,533 @@
+"""What is up to date and what is stale: by content, whatever was killed, edited, deleted or damaged."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from snakemake.io import is_flagged
+
+from pipeline.config.params import load
+from pipeline.config.stage_table import STAGES as STAGE_TABLE
+from pipeline.errors import PipelineError
+from pipeline.runtime import Runtime
+from pipeline.stores import manifest
+from pipeline.stores.files import partial, publish, sha256
+from pipeline.workflow.graph import Graph, Job, stale
+from pipeline.workflow.snakemake import Plan, _set_times
+from pipeline.workflow.stage import Work, execute
+from tests.project import environment, link_code, respect_modes, run_stages
+from tests.voc_tree import make_tree, minimal_params, write_mask
+
+DATA, SALIENCY, EXTRA = Path("data"), Path("maps"), Path("more")
+RESULTS = Path("results/test")
+LISTS = DATA / "ImageSets/Segmentation"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with all results. Its saliency maps and its extra images lie outside of the dataset's folder."""
+    folder = tmp_path_factory.mktemp("freshness") / "finished"
+    folder.mkdir()
+    link_code(folder)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        dataset = make_tree(DATA)
+        (DATA / "Saliency").rename(SALIENCY)
+        (EXTRA / "cat").mkdir(parents=True)
+        shutil.copy(DATA / "JPEGImages/img_000.jpg", EXTRA / "cat/own.jpg")
+        shutil.copy(SALIENCY / "img_000.png", SALIENCY / "own.png")
+        params = minimal_params(dataset, SALIENCY)
+        params["dataset"]["extra"] = str(EXTRA)
+        params["pseudo_labels"]["cam"]["rule"] = {"oaa": {"crf": {"iterations": 1}}}
+        Path("params.yaml").write_text(yaml.safe_dump(params))
+        run_stages(["params.yaml"])
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def project(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(finished, tmp_path / "project", symlinks=True)
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+def graph(**overrides: Any) -> Graph:
+    return Graph(load([Path("params.yaml")], overrides))
+
+
+def outdated(**overrides: Any) -> set[str]:
+    return {job.label for job in stale(graph(**overrides))}
+
+
+def perform(job: Job, force: bool = False) -> None:
+    execute(job, import_module(f"stages.{job.stage}").main, Runtime(device="cpu", threads=1), force)
+
+
+def refused(job: Job, force: bool = True) -> tuple[str, ...]:
+    with pytest.raises(PipelineError) as caught:
+        perform(job, force)
+    return caught.value.lines
+
+
+def test_all_is_up_to_date() -> None:
+    assert outdated() == set()
+
+
+def swap(path: Path, old: str, new: str) -> None:
+    """Replace text by other text of the same size, and put the modification time back."""
+    before, text = path.stat(), path.read_text()
+    assert len(old) == len(new)
+    assert text != text.replace(old, new, 1)
+    path.write_text(text.replace(old, new, 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def repaint(path: Path) -> None:
+    """Replace a picture by a valid one of the same size."""
+    picture = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    assert picture is not None
+    if path.parent.name == "SegmentationClass":
+        write_mask(path, np.zeros(picture.shape[:2]))
+    else:
+        cv2.imwrite(str(path), picture[::-1] if path.suffix == ".jpg" else np.zeros_like(picture))
+
+
+IMAGE, MASK = DATA / "JPEGImages/img_001.jpg", DATA / "SegmentationClass/img_001.png"
+MAP, OWN = SALIENCY / "img_001.png", EXTRA / "cat/own.jpg"
+EDITS: dict[str, Callable[[], Any]] = {
+    "a tag": lambda: swap(DATA / "tags.json", "1", "2"),
+    "an id in the training list": lambda: swap(LISTS / "train.txt", "img_001", "img_009"),
+    "the order of the evaluation list": lambda: (LISTS / "val.txt").write_text("img_005\nimg_004\n"),
+    "a class": lambda: swap(DATA / "classes.txt", "cat", "cow"),
+    "an image": lambda: repaint(IMAGE),
+    "a mask": lambda: repaint(MASK),
+    "a saliency map elsewhere": lambda: repaint(MAP),
+    "an extra image elsewhere": lambda: repaint(OWN),
+    "a deleted image": IMAGE.unlink,
+    "a deleted mask": MASK.unlink,
+    "a deleted saliency map": MAP.unlink,
+    "a deleted extra image": OWN.unlink,
+    "a deleted list": (LISTS / "train.txt").unlink,
+    "a deleted folder of maps": lambda: shutil.rmtree(SALIENCY),
+    "a cut image": lambda: IMAGE.write_bytes(IMAGE.read_bytes()[:-9]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_any_edit_of_the_dataset_makes_the_index_and_its_readers_stale(edit: str) -> None:
+    EDITS[edit]()
+    assert outdated() == {job.label for job in graph().jobs}
+
+
+@pytest.mark.parametrize(
+    "edit", ["a tag", "a mask", "a saliency map elsewhere", "a deleted mask", "an extra image elsewhere"]
+)
+def test_running_the_index_again_settles_it(edit: str) -> None:
+    EDITS[edit]()
+    perform(graph().find("index"))
+    assert "index" not in outdated()
+
+
+def test_files_that_the_index_does_not_read_do_not_count() -> None:
+    (DATA / "README").write_text("notes")
+    (DATA / "JPEGImages/.hidden.jpg").write_text("not an image")
+    assert outdated() == set()
+
+
+READERS = {
+    "classifier base",
+    "localization cam",
+    "pseudo_labels cam",
+    "segmentation cam",
+    "features base",
+    "prediction cam",
+    "report",
+}
+
+
+def test_what_a_stage_reads_is_compared_with_the_index() -> None:
+    """Every stage that reads images refuses a valid image of the same size in another's place."""
+    files = [Path("data/JPEGImages") / f"{name}.jpg" for name in ("img_000", "img_001", "img_004", "img_005")]
+    indexed = {str(file): sha256(file) for file in files}
+    for file in files:
+        repaint(file)
+    by_label = {job.label: job for job in graph().jobs}
+    for label in sorted(READERS):
+        (line, *more) = refused(by_label[label])
+        file = line.partition(": ")[0]
+        text = f"sha256 is {sha256(Path(file))}, the index says {indexed[file]}; run the index stage again"
+        assert line == f"{file}: changed since it was indexed: {text}"
+        assert not more
+    for label in by_label.keys() - READERS - {"index"}:
+        perform(by_label[label], force=True)
+
+
+@pytest.mark.parametrize(("path", "label"), [(MASK, "ground_truth"), (MAP, "saliency")])
+def test_masks_and_maps_are_compared_with_the_index(path: Path, label: str) -> None:
+    repaint(path)
+    (line,) = refused(graph().find(label))
+    assert line.startswith(f"{path}: changed since it was indexed: sha256 is ")
+    assert line.endswith("run the index stage again")
+
+
+@pytest.mark.parametrize("label", ["classifier base", "report", "index"])
+def test_killed_between_the_renames_of_another_run_nothing_counts_as_this_runs(label: str) -> None:
+    """With other params, at each rename; then the params are put back."""
+    overrides = {"seed": 9, "gallery": 1, "saliency": {"kind": "none", "path": None}}
+    job, other = (next(job for job in g.jobs if job.label == label) for g in (graph(), graph(**overrides)))
+    before = {path: path.read_bytes() for path in job.outputs.values()}
+    assert other.params != job.params
+
+    def write(work: Work) -> None:
+        for path in work.outputs.values():
+            path.write_text("of the other run")
+
+    for published in range(len(job.outputs) + 1):
+        done: list[Path] = []
+
+        def dying(path: Path, done: list[Path] = done, published: int = published) -> None:
+            if len(done) == published:
+                raise KeyboardInterrupt
+            publish(path)
+            done.append(path)
+
+        def dead(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pipeline.workflow.stage.publish", dying)
+            patch.setattr("pipeline.workflow.stage.manifest.write", dead)
+            with pytest.raises(KeyboardInterrupt):
+                execute(other, write, Runtime(), force=True)
+        assert label in outdated()
+        perform(job)
+        assert {path: path.read_bytes() for path in job.outputs.values()} == before
+        assert label not in outdated()
+
+
+def test_outputs_without_a_manifest_are_not_read() -> None:
+    for reader, written in (("localization", "classifiers/base/model.pt"), ("ground_truth", "index/index.json")):
+        path = RESULTS / written
+        manifest.remove(path.parent)
+        (line,) = refused(graph().find(reader, "cam" if reader == "localization" else ""))
+        assert line == f"{path}: has no manifest, since its stage was interrupted; run its stage again"
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut", "deleted", "another's"])
+@pytest.mark.parametrize("output", ["report", "table", "metrics"])
+def test_a_damaged_report_is_stale(output: str, damage: str) -> None:
+    job = graph().find("report")
+    path = job.outputs[output]
+    content = path.read_bytes()
+    if damage == "deleted":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes({"a flipped bit": flipped, "cut": content[:-1], "another's": b"{}"}[damage])
+    assert outdated() == {"report"}
+    perform(job)
+    assert path.read_bytes() == content
+    assert outdated() == set()
+
+
+def test_every_output_is_either_verified_by_a_reader_or_compared() -> None:
+    jobs = graph().jobs
+    read = {path for job in jobs for path in job.inputs.values()}
+    for job in jobs:
+        assert set(job.outputs.values()) - read == set(job.leaves)
+    assert {job.label for job in jobs if job.leaves} == {"report"}
+
+
+ABSENT = object()
+
+
+@pytest.mark.parametrize("value", [ABSENT, None, 5, "text", [], ["a"], {}, {"index": {}}, {"model.pt": None}])
+@pytest.mark.parametrize("key", manifest.FIELDS)
+def test_a_manifest_without_keys_or_with_others_types_is_stale(key: str, value: Any) -> None:
+    file = RESULTS / "classifiers/base" / manifest.NAME
+    record = json.loads(file.read_text())
+    del record[key]
+    if value is not ABSENT:
+        record[key] = value
+    file.write_text(json.dumps(record))
+    assert "classifier base" in outdated()
+    if key == "outputs":
+        assert len(refused(graph().find("localization", "cam"))) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"5", b"\xff\xfe", b'{"a": ' * 100_000, b"{}", b"\0" * 100]
+)
+def test_a_damaged_manifest_is_stale(content: bytes) -> None:
+    for job in graph().jobs:
+        (job.folder / manifest.NAME).write_bytes(content)
+    assert outdated() == {job.label for job in graph().jobs}
+
+
+def listen(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+ODD: dict[str, Callable[[Path], Any]] = {
+    "a dangling link": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to the folder above": lambda path: path.symlink_to(".."),
+    "a FIFO": os.mkfifo,
+    "a socket": listen,
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "a folder": Path.mkdir,
+}
+FOLDERS = [DATA, DATA / "JPEGImages", DATA / "SegmentationClass", LISTS, SALIENCY, EXTRA]
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_not_listed_is_ignored_whatever_it_is(kind: str) -> None:
+    """It makes the index stale at most, and the next index equals the last."""
+    before = (RESULTS / "index/index.json").read_bytes()
+    for folder in FOLDERS:
+        for name in ("odd.jpg", "odd.png", "odd") if folder != EXTRA else ("odd.jpg",):
+            if folder != EXTRA or kind not in ("a folder", "a link to the folder above"):  # these are class folders
+                ODD[kind](folder / name)
+        if folder != EXTRA:
+            Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.jpg")).touch()
+    assert not graph().missing()
+    stale(graph())
+    perform(graph().find("index"))
+    assert (RESULTS / "index/index.json").read_bytes() == before
+    assert outdated() == set()
+
+
+REPLACED = [IMAGE, MASK, MAP, OWN, LISTS / "train.txt", DATA / "tags.json", DATA / "classes.txt", DATA / "JPEGImages"]
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("path", REPLACED, ids=str)
+def test_what_is_listed_is_refused_in_a_line(path: Path, kind: str) -> None:
+    if path.is_dir():
+        path.rename("old")
+    else:
+        path.unlink()
+    ODD[kind](path)
+    assert "index" in outdated()
+    lines = refused(graph().find("index"), force=False)
+    named = [line for line in lines if line.startswith(str(path.with_suffix("")))]
+    assert named or path.name == "JPEGImages", lines
+    assert len(lines) == 1 or path.suffix in ("", ".txt", ".json"), lines
+
+
+def test_extra_images_need_printable_names() -> None:
+    """They are ids: all of them count as listed."""
+    Path(os.fsdecode(os.fsencode(EXTRA / "cat") + b"/\xff.jpg")).write_bytes(OWN.read_bytes())
+    shutil.copy(MAP, os.fsdecode(os.fsencode(SALIENCY) + b"/\xff.png"))
+    shutil.copy(OWN, EXTRA / "cat/line\nbreak.jpg")
+    lines = refused(graph().find("index"), force=False)
+    assert [line for line in lines if line.endswith("its name is not printable UTF-8 text; rename it")] == [
+        "'more/cat/line\\nbreak.jpg': its name is not printable UTF-8 text; rename it",
+        "'more/cat/\\udcff.jpg': its name is not printable UTF-8 text; rename it",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a link to itself", "a folder"])
+def test_odd_weights_are_refused_in_a_line(kind: str) -> None:
+    ODD[kind](Path("weights.pth"))
+    backbone = {"name": "small", "weights": "weights.pth"}
+    changed = graph(classifiers={"base": {"backbone": backbone}})
+    assert "classifier base" in {job.label for job in stale(changed)}
+    (line,) = refused(changed.find("classifier", "base"))
+    assert line.startswith("weights.pth: ")
+
+
+STAGES = [("index",), ("saliency",), ("classifier", "base"), ("report",)]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with modes that bind root, too."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment(),
+        preexec_fn=respect_modes,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def protect(folder: Path, writable: bool = False) -> None:
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o200 if writable else path.stat().st_mode & ~0o222)
+
+
+def test_results_that_are_read_only_are_used() -> None:
+    protect(Path("results"))
+    try:
+        for name in STAGES:
+            done = command("-m", f"stages.{name[0]}", *name[1:])
+            assert (done.returncode, done.stdout, done.stderr) == (0, f"{' '.join(name)}: up to date\n", "")
+        done = command("-m", "stages.export", str(RESULTS / "saliency/maps.h5"), "exported")
+        assert done.returncode == 0, done.stderr
+        assert len(list(Path("exported").iterdir())) == 7
+        done = command("-m", "stages.classifier", "base", "--set", '{"seed": 9}')
+        file = RESULTS / "classifiers/base/.lock-classifier"
+        text = "cannot be written to (Permission denied), and classifier base is not up to date"
+        assert done.stderr == f"error: {file}: {text}; make the folder writable, or set another experiment\n"
+        assert done.returncode == 1
+    finally:
+        protect(Path("results"), writable=True)
+
+
+def test_snakemake_ignores_times_that_it_cannot_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout gives outputs any time. On read-only results, inputs of up-to-date jobs are declared ``ancient``."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    index, maps = (graph().find(stage) for stage in ("index", "saliency"))
+    os.utime(index.outputs["index"], (1, 1))
+    repaint(MAP)
+    perform(index)
+    os.utime(index.outputs["index"], (1, 1))
+    monkeypatch.setattr(os, "utime", refuse)
+    unset = _set_times(graph())
+    assert "index" in unset
+    assert "saliency" not in unset  # it is stale
+    for job in (index, maps):
+        paths = Plan(graph(), [], False, unset).inputs(STAGE_TABLE[job.stage])({})
+        assert all(is_flagged(path, "ancient") == (job is index) for path in paths)
+
+
+def test_a_folder_that_may_not_be_read_is_a_line(project: Path) -> None:
+    """At planning, and by hand."""
+    plan = "from pipeline.workflow.graph import *; g = Graph(parameters.load([Path('params.yaml')])); "
+    plan += "print(len(stale(g)), *g.missing())"
+    for folder, missing in ((DATA / "JPEGImages", ""), (DATA, ""), (SALIENCY, "")):
+        folder.chmod(0)
+        try:
+            done = command("-c", plan)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout == f"{len(graph().jobs)}\n", missing
+            done = command("-m", "stages.index")
+            assert done.returncode == 1
+            assert "Traceback" not in done.stderr
+            assert all(line.startswith(f"error: {folder}") for line in done.stderr.splitlines()), done.stderr
+        finally:
+            folder.chmod(0o755)
+    (DATA / "private").mkdir(mode=0)
+    (SALIENCY / "private").mkdir(mode=0)
+    done = command("-m", "stages.index")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+class TestDemo:
+    """A dataset that a stage generates."""
+
+    @pytest.fixture(autouse=True)
+    def demo(self, project: Path) -> None:
+        shutil.rmtree("data")
+        params = yaml.safe_load(Path("params.yaml").read_text())
+        params["dataset"] = {"root": "data", "classes": "classes.txt", "masks": "SegmentationClass"}
+        params["dataset"]["demo"] = {"train": 3, "evaluation": 2, "size": 48}
+        params["saliency"]["path"] = "data/Saliency"
+        Path("params.yaml").write_text(yaml.safe_dump(params))
+
+    def job(self) -> Job:
+        return graph().find("demo")
+
+    @pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationClass", "Saliency", "."])
+    @pytest.mark.parametrize("harm", ["deleted", "damaged", "added"])
+    def test_a_change_of_the_demo_is_stale_and_undone(self, folder: str, harm: str) -> None:
+        assert not graph().missing()  # the maps are to be generated with the dataset
+        perform(self.job())
+        perform(graph().find("index"))
+        assert not {"demo", "index"} & outdated()
+        content = {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
+        path = sorted(file for file in (DATA / folder).iterdir() if file.is_file())[1]
+        if harm == "deleted":
+            path.unlink()
+        elif harm == "damaged":
+            path.write_bytes(path.read_bytes()[:-1] + b"#")
+        else:
+            path.with_name("added.png").touch()
+        assert {"demo", "index"} <= outdated()
+        perform(self.job())
+        assert content == {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
+        assert not {"demo", "index"} & outdated()
+
+    def test_a_failed_write_of_an_image_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cv2, "imencode", lambda *_: (False, None))
+        (line,) = refused(self.job())
+        assert line.startswith("data/JPEGImages/demo_00000.jpg: OpenCV cannot encode it; ")
+        monkeypatch.undo()
+        real = Path.write_bytes
+
+        def full(path: Path, data: bytes) -> int:
+            if path.name == "demo_00002.png":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return real(path, data)
+
+        os.chdir(DATA.absolute().parent)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            with pytest.raises(OSError, match="No space left"):
+                perform(self.job())
+        assert "demo" in outdated()
+
+    @pytest.mark.parametrize("root", ["a mount point", "a link"])
+    def test_the_root_itself_is_never_replaced(self, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A mount point cannot be renamed, nor removed; a rename would replace a link."""
+        if root == "a link":
+            Path("disk").mkdir()
+            DATA.symlink_to("disk")
+
+        def busy(name: str) -> Callable[..., Any]:
+            real = getattr(os, name)
+
+            def call(*paths: Any, **options: Any) -> Any:
+                if any(os.path.basename(str(path)).strip(".").split(".")[0] == "data" for path in paths):
+                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+                return real(*paths, **options)
+
+            return call
+
+        for name in ("rename", "replace", "rmdir", "unlink", "remove"):
+            monkeypatch.setattr(os, name, busy(name))
+        for _ in range(2):
+            perform(self.job(), force=True)
+        assert DATA.is_symlink() == (root == "a link")
+        assert "demo" not in outdated()
+
+    def test_killed_halfway_it_is_generated_again(self) -> None:
+        perform(self.job())
+        content = {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
+        code = "import os, signal, stages.demo as d, pipeline.data.demo as g\n"
+        code += "real, calls = g.write_mask, []\n"
+        code += "def write(*a):\n real(*a); calls.append(1)\n"
+        code += " if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        code += "g.write_mask = write\nd.run('demo', d.main, ['--force'])"
+        assert command("-c", code).returncode == -signal.SIGKILL
+        assert "demo" in outdated()
+        (line,) = refused(graph().find("index"))
+        assert line == "data: is not finished; run the stage demo (again)"
+        perform(self.job())
+        assert content == {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
+
+
+def test_no_partial_output_is_left() -> None:
+    assert not [path for job in graph().jobs for path in job.outputs.values() if partial(path).exists()]
