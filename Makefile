@@ -1,6 +1,7 @@
 # make reproduce   install the environment, run the demo, print the table of its rows; the report is results/demo/report.html
 # make test        run everything that CI runs: linters, then the whole test suite
 # make lint        run the linters
+# make audit       report known vulnerabilities of the installed packages; never fails
 # make clean       remove the demo's data and results
 
 # The first Python that runs: a name on the PATH may be a version manager's placeholder.
@@ -11,13 +12,13 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: reproduce test lint clean
+.PHONY: reproduce test lint audit clean
 
 reproduce: $(INSTALLED)
 	python -m pipeline.workflow.reproduce
 	@echo && cat results/demo/logs/report.log && echo "Report with pictures: results/demo/report.html"
 
-test: lint
+test: lint audit
 	python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
@@ -27,8 +28,11 @@ lint: $(INSTALLED)
 	snakefmt --check Snakefile
 	snakemake --lint
 
+audit: $(INSTALLED)
+	-@python .ci/audit.py
+
 clean:
-	rm -rf data/demo results/demo results/.hashes metrics.json .snakemake
+	rm -rf data/demo data/.lock-demo results/demo results/.hashes metrics.json .lock-metrics.json .snakemake
 
 $(INSTALLED): requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 with venv on the PATH; install one or set PYTHON"; exit 1; }

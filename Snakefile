@@ -46,7 +46,7 @@ for stage in PLAN.stages:
         params:
             command=PLAN.command(stage),
         shell:
-            "{params.command} 2>&1 | tee {log}"
+            "{params.command} 2>&1 | tee {log:q}"
 
 
 onsuccess:

@@ -1,5 +1,12 @@
 """The exception that is reported to the user without a traceback."""
 
+from typing import Any
+
+
+def one_line(text: str) -> str:
+    """Escape characters that do not print, such as line breaks and lone surrogates in user-supplied names."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
 
 class PipelineError(Exception):
     """A fault in the input that the user can fix.
@@ -9,5 +16,8 @@ class PipelineError(Exception):
     """
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = lines
+        self.lines = tuple(map(one_line, lines))
+        super().__init__("\n".join(self.lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PipelineError, self.lines  # a worker's error keeps its lines

@@ -92,3 +92,14 @@ def test_without_pydensecrf_the_error_names_the_fix(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     with pytest.raises(PipelineError, match="pip install pydensecrf2"):
         dense_crf(*scene(), Crf())
+
+
+def test_the_ends_of_the_ranges_are_computed() -> None:
+    """Beyond them, the library reads memory that is not its own, or returns NaN."""
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (20, 20, 3)).astype(np.uint8)
+    probabilities = random.dirichlet([1, 1, 1], (20, 20)).astype(np.float32).transpose(2, 0, 1).copy()
+    for width in (0.01, 1e300):
+        for weight in (0.0, 1e6):
+            settings = Crf(3, width, weight, width, width, weight)
+            assert np.isfinite(dense_crf(image, probabilities, settings)).all()

@@ -211,7 +211,7 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
             "p.yaml: localizations.plain.scales: is empty; add at least one",
         ),
         ({"test": {"scales": []}}, "p.yaml: test.scales: is empty; add at least one"),
-        ({"test": {"scales": [-1.0]}}, "p.yaml: test.scales[0]: -1.0 must be above 0"),
+        ({"test": {"scales": [-1.0]}}, "p.yaml: test.scales[0]: -1.0 must be at least 0.05 and at most 10"),
         (
             {"localizations": {"fine": {"climbing": {}}}},
             "p.yaml: localizations.fine.climbing: refinements/finer is not a classifier; set climbing to null",

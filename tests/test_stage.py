@@ -132,7 +132,7 @@ class TestRefusals:
         assert len(lines(capsys.readouterr().err)) == 2
         for text in ("{seed: 5}", "[5]"):
             refused(Fake(), "base", "--set", text)
-            assert capsys.readouterr().err.startswith(f"error: --set {text}: ")
+            assert capsys.readouterr().err.startswith(f"error: --set '{text}': ")
         refused(Fake(), "base", "--params", "nonesuch.yaml")
         assert "nonesuch.yaml: no such file" in capsys.readouterr().err
 
@@ -261,10 +261,10 @@ class TestPublishing:
         options = ("base", "--threads", "1", "--checkpoint-every", "0")
         done: list[Path] = []
 
-        def dying(path: Path) -> None:
+        def dying(path: Path, temporary: Path) -> None:
             if len(done) == published:
                 raise KeyboardInterrupt
-            publish(path)
+            publish(path, temporary)
             done.append(path)
 
         def dead(*_: Any, **__: Any) -> None:

@@ -11,7 +11,7 @@ import types
 import typing
 from typing import Annotated, Any
 
-from pipeline.config.reader import Range
+from pipeline.config.reader import Pattern, Range
 from pipeline.config.registry import Name, Registry
 from pipeline.config.schema import Params
 from pipeline.config.stage_table import SECTIONS
@@ -66,6 +66,8 @@ def _annotated(kind: Any, metadata: tuple[Any, ...], blocks: dict[str, Schema]) 
         if isinstance(item, Range):
             bounds = {_BOUNDS[key]: value for key, value in vars(item).items() if math.isfinite(value)}
             return _schema(kind, blocks) | bounds
+        if isinstance(item, Pattern):
+            return _schema(kind, blocks) | {"pattern": f"^{item.regex}$"}
     return _schema(kind, blocks)
 
 

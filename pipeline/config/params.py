@@ -18,7 +18,16 @@ _T = TypeVar("_T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also rejects duplicate keys. Plain YAML silently keeps the last one."""
+    """YAML's safe loader, which also rejects duplicate keys. Plain YAML silently keeps the last one.
+
+    A scalar that cannot be converted, such as 2024-99-99, is an error with a line number.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError, AttributeError) as error:
+            raise yaml.MarkedYAMLError(None, None, f"{quoted(node.value)}: {error}", node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -32,6 +41,9 @@ class _Loader(yaml.SafeLoader):
 
 # Depth in a params file of the keys of a block (SECTION.NAME.KEY) and of its defaults (defaults.SECTION.KEY)
 _BLOCK = 2
+# Limits on params, far above those of any experiment. Deeper ones would exhaust the stack, and aliases can multiply a
+# small file to more values than fit into memory.
+DEPTH, VALUES = 20, 100_000
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], level: int = 0) -> dict[str, Any]:
@@ -77,7 +89,21 @@ def read(files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> d
     raw: dict[str, Any] = {}
     for file in files:
         raw = merge(raw, _read_file(file))
+    _check_size(overrides or {}, "overrides (--set, --config)")
     return merge(raw, overrides or {})
+
+
+def _check_size(raw: Any, origin: str) -> None:
+    """Raise PipelineError if the values are nested more than ``DEPTH`` levels deep or are more than ``VALUES``."""
+    waiting, count = [(raw, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        if depth > DEPTH or count > VALUES:
+            limit = f"deeper than {DEPTH} levels" if depth > DEPTH else f"into more than {VALUES} values"
+            raise PipelineError(f"{origin}: nests {limit}; correct its brackets and aliases")
+        if isinstance(value, Mapping | list | tuple | set):
+            waiting.extend((item, depth + 1) for item in (value.values() if isinstance(value, Mapping) else value))
 
 
 def _read_file(file: Path) -> dict[str, Any]:
@@ -93,6 +119,7 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise PipelineError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise PipelineError(f"{file}: must be a mapping of parameters")
+    _check_size(content, str(file))
     return content
 
 

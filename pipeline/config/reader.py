@@ -1,12 +1,13 @@
 """Strict conversion of plain values (YAML, JSON) into annotated dataclasses. All faults are collected in one pass.
 
-A dataclass annotates its fields with types and ranges (``Annotated[float, Range(above=0)]``). It may define
+A dataclass annotates its fields with types, ranges and patterns (``Annotated[float, Range(above=0)]``). It may define
 ``faults()``, which yields one line for each inconsistency among its values; the line starts with the key at fault.
 """
 
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ class Range:
 
     def __str__(self) -> str:
         bounds = [
-            f"{relation} {bound:g}"
+            f"{relation} {bound:.12g}"
             for relation, bound in (
                 ("at least", self.least),
                 ("above", self.above),
@@ -49,11 +50,36 @@ class Range:
         return " and ".join(bounds)
 
 
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """The texts that a field accepts: those that ``regex`` matches as a whole. ``rule`` describes them in messages."""
+
+    regex: str
+    rule: str
+
+    def fault(self, value: str) -> str | None:
+        """Say why ``value`` is rejected; None if it is accepted."""
+        return None if re.fullmatch(self.regex, value) else f"{quoted(value)} must be {self.rule}"
+
+
 Share = Annotated[float, Range(least=0, most=1)]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
+Scale = Annotated[float, Range(least=0.05, most=10)]  # of an image's sides; beyond, nothing is left or memory ends
 Count = Annotated[int, Range(least=1)]
 NonNegativeInt = Annotated[int, Range(least=0)]
+LARGEST = 2**32 - 1  # of all whole numbers: libraries store them in C integers
+# Both become file names, parts of commands and names of DVC's stages. The rules leave nothing that a shell interprets.
+BLOCK_NAME = Pattern(r"[A-Za-z0-9_]{1,100}", "1 to 100 ASCII letters, digits and '_'")
+FolderName = Annotated[
+    str,
+    Pattern(
+        r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}",
+        "1 to 100 ASCII letters, digits, '_', '-' and '.', and must not start with '-' or '.'",
+    ),
+]
+# Of users' own files. Snakemake reads braces as wildcards and has no escape for them.
+FilePath = Annotated[str, Pattern(r"[^{}]+", "a path without braces")]
 
 
 @typing.runtime_checkable
@@ -100,7 +126,19 @@ def build(kind: Any, value: Any, where: str, faults: Faults) -> Any:
         faults.append(f"{where}: must be {_type_name(kind)}, not {quoted(value)}")
     elif kind is float and not math.isfinite(value):
         faults.append(f"{where}: {value} is not finite")
+    elif kind is int and abs(value) > LARGEST:
+        faults.append(f"{where}: {quoted(value)} must be at most {LARGEST}")
+    elif kind is str and not _is_encodable(value):
+        faults.append(f"{where}: {quoted(value)} must be UTF-8 text without null characters")
     return value
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether a path or a file may contain the text."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _annotated(kind: Any, metadata: tuple[Any, ...], value: Any, where: str, faults: Faults) -> Any:
@@ -111,7 +149,7 @@ def _annotated(kind: Any, metadata: tuple[Any, ...], value: Any, where: str, fau
     built = build(kind, value, where, faults)
     if len(faults) == before and built is not None:
         for item in metadata:
-            if isinstance(item, Range) and (fault := item.fault(built)):
+            if isinstance(item, Range | Pattern) and (fault := item.fault(built)):
                 faults.append(f"{where}: {fault}")
     return built
 
@@ -121,8 +159,8 @@ def _mapping(kind: Any, value: Any, where: str, faults: Faults) -> dict[str, Any
         faults.append(f"{where}: must be a mapping of names to blocks, not {quoted(value)}")
         return {}
     for name in value:
-        if not (isinstance(name, str) and name.isascii() and name.replace("_", "").isalnum()):
-            faults.append(f"{where}.{name}: a block's name consists of ASCII letters, digits and '_'")
+        if not isinstance(name, str) or BLOCK_NAME.fault(name):
+            faults.append(f"{where}.{name}: a block's name consists of {BLOCK_NAME.rule}")
     present = {name: block for name, block in value.items() if block is not None}  # a null removes a block
     return {name: build(kind, block, f"{where}.{name}", faults) for name, block in present.items()}
 
@@ -173,5 +211,7 @@ def _type_name(kind: type) -> str:
 
 def quoted(value: Any) -> str:
     """Format a value for a message: None becomes 'null', and long values are truncated."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"  # Python does not print numbers of thousands of digits
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

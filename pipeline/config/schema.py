@@ -5,12 +5,23 @@ of each number, and the ``faults`` of a block report inconsistencies among its k
 network are defined in its own file; a block refers to it by name (``pipeline.config.registry``).
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pipeline.config.reader import Count, NonNegative, NonNegativeInt, Positive, Range, Share
+from pipeline.config.reader import (
+    Count,
+    FilePath,
+    FolderName,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Range,
+    Scale,
+    Share,
+)
 from pipeline.config.registry import BACKBONES, METHODS, ONE_STEP, REFINEMENTS, RULES, SEGMENTATIONS, Choice, Name
 
 
@@ -34,17 +45,19 @@ class Dataset:
     ``root``, ``extra`` and ``coco_stuff`` are relative to the working folder, all other paths to ``root``.
     """
 
-    root: str
-    classes: str = "voc"  # 'voc', or a text file with one class name per line
-    tags: str = "tags.json"  # .json, .csv, .npy, .txt, or a folder of XML annotations
-    images: str = "JPEGImages"
-    masks: str | None = None  # used only for evaluation and supervised rows
-    train: str = "ImageSets/Segmentation/train.txt"
-    evaluation: str = "ImageSets/Segmentation/val.txt"
-    extra: str | None = None  # more training images: one folder per class, named after their single tag (EDAM Sec. 4.4)
+    root: FilePath
+    classes: FilePath = "voc"  # 'voc', or a text file with one class name per line
+    tags: FilePath = "tags.json"  # .json, .csv, .npy, .txt, or a folder of XML annotations
+    images: FilePath = "JPEGImages"
+    masks: FilePath | None = None  # used only for evaluation and supervised rows
+    train: FilePath = "ImageSets/Segmentation/train.txt"
+    evaluation: FilePath = "ImageSets/Segmentation/val.txt"
+    # More training images: one folder per class, named after their single tag (EDAM Sec. 4.4)
+    extra: FilePath | None = None
     demo: Demo | None = None  # generate the dataset at root
     download: Literal["voc2012_aug"] | None = None  # or download it there
-    coco_stuff: str | None = None  # or convert it from COCO-Stuff 10k v1.1, unpacked in this folder (EDAM Sec. 4.6)
+    # Or convert it from COCO-Stuff 10k v1.1, unpacked in this folder (EDAM Sec. 4.6)
+    coco_stuff: FilePath | None = None
 
     @property
     def preparation_stages(self) -> list[str]:
@@ -57,6 +70,11 @@ class Dataset:
             yield f"{one}: creates the dataset, but {other} does too; set one of them to null"
         if self.coco_stuff and Path(self.root).is_relative_to(self.coco_stuff):
             yield f"root: lies inside dataset.coco_stuff, {self.coco_stuff}; choose a folder outside of it"
+        root, here = Path(os.path.realpath(self.root)), Path.cwd()
+        if here.is_relative_to(root):
+            yield f"root: {self.root} contains the working folder; choose a folder of the dataset's own"
+        if root.is_relative_to(here / "results"):
+            yield f"root: {self.root} lies in results, which holds the outputs; choose a folder outside of it"
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,7 @@ class Saliency:
     """
 
     kind: Literal["folder", "store", "spectral_residual", "fine_grained", "none"]
-    path: str | None = None
+    path: FilePath | None = None
 
     def faults(self) -> Iterator[str]:
         if self.kind in ("folder", "store") and self.path is None:
@@ -86,7 +104,7 @@ class Backbone:
     name: Annotated[str, Name(BACKBONES)]
     output_stride: Literal[4, 8, 16, 32] = 8
     dilated: bool = True  # dilate the layers that follow a removed stride
-    weights: str | None = None
+    weights: FilePath | None = None
     frozen_batch_norm: bool = False  # keep the loaded statistics and affine parameters
     frozen: tuple[str, ...] = ()  # the first taps, whose stages keep the loaded parameters and statistics
 
@@ -166,7 +184,7 @@ class Augmentation:
 
     side: Literal["short", "long", "square", "none"] = "none"  # the side that is resized to ``length``; square: both
     length: tuple[Count, Count] | None = None  # pixels, drawn uniformly from [low, high]
-    scale: tuple[Positive, Positive] | None = None  # factor, drawn uniformly from [low, high]
+    scale: tuple[Scale, Scale] | None = None  # factor, drawn uniformly from [low, high]
     flip: bool = True
     # Brightness, contrast, saturation: a factor drawn from [1 - x, 1 + x]; hue: a shift drawn from [-x, x]
     jitter: tuple[NonNegative, NonNegative, NonNegative, Annotated[float, Range(least=0, most=0.5)]] | None = None
@@ -262,7 +280,7 @@ class Localization:
     model: str  # classifiers/NAME, refinements/NAME or one_step/NAME
     side: Literal["short", "long", "square", "none"] = "none"
     length: Count | None = None  # pixels
-    scales: tuple[Positive, ...] = (1.0,)
+    scales: tuple[Scale, ...] = (1.0,)
     flip: bool = False
     fusion: Literal["mean", "max"] = "mean"
     normalise: Literal["max", "none"] = "max"  # none: clip to 1 instead, for networks that regress values
@@ -304,9 +322,14 @@ class Walk:
     # Cells; a step reaches cells at a smaller distance. With 5, each cell is the first of 34 pairs
     radius: Annotated[int, Range(least=2)] = 5
     beta: Positive = 10.0  # exponent of the affinities
-    times: NonNegativeInt = 8  # the walk has 2^times steps
+    times: Annotated[int, Range(least=0, most=20)] = 8  # the walk has 2^times steps
     power: Positive = 1.0  # exponent of the maps before the walk (AMR: 1.5)
     edge_weighting: bool = True  # multiply the maps by (1 - edge) before the walk
+
+
+# With widths near 0, pydensecrf computes addresses outside of its lattice; with huge weights its output is NaN.
+CrfWidth = Annotated[float, Range(least=0.01)]
+CrfWeight = Annotated[float, Range(least=0, most=1e6)]
 
 
 @dataclass(frozen=True)
@@ -314,11 +337,11 @@ class Crf:
     """Parameters of the dense CRF. The standard deviations are in pixels (xy) and intensity levels 0..255 (rgb)."""
 
     iterations: NonNegativeInt = 10
-    gaussian_xy: Positive = 3.0
-    gaussian_weight: NonNegative = 3.0
-    bilateral_xy: Positive = 67.0
-    bilateral_rgb: Positive = 3.0
-    bilateral_weight: NonNegative = 4.0
+    gaussian_xy: CrfWidth = 3.0
+    gaussian_weight: CrfWeight = 3.0
+    bilateral_xy: CrfWidth = 67.0
+    bilateral_rgb: CrfWidth = 3.0
+    bilateral_weight: CrfWeight = 4.0
 
 
 @dataclass(frozen=True)
@@ -370,7 +393,7 @@ class OneStep:
 class Test:
     """The test protocol of all segmentation networks."""
 
-    scales: tuple[Positive, ...] = (1.0,)
+    scales: tuple[Scale, ...] = (1.0,)
     flip: bool = False
     crf: Crf | None = None
 
@@ -383,7 +406,7 @@ class Test:
 class Params:
     """All of params.yaml, with defaults merged into the blocks."""
 
-    experiment: str  # the outputs go to results/EXPERIMENT
+    experiment: FolderName  # the outputs go to results/EXPERIMENT
     seed: NonNegativeInt
     method: str  # the row whose scores go to metrics.json
     dataset: Dataset

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from pipeline.config.reader import Count, Positive
+from pipeline.config.reader import Count, Scale
 from pipeline.config.registry import SEGMENTATIONS
 from pipeline.networks.base import Backbone
 from pipeline.networks.heads import normal
@@ -23,7 +23,7 @@ class DeepLabV2(SegmentationHead):
 
         rates: tuple[Count, ...] = (6, 12, 18, 24)  # dilations of the parallel convolutions
         # Extra scales of the input. The prediction is the pixel-wise maximum of the logits over all scales.
-        extra_scales: tuple[Positive, ...] = ()
+        extra_scales: tuple[Scale, ...] = ()
 
         def faults(self) -> Iterator[str]:
             if not self.rates:

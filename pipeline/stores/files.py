@@ -43,9 +43,9 @@ def partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def publish(path: Path) -> None:
-    """Flush ``partial(path)`` to disk and rename it to ``path``."""
-    temporary = partial(path)
+def publish(path: Path, temporary: Path | None = None) -> None:
+    """Flush ``temporary`` (``partial(path)``) to disk and rename it to ``path``."""
+    temporary = temporary or partial(path)
     flush(temporary)
     os.replace(temporary, path)
 

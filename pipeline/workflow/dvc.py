@@ -30,14 +30,11 @@ HEADER = """\
 RESULTS = "results/${experiment}"
 PARAMS, DVC_YAML = Path("params.yaml"), Path("dvc.yaml")
 EXCLUDED = tuple(stage.name for stage in STAGES.values() if stage.keeps_user_files)  # stages not in dvc.yaml
+# DVC tells a command its stage in this variable. A name in the command itself would be interpreted by the shell.
+CURRENT = "DVC_STAGE"
 ROWS = "rows"  # the stage, and its output folder, through which others depend on ``rows`` of params.yaml
 PLACEHOLDER = "No row needed this file.\n"
 NO_LOG = '{"steps": []}\n'  # nothing to plot
-_ROWS: dict[str, Any] = {
-    "cmd": f"python -m pipeline.workflow.dvc {ROWS}",
-    "deps": [str(PARAMS)],  # not params: DVC fails if the key ``rows`` is missing
-    "outs": [f"{RESULTS}/{ROWS}"],
-}
 
 
 class _Inline(dict[str, Any]):
@@ -57,7 +54,12 @@ _Dumper.add_representer(_Inline, lambda dumper, data: dumper.represent_mapping("
 
 def document() -> str:
     """Return the text of dvc.yaml."""
-    entries = {ROWS: _ROWS}
+    rows = {
+        "cmd": f"python -m pipeline.workflow.dvc {ROWS}",
+        "deps": [str(PARAMS)],  # not params: DVC fails if the key ``rows`` is missing
+        "outs": [_persistent(f"{RESULTS}/{ROWS}")],
+    }
+    entries: dict[str, dict[str, Any]] = {ROWS: rows}
     supplied = {(job.stage, name) for job in Graph(_unfiltered()).jobs for name in job.inputs if name in EXTERNAL}
     for stage in STAGES.values():
         if stage.name not in EXCLUDED:
@@ -92,7 +94,7 @@ def _stage(stage: Stage, folder: str, section: str, user_files: list[str]) -> di
     if stage.name == "report":
         keys += ["defaults", *SECTIONS]
     body: dict[str, Any] = {
-        "cmd": " ".join(filter(None, ("python -m pipeline.workflow.dvc run", stage.name, name))),
+        "cmd": "python -m pipeline.workflow.dvc run",
         "deps": [
             *(f"${{{key}}}" for key in user_files),
             *_data(stage, folder, section, key),
@@ -115,7 +117,7 @@ def _stage(stage: Stage, folder: str, section: str, user_files: list[str]) -> di
 
 
 def _persistent(file: str, **more: Any) -> dict[str, _Inline]:
-    """Declare an output that DVC does not delete before it runs the stage."""
+    """Declare an output that DVC does not delete before it runs the stage, and thus before the params are checked."""
     return {file: _Inline(**more, persist=True)}
 
 
@@ -172,13 +174,17 @@ def _write_placeholder(job: Job) -> None:
         manifest.write(job.folder, stage="", outputs={path.name: "" for path in job.outputs.values()})
 
 
-def run(stage: str, name: str) -> None:
-    """Run a job of params.yaml unless it is up to date or no row needs it. The stage replaces this process."""
-    graph = Graph(parameters.load([PARAMS]))
-    try:
-        job = graph.find(stage, name)
-    except PipelineError:
-        job = Graph(_unfiltered()).find(stage, name)
+def run(name: str) -> None:
+    """Run a job unless it is up to date or no row needs it. The stage replaces this process.
+
+    Args:
+        name: the job's name in dvc.yaml, such as 'classifier@base'.
+    """
+    job = find(Graph(parameters.load([PARAMS])), name)
+    if job is None:
+        job = find(Graph(_unfiltered()), name)
+        if job is None:
+            raise PipelineError(f"{name}: no block of params.yaml; dvc.yaml and params.yaml must name the same blocks")
         _write_placeholder(job)
         print(f"{job.label}: no row of params.yaml's rows needs it", flush=True)
         return
@@ -190,11 +196,16 @@ def run(stage: str, name: str) -> None:
         if f"${{{key}}}" not in text:
             fix = "to regenerate it: python -m pipeline.workflow.dvc > dvc.yaml"
             print(f"warning: dvc.yaml does not know {key}, so DVC will not notice changes there; {fix}", flush=True)
-    entry = STAGES[stage]
+    entry = STAGES[job.stage]
     # DVC runs one job at a time, so a second thread is also useful without a GPU.
     threads = min(len(os.sched_getaffinity(0)), entry.threads if runtime.gpus() else max(2, entry.local_threads))
-    command = [sys.executable, "-m", f"stages.{stage}", *filter(None, [name]), *entry.arguments(threads)]
+    command = [sys.executable, "-m", f"stages.{job.stage}", *filter(None, [job.name]), *entry.arguments(threads)]
     os.execv(sys.executable, command)
+
+
+def find(graph: Graph, name: str) -> Job | None:
+    """Return the job with this name in dvc.yaml; None if the graph has no such job."""
+    return next((job for job in graph.jobs if name_of(job) == name), None)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -202,8 +213,8 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser(ROWS, help="write whether the rows need each block")
     job = commands.add_parser("run", help="run one job; used by the commands in dvc.yaml")
-    job.add_argument("stage", choices=list(STAGES))
-    job.add_argument("name", nargs="?", default="")
+    current = os.environ.get(CURRENT, "").rpartition(":")[2]  # FILE:NAME if DVC runs in another folder
+    job.add_argument("name", nargs="?", default=current, help="name in dvc.yaml, such as classifier@base")
     options = parser.parse_args(arguments)
     try:
         if options.command is None:
@@ -211,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif options.command == ROWS:
             write_rows()
         else:
-            run(options.stage, options.name)
+            run(options.name)
     except PipelineError as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)

@@ -7,12 +7,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.config import params as parameters
+from pipeline.config.reader import quoted
 from pipeline.config.registry import plain
 from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
@@ -57,10 +58,10 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
 def _overrides(text: str) -> dict[str, Any]:
     try:
         overrides = json.loads(text)
-    except ValueError as error:
-        raise PipelineError(f"--set {text}: not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise PipelineError(f"--set {quoted(text)}: not JSON: {error}") from None
     if not isinstance(overrides, dict):
-        raise PipelineError(f'--set {text}: must be a mapping such as {{"seed": 5}}')
+        raise PipelineError(f'--set {quoted(text)}: must be a mapping such as {{"seed": 5}}')
     return overrides
 
 
@@ -95,23 +96,25 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
         code = job.code
         key = _key(job, inputs, code)
         in_place = job.manifest_folder is not None
-        temporary = {name: path if in_place else partial(path) for name, path in job.outputs.items()}
+        temporary = {name: path if in_place else _temporary(job, path) for name, path in job.outputs.items()}
         for path in temporary.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         if in_place:
             manifest.remove(job.folder)
         checkpoint = job.folder / f".checkpoint-{job.stage}-{key[:16]}"
         work(Work(job, job.inputs, temporary, runtime, key, checkpoint))
+        # Hash this job's own files: without locks, another experiment may replace a shared one once it is published
+        hashes = {job.key(path): fingerprint(temporary[name]) for name, path in job.outputs.items()}
         if not in_place:
             manifest.remove(job.folder)
-            for path in job.outputs.values():
-                publish(path)
+            for name, path in job.outputs.items():
+                publish(path, temporary[name])
         manifest.write(
             job.folder,
             stage=job.label,
             params=plain(job.params),
             inputs=inputs,
-            outputs={job.key(path): fingerprint(path) for path in job.outputs.values()},
+            outputs=hashes,
             code=code,
             seconds=round(time.monotonic() - start, 1),
             machine=manifest.host(),
@@ -175,21 +178,45 @@ def _device(runtime: Runtime) -> str:
 _UNGUARDED = "two processes could run the same block at the same time; start each block only once"
 
 
+def _temporary(job: Job, path: Path) -> Path:
+    """Return the temporary path of an output. Experiments that share a file each have their own."""
+    return partial(path.with_name(f"{path.name}.{job.folder.name}") if path in _shared(job) else path)
+
+
+def _shared(job: Job) -> list[Path]:
+    """Return the outputs that jobs of other experiments write, too: metrics.json or a dataset."""
+    return [path for path in job.outputs.values() if path.parent != job.folder]
+
+
 @contextmanager
 def _lock(job: Job) -> Iterator[None]:
-    """Hold the job's lock. Wait if another process holds it, such as one that outlived a killed Snakemake."""
+    """Hold the locks of the job and of the outputs that it shares with other experiments.
+
+    Wait if another process holds one, such as a stage that outlived a killed Snakemake.
+    """
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        opened = (job.folder / f".lock-{job.stage}").open("a+")
+        lock = (job.folder / f".lock-{job.stage}").open("a+")
     except OSError as error:
         raise PipelineError(
             f"{error.filename}: cannot be written to ({error.strerror}), and {job.label} is not up to date; "
             "make the folder writable, or set another experiment"
         ) from None
-    with opened as file:
+    with ExitStack() as stack:
+        stack.enter_context(_hold(lock, job.label))
+        for path in _shared(job):
+            with suppress(PermissionError):  # the folder around a dataset may belong to someone else
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_hold(path.with_name(f".lock-{path.name}").open("a+"), job.label))
+        yield
+
+
+@contextmanager
+def _hold(lock: IO[str], label: str) -> Iterator[None]:
+    with lock as file:
         if locks.take(file, _UNGUARDED) is locks.Lock.BUSY:
             file.seek(0)
-            print(f"{job.label}: waiting for process {file.read().strip()}, which is at work on it", flush=True)
+            print(f"{label}: waiting for process {file.read().strip()}, which is at work on it", flush=True)
             locks.take(file, _UNGUARDED, wait=True)
         file.truncate(0)
         file.write(str(os.getpid()))
