@@ -9,6 +9,7 @@ writes maps of 1,000 images with VOC's 1.47 tags at 320 x 320 as a localization 
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    device = prepare(options.device, 0)
+    device = prepare(options.device, len(os.sched_getaffinity(0)))
     kinds = {"plain": None, "learnable": Suppression(), "delta 0.55": Suppression(0.55)}
     steps = {name: classifier(options, suppression, device) for name, suppression in kinds.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -1,19 +1,36 @@
-"""Execution options and hardware detection. Nothing here may change a result."""
+"""Execution options and hardware detection.
 
+``workers`` and ``checkpoint_every`` never change a result. ``device`` and ``threads`` choose the arithmetic of the
+networks: a training with another device or number of threads adds in another order, which its many steps amplify.
+Inference and label stages have given the same bytes with one thread and with two. No option is part of a job's key, so
+that results remain valid on other machines; ``pipeline.arithmetic`` records what was used.
+"""
+
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from pipeline.config.stage_table import Stage
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Execution options. They never change results, so they are not part of the checkpoint key."""
+    """Execution options; see above for those that results depend on."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     workers: int = 0  # extra processes that load and label images; 0: the main process does it
-    threads: int = 0  # arithmetic threads; 0: all cores that the process may use
+    threads: int = 1  # arithmetic threads
     checkpoint_every: float = 60.0  # seconds between two checkpoints
 
 
 def gpus() -> int:
     """Count the NVIDIA cards without loading CUDA."""
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def default_threads(stage: Stage) -> int:
+    """Return the number of threads of a stage under DVC and by hand.
+
+    It is the one that Snakemake uses on this machine, so that all three end with the same bytes.
+    """
+    return min(len(os.sched_getaffinity(0)), stage.threads if gpus() else stage.local_threads)

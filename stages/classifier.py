@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from pipeline.config.schema import Classifier
 from pipeline.data.index import Image
 from pipeline.data.loading import Batch, TrainingSet
+from pipeline.errors import PipelineError
 from pipeline.methods.base import Method
 from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
+from pipeline.stores.files import sha256
 from pipeline.stores.raster import RasterStore, RasterWriter
 from pipeline.training.loop import extent
 from pipeline.workflow.fit import fit
@@ -27,6 +29,7 @@ class ClassifierTask:
         self.accumulator = AttentionAccumulator(images, self.settings.accumulate, epochs, keep_last=drop is not None)
         self.drop = AttentionDropLayer(drop, self.accumulator, seed) if drop else None
         self.work = work
+        self.snapshots: list[str] = []  # sha256 of the snapshot of each completed epoch
 
     def about(self) -> dict[str, str]:
         return self.network.about()
@@ -49,7 +52,9 @@ class ClassifierTask:
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         if self.settings.accumulate.snapshots:
-            self.accumulator.dump(snapshot(self.work, epoch))
+            path = snapshot(self.work, epoch)
+            self.accumulator.dump(path)
+            self.snapshots.append(sha256(path))
         accumulator = self.accumulator
         return {
             "maps_seen": round(accumulator.share_seen(), 6),
@@ -57,10 +62,27 @@ class ClassifierTask:
         }
 
     def state(self) -> dict[str, Any]:
-        return self.accumulator.state()
+        return {"accumulator": self.accumulator.state(), "snapshots": self.snapshots}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.accumulator.restore(state)
+        self.accumulator.restore(state["accumulator"])
+        self.snapshots = list(state["snapshots"])
+        self.check_snapshots()
+
+    def check_snapshots(self) -> None:
+        """Compare the snapshots of all completed epochs with the checksums in the checkpoint.
+
+        Raises:
+            PipelineError: a snapshot is damaged or missing. It can only be computed again by the same training.
+        """
+        for epoch, expected in enumerate(self.snapshots):
+            path = snapshot(self.work, epoch)
+            actual = sha256(path) if path.exists() else None
+            if actual != expected:
+                raise PipelineError(
+                    f"{path}: {'missing' if actual is None else 'damaged'}: the maps after epoch {epoch + 1} of an "
+                    f"interrupted training; to train again from its start: rm {self.work.checkpoint}*"
+                )
 
 
 def snapshot(work: Work, epoch: int) -> Path:
@@ -68,10 +90,15 @@ def snapshot(work: Work, epoch: int) -> Path:
     return work.checkpoint.with_name(f"{work.checkpoint.name}-epoch-{epoch:03d}.h5")
 
 
-def join_snapshots(work: Work, epochs: int) -> None:
-    """Merge the maps of all epochs into one store. Image ids are EPOCH/IMAGE; epochs count from 1."""
+def join_snapshots(work: Work, task: ClassifierTask) -> None:
+    """Merge the maps of all epochs into one store. Image ids are EPOCH/IMAGE; epochs count from 1.
+
+    Raises:
+        PipelineError: the maps of an epoch are damaged or missing.
+    """
+    task.check_snapshots()
     with RasterWriter(work.outputs["snapshots"], "snapshots") as writer:
-        for epoch in range(epochs if work.job.block.accumulate.snapshots else 0):
+        for epoch in range(len(task.snapshots)):
             store = RasterStore(snapshot(work, epoch))
             for image_id in store:
                 for class_id, raster in store.maps(image_id).items():
@@ -87,7 +114,7 @@ def main(work: Work) -> None:
 
     task = fit(work, task_of, group=lambda network: network.companions)
     task.accumulator.dump(work.outputs["maps"])
-    join_snapshots(work, task.accumulator.last_epoch + 1)
+    join_snapshots(work, task)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ def main(work: Work) -> None:
     split = stage_table.KINDS[kind].split
     images = [image for image in index.images(split) if image.id in masks and masks.classes(image.id)]
     scores: dict[str, Any] = {"kind": kind, "split": split, "images": len(images), "classes": index.classes}
+    scores["arithmetic"] = RasterStore(work.inputs["maps" if kind == "maps" else "labels"]).arithmetic
     if images and kind == "maps":
         scores |= score_maps(work, index, masks, images)
     elif images:

@@ -31,6 +31,8 @@ def main(work: Work) -> None:
     _write(work.outputs["table"], table)
     _write(work.outputs["metrics"], metrics.headline(method, rows, scores))
     print(metrics.text_table(table, rows, method), flush=True)
+    if results.is_mixed:
+        print("warning: rows were computed in different arithmetic; see the report's protocol", flush=True)
 
 
 def _read(work: Work, prefix: str) -> dict[str, Any]:

@@ -7,13 +7,18 @@ from collections.abc import Iterator
 import pytest
 
 import stages  # noqa: F401  # its settings of OpenMP and malloc must come before torch is imported
+from pipeline import arithmetic
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Undo what a stage run in this process does: threads that wait for each other on busy cores are slow."""
-    yield
+    """Undo what a stage run in this process does: threads that wait for each other on busy cores are slow.
+
+    The arithmetic of one test is not that of the next.
+    """
+    with arithmetic.recording():
+        yield
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)

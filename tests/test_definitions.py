@@ -48,16 +48,18 @@ def names(paths: Any) -> frozenset[str]:
 
 
 def planned(graph: Graph) -> set[Rule]:
-    """The rules that Snakemake should have: a manifest replaces a dataset, which depends on its stage's file.
+    """The rules that Snakemake should have.
 
-    It also replaces the saliency maps in the dataset's folder.
+    A manifest replaces a dataset and the saliency maps in its folder. A job that reads only user-supplied files depends
+    on its stage's file.
     """
+    written = {path: path for job in graph.jobs for path in job.outputs.values()}
     home = {job.outputs["root"]: declared_outputs(job)[0] for job in graph.jobs if job.manifest_folder}
-    home |= {root / "Saliency": file for root, file in home.items()}
+    written |= home | {root / "Saliency": file for root, file in home.items()}
     return {
         Rule(
             job.stage,
-            names(home.get(path, path) for path in job.inputs.values()) or names([stage_file(job)]),
+            names(written[path] for path in job.inputs.values() if path in written) or names([stage_file(job)]),
             names(declared_outputs(job)),
         )
         for job in graph.jobs
@@ -89,7 +91,7 @@ def test_snakemake_states_the_graph(run: str, tmp_path: Path) -> None:
     assert snakemake_rules(folder, RUNS[run]) == planned(graph)
 
 
-def test_snakemake_watches_extra_images(tmp_path: Path) -> None:
+def test_snakemake_requires_extra_images(tmp_path: Path) -> None:
     folder = project.copy(tmp_path / "project", git=False)
     (folder / "extra.yaml").write_text("dataset: {extra: data/extra}\n")
     files = [PARAMS, folder / "extra.yaml"]

@@ -235,7 +235,7 @@ def test_stage_without_snapshots_has_no_curve(dataset: Path) -> None:
 def test_stage_reports_missing_masks(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store(dataset / "masks.h5", {})
     scores = score(dataset, "localizations/x", maps=store(dataset / "maps.h5", {}))
-    assert scores == {"kind": "maps", "split": "train", "images": 0, "classes": ["cat", "dog"]}
+    assert scores == {"kind": "maps", "split": "train", "images": 0, "classes": ["cat", "dog"], "arithmetic": []}
     assert "no masks" in capsys.readouterr().out
 
 

@@ -120,11 +120,11 @@ def test_a_stopped_training_loses_no_step_and_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize("number", STATUS)
 def test_a_stopped_block_stage_keeps_its_blocks(unbroken: Path, project: Path, number: signal.Signals) -> None:
-    stopped(begin(BLOCKS, TRAPPED), lambda: list(SALIENCY.glob(".checkpoint-*/00000.npz")), number)
+    stopped(begin(BLOCKS, TRAPPED), lambda: list(SALIENCY.glob(".checkpoint-*/00000.part")), number)
     assert log().splitlines()[-1].startswith(f"stopping on {number.name}; to resume, run the same command again")
     folder = next(SALIENCY.glob(".checkpoint-*"))
-    kept = sorted(path.name for path in folder.glob("*.npz"))
-    assert kept == [f"{number:05d}.npz" for number in range(len(kept))]
+    kept = sorted(path.name for path in folder.glob("*.part"))
+    assert kept == [f"{number:05d}.part" for number in range(len(kept))]
     assert begin(BLOCKS).wait(120) == 0
     assert hashes(SALIENCY) == hashes(unbroken / SALIENCY)
 

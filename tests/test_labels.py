@@ -428,6 +428,6 @@ def test_export_reports_errors_in_one_line(tmp_path: Path, capsys: pytest.Captur
 def test_label_stages_start_without_the_crf_library(monkeypatch: pytest.MonkeyPatch, maps: Path) -> None:
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     assert label(maps, PLAIN).ids == ["d", "a", "b", "c"]
-    (maps / "parts/00000.npz").unlink()
+    (maps / "parts/00000.part").unlink()
     with pytest.raises(PipelineError, match="pip install pydensecrf2"):
         label(maps, replace(PLAIN, crf=LabelCrf()))

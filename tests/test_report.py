@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 
+from pipeline import arithmetic
 from pipeline.config import params as parameters
 from pipeline.config import references
 from pipeline.data.sample import choose
@@ -53,6 +55,9 @@ RAW: dict[str, Any] = {
     "gallery": 4,
 }
 LAYERS = {"": ["conv2", "conv4", "head"], "wide": ["b2", "b3"]}  # by the classifier's name; '' of all others
+KIND = "fp32 on CPU (AVX2), 1 thread"  # of all trainings and inference
+OTHER = "bf16 on CPU (AVX512_BF16), 1 thread"
+BOTH = f"{OTHER}; {KIND}"
 QUALITY = {"cam": 0.2, "base": 0.35, "refined": 0.5, "oaa": 0.4, "oaa_plus": 0.6, "mixed": 0.7, "tenth": 0.5}
 
 
@@ -120,7 +125,8 @@ def experiment(raw: dict[str, Any], train: int = 8, held: int = 5, masks: bool =
             elif key == "layers":
                 path.write_text(json.dumps(LAYERS.get(job.name, LAYERS[""])))
             elif path.suffix == ".h5":
-                with RasterWriter(path, kind=key) as writer:
+                with arithmetic.recording(), RasterWriter(path, kind=key) as writer:
+                    arithmetic.note([KIND] if job.stage in ("localization", "prediction") else [])
                     fill(writer, f"{job.stage} {key}", job.name, drawn, splits, masks)
     for job in graph.jobs:
         main = {"evaluation": evaluation.main, "report": report.main}.get(job.stage)
@@ -155,7 +161,8 @@ def training_log(seed: int) -> dict[str, Any]:
         {"step": step, "epoch": step // 40, "loss": float(np.exp(-step / 50) + 0.1 * random.random()), "lr": 0.1}
         for step in range(1, 161)
     ]
-    return {"steps": steps, "epochs": [{"epoch": epoch, "loss": 1 / (epoch + 1)} for epoch in range(4)]}
+    epochs = [{"epoch": epoch, "loss": 1 / (epoch + 1)} for epoch in range(4)]
+    return {"steps": steps, "epochs": epochs, "arithmetic": [KIND]}
 
 
 def fill(writer: RasterWriter, kind: str, name: str, drawn: Any, splits: Any, masks: bool) -> None:
@@ -228,6 +235,59 @@ def test_metrics_files(place: Path) -> None:
     assert top.pop("method") == "oaa_plus"
     assert set(top.pop("iou")) == {"background", *NAMES}
     assert top == table["oaa_plus"]
+
+
+def test_the_arithmetic_is_told_once_if_all_rows_share_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment(RAW)
+    html = (place / "results/drawn/report.html").read_text()
+    assert html.count(KIND) == 1
+    assert f"<dt>Computed in</dt><dd>{KIND}</dd>" in html
+    assert "different arithmetic" not in html + capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("where", "changed", "text"),
+    [
+        (
+            "log of classifiers/base",
+            {"cam", "oaa", "oaa_plus", "mixed"},
+            f"training: {BOTH}. Inference: {KIND}",
+        ),
+        ("log of segmentations/supervised", {"supervised"}, f"training: {BOTH}. Inference: {KIND}"),
+        ("predictions/oaa", {"oaa"}, f"training: {KIND}. Inference: {BOTH}"),
+        ("localizations/cam", {"cam"}, f"training: {KIND}. Inference: {BOTH}"),
+    ],
+)
+def test_rows_computed_in_different_arithmetic_are_told_apart(
+    place: Path, where: str, changed: set[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that was resumed in another arithmetic has used both."""
+    job = experiment(RAW).find("report")
+    path = job.inputs[where]
+    if path.suffix == ".json":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"arithmetic": [KIND, OTHER]}))
+    else:
+        with h5py.File(path, "a") as store:
+            store.attrs["arithmetic"] = f"{KIND}\n{OTHER}"
+    capsys.readouterr()
+    report.main(Work(job, job.inputs, job.outputs, Runtime(), "key", Path("checkpoint")))
+    html = job.outputs["report"].read_text()
+    assert "computed in different arithmetic" in html
+    assert "<dt>Computed in</dt>" not in html
+    rows = dict(re.findall(r'<th scope="row">(\w+)</th>(?:<td>[^<]*</td>)*<td>([^<]*CPU[^<]*)</td></tr>', html))
+    assert rows == dict.fromkeys(RAW["segmentations"], KIND) | dict.fromkeys(changed, text)
+    warning = "warning: rows were computed in different arithmetic; see the report's protocol"
+    assert capsys.readouterr().out.splitlines()[-1] == warning
+
+
+def test_a_training_on_empty_labels_is_told_above_the_table(place: Path) -> None:
+    job = experiment(RAW).find("report")
+    log = job.inputs["log of segmentations/cam"]
+    log.write_text(json.dumps(json.loads(log.read_text()) | {"warning": "labels.h5 ignores <all> pixels"}))
+    report.main(Work(job, job.inputs, job.outputs, Runtime(), "key", Path("checkpoint")))
+    html = job.outputs["report"].read_text()
+    warning = '<p class="warning">segmentations/cam: labels.h5 ignores &lt;all&gt; pixels.</p>'
+    assert 0 < html.index(warning) < html.index("<table")
 
 
 def test_equal_inputs_give_equal_bytes(place: Path) -> None:

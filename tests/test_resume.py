@@ -1,6 +1,8 @@
 """A training that is stopped anywhere and started again ends as if it had never been stopped, to the bit."""
 
+import subprocess
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline import arithmetic
 from pipeline.config.schema import Accumulate, AttentionDrop, Augmentation, Backbone, Classifier, Training
 from pipeline.data.index import Index
 from pipeline.data.loading import Batch, TrainingSet
@@ -19,7 +22,7 @@ from pipeline.training.loop import Loop, extent
 from pipeline.training.settings import prepare
 from pipeline.workflow.graph import Job
 from pipeline.workflow.stage import Work
-from stages.classifier import ClassifierTask
+from stages.classifier import ClassifierTask, join_snapshots
 from tests.voc_tree import make_index
 
 CPU = torch.device("cpu")
@@ -99,16 +102,18 @@ class Run:
     def start(self, seed: int, at: int | None = None, at_epoch: int | None = None, every: float = 0.0) -> Any:
         """Run until the stop, or to the end: weights, accumulator and log."""
         torch.manual_seed(seed)
-        outputs = {"maps": self.folder / "maps.h5"}
+        outputs = {name: self.folder / f"{name}.h5" for name in ("maps", "snapshots")}
         work = Work(Job("classifier", "x", {}, outputs, {}, self.settings), {}, outputs, Runtime(), "", self.checkpoint)
         images = self.index.images("train")
         epochs = extent(self.settings.training, len(images)).epochs
         task = StoppingTask(DropoutMethod(self.settings, 3), images, epochs, 0, work)
         task.at, task.at_epoch = at, at_epoch
+        self.task = task
         data = TrainingSet(images, 3, self.settings.augmentation, 0)
         runtime = Runtime(checkpoint_every=every)
         made = Loop(task, data, self.settings.training, self.device, runtime=runtime, path=self.checkpoint)
-        log = made.run()
+        with arithmetic.recording():  # as in a process of its own
+            log = made.run()
         return task.network.state_dict(), task.accumulator.state(), log
 
     @property
@@ -229,11 +234,43 @@ class TestResume:
             run.start(seed=0)
         (line,) = caught.value.lines
         found = line.split("sha256 is ")[1][:64]
-        assert line == (
-            f"{run.checkpoint}: damaged checkpoint: sha256 is {found}, expected {saved}; delete it to start over"
-        )
+        assert line == (f"{run.checkpoint}: damaged: sha256 is {found}, expected {saved}; delete it to start over")
         assert found != saved
         assert int(found, 16)
+
+    @pytest.mark.parametrize("at", [12, None])
+    @pytest.mark.parametrize("harm", ["flip", "cut", "missing"])
+    def test_a_damaged_snapshot_is_refused_until_the_training_starts_over(
+        self, index: Index, tmp_path: Path, unbroken: Any, harm: str, at: int | None
+    ) -> None:
+        """In the midst of the training, and after its end, when the snapshots are about to be merged."""
+        run = Run(index, tmp_path / "run")
+        with pytest.raises(Stop) if at else nullcontext():
+            run.start(seed=0, at=at)
+        path = run.folder / ".checkpoint-epoch-001.h5"
+        content = bytearray(path.read_bytes())
+        content[content.index(b"image_ids") - 1] ^= 1
+        path.write_bytes({"flip": content, "cut": content[:-1], "missing": b""}[harm])
+        if harm == "missing":
+            path.unlink()
+        for _ in range(2):
+            with pytest.raises(PipelineError) as caught:
+                run.start(seed=0)
+            assert caught.value.lines == (
+                f"{path}: {'missing' if harm == 'missing' else 'damaged'}: the maps after epoch 2 of an interrupted "
+                f"training; to train again from its start: rm {run.checkpoint}*",
+            )
+        subprocess.run(caught.value.lines[0].split("start: ")[1], shell=True, check=True)
+        assert_same(run.start(seed=0), unbroken[0])
+        assert run.files() == unbroken[1]
+
+    def test_a_snapshot_damaged_before_the_merge_is_refused(self, index: Index, tmp_path: Path) -> None:
+        run = Run(index, tmp_path / "run")
+        run.start(seed=0)
+        path = run.folder / ".checkpoint-epoch-002.h5"
+        path.write_bytes(path.read_bytes()[::-1])
+        with pytest.raises(PipelineError, match=r"epoch-002\.h5: damaged"):
+            join_snapshots(run.task.work, run.task)
 
 
 @pytest.fixture

@@ -68,16 +68,22 @@ def label_rule(params: Params, labels: str) -> PseudoLabels | None:
     return params.pseudo_labels[name] if section == "pseudo_labels" else None
 
 
-def keep_rows(params: Params, kept: Sequence[str]) -> Params:
-    """Restrict the params to the rows named in ``kept`` and the blocks that they are derived from."""
+def derived_from(params: Params, references: Sequence[str]) -> set[str]:
+    """Return the references themselves and all those that their blocks are derived from."""
     needs = sources(params)
     wanted: set[str] = set()
-    queue = [network for name, network in rows(params).items() if name in kept]
+    queue = list(references)
     while queue:
         reference = queue.pop()
         if reference not in wanted:
             wanted.add(reference)
             queue.extend(needs.get(reference, ()))
+    return wanted
+
+
+def keep_rows(params: Params, kept: Sequence[str]) -> Params:
+    """Restrict the params to the rows named in ``kept`` and the blocks that they are derived from."""
+    wanted = derived_from(params, [network for name, network in rows(params).items() if name in kept])
     parts = {
         section: {name: block for name, block in getattr(params, section).items() if f"{section}/{name}" in wanted}
         for section in SECTIONS

@@ -11,6 +11,7 @@ from pipeline.data.loading import resized
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.methods.base import Method
 from pipeline.networks.base import observe
+from pipeline.networks.finite import check_outputs
 from pipeline.stores.blocks import Row
 
 LONG_SIDE = 321  # maximum long side of an input, in pixels: the side of DRS's training crops
@@ -24,6 +25,7 @@ def feature_maps(network: Method, images: Sequence[Image], device: torch.device)
     """
     for part, inputs in batches(images, _size, pixels_per_batch(device)):
         for number, means in enumerate(_channel_means(network, inputs.to(device)), 1):
+            check_outputs(means, part)
             low, high = means.amin((1, 2), keepdim=True), means.amax((1, 2), keepdim=True)
             shares = (means - low) / (high - low).clamp_min(1e-12)
             levels = (shares * 255).round().to(torch.uint8).cpu().numpy()

@@ -15,6 +15,7 @@ from pipeline.data.loading import resized
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.inference.climbing import climb
 from pipeline.methods.base import Method
+from pipeline.networks.finite import check_outputs
 from pipeline.stores.blocks import Row
 from pipeline.training.settings import autocast
 
@@ -56,6 +57,7 @@ def localization_maps(
                 else:
                     fused = torch.maximum(fused, resampled) if settings.fusion == "max" else fused + resampled
             assert fused is not None
+            check_outputs(fused[None], [image])
             if settings.fusion == "mean":
                 fused = fused / len(views)
             if settings.normalise == "max":

@@ -13,6 +13,7 @@ from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.labels.crf import dense_crf
+from pipeline.networks.finite import check_outputs
 from pipeline.stores.blocks import Row
 from pipeline.training.settings import autocast
 
@@ -28,7 +29,7 @@ def segmentations(
         mapper: ``map``, or an equivalent over worker processes, because the CRF takes much longer than the network.
     """
     for part, inputs in batches(images, lambda image: (image.height, image.width), pixels_per_batch(device)):
-        mean = _probabilities(network, inputs.to(device), settings)
+        mean = _probabilities(network, part, inputs.to(device), settings)
         labels: Iterable[NDArray[np.uint8]]
         if settings.crf is None:
             labels = mean.argmax(1).to(torch.uint8).cpu().numpy()
@@ -51,7 +52,7 @@ def _refined(task: tuple[Image, NDArray[np.float32], Crf]) -> NDArray[np.uint8]:
 
 
 @torch.inference_mode()
-def _probabilities(network: nn.Module, inputs: Tensor, settings: Test) -> Tensor:
+def _probabilities(network: nn.Module, images: Sequence[Image], inputs: Tensor, settings: Test) -> Tensor:
     """Softmax averaged over scales and flips, B x (K + 1) x H x W."""
     height, width = inputs.shape[2:]
     total: Tensor | None = None
@@ -66,6 +67,7 @@ def _probabilities(network: nn.Module, inputs: Tensor, settings: Test) -> Tensor
             view = (scaled.flip(3) if flip else scaled).contiguous(memory_format=torch.channels_last)
             with autocast(inputs.device, "auto"):
                 logits = network(view)
+            check_outputs(logits, images)
             logits = logits.float().flip(3) if flip else logits.float()
             probabilities = functional.interpolate(
                 logits, size=(height, width), mode="bilinear", align_corners=False

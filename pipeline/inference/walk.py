@@ -10,6 +10,7 @@ from torch.nn import functional
 from pipeline.config.schema import Walk
 from pipeline.data.index import Image
 from pipeline.inference.batching import batches, pixels_per_batch
+from pipeline.networks.finite import check_outputs
 from pipeline.refinement.walk import random_walk
 from pipeline.stores.blocks import Row
 from pipeline.stores.raster import RasterStore
@@ -38,6 +39,7 @@ def walked_maps(
             for channel, values in enumerate(seed.values()):
                 sample[channel] = values
         spread = random_walk(joined.to(device), edges, settings)
+        check_outputs(spread, part)
         spread = spread / spread.amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(spread.dtype).tiny)
         levels = (spread.clamp_max(1) * 255).round().to(torch.uint8).cpu().numpy()
         for image, seed, rasters in zip(part, seeds, levels, strict=True):

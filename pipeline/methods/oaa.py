@@ -20,6 +20,7 @@ from pipeline.config.schema import Accumulate, AttentionDrop
 from pipeline.data.geometry import Window, to_image, to_window
 from pipeline.data.index import Image
 from pipeline.data.streams import Purpose, rng
+from pipeline.errors import PipelineError
 from pipeline.stores.files import atomic
 from pipeline.stores.raster import write_store
 
@@ -163,10 +164,17 @@ class AttentionAccumulator:
     def _accumulate(
         self, selected: NDArray[np.bool_], maps: Tensor, ids: Sequence[str], windows: Sequence[Window], keep: bool
     ) -> int:
-        """Undo the flips and crops of the ``selected`` maps (B x K bool) and fuse them; return their number."""
+        """Undo the flips and crops of the ``selected`` maps (B x K bool) and fuse them; return their number.
+
+        Raises:
+            PipelineError: a map is not finite.
+        """
         samples, classes = selected.nonzero()
         rows = np.array([self._rows[ids[n]][k + 1] for n, k in zip(samples.tolist(), classes.tolist(), strict=True)])
         values = attention(_pick(maps, samples, classes))
+        if not np.isfinite(values).all():
+            bad = ids[samples[~np.isfinite(values).all((1, 2))][0]]
+            raise PipelineError(f"the attention contains NaN or infinity for image {bad}; lower training.lr")
         size = values.shape[1], values.shape[2]
         whole = [window in WHOLE and self.grids[name] == size for name, window in zip(ids, windows, strict=True)]
         if not all(whole):

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from pipeline.errors import PipelineError
 from pipeline.networks.base import Backbone, PublishedWeights
+from pipeline.networks.finite import listed, not_finite
 from pipeline.networks.vision import import_torchvision
+from pipeline.stores.files import sha256
 
 # Prefixes of parameters of a published network that no backbone has.
 IGNORED = ("classifier.", "fc.")
@@ -23,7 +25,8 @@ def load_weights(backbone: Backbone, weights: str) -> None:
     model.pt of another run). Parameters outside the backbone are ignored. float16 tensors are cast to float32.
 
     Raises:
-        PipelineError: the file is missing or damaged, the download failed, or the weights do not fit the backbone.
+        PipelineError: the file is missing or damaged, the download failed, the weights are not finite, or they do not
+            fit the backbone.
     """
     published = backbone.published
     if weights == "imagenet":
@@ -38,6 +41,8 @@ def load_weights(backbone: Backbone, weights: str) -> None:
     state = {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)} or state
     if not any(name.startswith("stages.") for name in state):
         state = _rename(backbone, state, published.prefix if published else "")
+    if bad := not_finite(state):
+        raise PipelineError(f"{source}: {listed(bad)}; use another file")
     own = backbone.state_dict()
     faults = [
         f"{name} is {_shape(value)}, not {_shape(own[name])}"
@@ -87,6 +92,9 @@ def _download(published: PublishedWeights | None) -> tuple[str, dict[str, Tensor
         raise PipelineError(
             f"{cached}: is missing or damaged, and the download failed; save {url} there, or set weights to a copy"
         ) from error
+    digits = cached.stem.rpartition("-")[2]  # torch compares the hash of a download, but not of a cached file
+    if cached.exists() and not sha256(cached).startswith(digits):
+        raise PipelineError(f"{cached}: damaged: its sha256 does not start with {digits}; delete it")
     return url, state
 
 

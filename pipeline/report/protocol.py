@@ -10,6 +10,7 @@ from pipeline.data.index import Index
 from pipeline.labels.crf import describe_crf
 from pipeline.report import describe
 from pipeline.report.describe import Logs
+from pipeline.stores.raster import RasterStore
 
 
 def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -28,6 +29,16 @@ def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple
         ("Test", f"scales {scales}; flip {'on' if test.flip else 'off'}; dense CRF {describe_crf(test.crf)}"),
         ("Seed", str(params.seed)),
     ]
+
+
+def arithmetic(params: Params, row: str, logs: Logs, stores: Mapping[str, RasterStore]) -> str:
+    """Describe the arithmetic of a row's trainings, and that of the inference between and after them if it differs."""
+    used = references.derived_from(params, [references.rows(params)[row]])
+    trained = {kind for name in used if name in logs for kind in logs[name]["arithmetic"]}
+    outputs = {name for name in (*used, f"predictions/{row}") if name in stores and name not in logs}
+    inferred = {kind for name in outputs for kind in stores[name].arithmetic}
+    training, inference = ("; ".join(sorted(kinds)) or "not recorded" for kinds in (trained, inferred))
+    return training if inference == training else f"training: {training}. Inference: {inference}"
 
 
 def map_columns(params: Params, reference: str, logs: Logs) -> dict[str, str]:

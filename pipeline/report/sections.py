@@ -43,6 +43,16 @@ class Results:
         """The split's images that have a mask."""
         return [image for image in self.index.images(split) if holds(self.stores["ground_truth"], image)]
 
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """The description of each row's arithmetic."""
+        return {row: protocol.arithmetic(self.params, row, self.logs, self.stores) for row in self.rows}
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether rows were computed in different arithmetic."""
+        return len(set(self.arithmetic.values())) > 1
+
 
 def document(results: Results) -> str:
     """Render the report as one HTML document."""
@@ -78,6 +88,8 @@ def methods(results: Results) -> Content:
     return {
         "figures": _key_figures(results),
         "table": tables.methods_table(metrics, rows, method, scored_on),
+        "is_mixed": results.is_mixed,
+        "warnings": {name: log["warning"] for name, log in results.logs.items() if "warning" in log},
         "chart": dot_chart("mIoU from step to step", "mIoU (%)", dots, list(labels.values())),
     }
 
@@ -101,10 +113,13 @@ def conditions(results: Results) -> Content:
     """The conditions under which the scores were measured."""
     params = results.params
     scored = {split: len(results.masked(split)) for split in ("train", "evaluation")}
-    return {
-        "facts": protocol.facts(params, results.index, scored),
-        "rows": {row: protocol.provenance(params, row, results.logs) for row in results.rows},
-    }
+    facts = protocol.facts(params, results.index, scored)
+    rows = {row: protocol.provenance(params, row, results.logs) for row in results.rows}
+    if results.is_mixed:
+        rows = {row: {**sources, "Computed in": results.arithmetic[row]} for row, sources in rows.items()}
+    else:
+        facts.append(("Computed in", next(iter(results.arithmetic.values()))))
+    return {"facts": facts, "rows": rows}
 
 
 def classes(results: Results) -> Content:

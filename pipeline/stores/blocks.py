@@ -4,10 +4,9 @@ An HDF5 store that was cut off cannot be continued (``stores.raster``). Finished
 part files until the store is complete.
 """
 
+import io
 import os
 import threading
-import zipfile
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,9 +19,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from pipeline import interrupts
+from pipeline import arithmetic, interrupts
 from pipeline.errors import PipelineError
-from pipeline.stores.files import atomic
+from pipeline.stores import sealed
 from pipeline.stores.raster import Raster, RasterStore, RasterWriter
 from pipeline.stores.workers import Workers
 
@@ -58,25 +57,32 @@ def write_blocks(
         ValueError: ``compute`` returned a row of an image that is not in the block.
     """
     rows: dict[str, list[tuple[int, Raster]]] = {}
+    loaded, computed = set[str](), set[str]()  # kinds of arithmetic
     for number, image in enumerate(progress(images)):
         interrupts.check()
         if number % size == 0:
             block = images[number : number + size]
-            rows = _load_or_compute(checkpoint / f"{number // size:05d}.npz", block, compute)
+            part = checkpoint / f"{number // size:05d}.part"
+            with arithmetic.recording():
+                stored = _load(part, [image.id for image in block])
+                rows = _compute(part, block, compute) if stored is None else stored
+                kinds = arithmetic.used()
+            arithmetic.note(kinds)
+            (computed if stored is None else loaded).update(kinds)
         writer.add_image(image.id)
         for class_id, raster in rows[image.id]:
             writer.append(image.id, raster, class_id)
+    if loaded and computed and loaded != computed:
+        print(f"note: resumed in {'; '.join(sorted(computed))} after blocks in {'; '.join(sorted(loaded))}", flush=True)
 
 
-def _load_or_compute(
+def _compute(
     part: Path, block: Sequence[_Image], compute: Callable[[Sequence[_Image]], Iterable[Row]]
 ) -> dict[str, list[tuple[int, Raster]]]:
-    """Rows of the block by image: read from its part file, or computed and saved there."""
+    """Compute the rows of the block by image, and save them in its part file."""
     ids = [image.id for image in block]
-    rows = _load(part, ids)
-    if rows is None:
-        rows = _by_image(ids, compute(block))
-        _save(part, ids, rows)
+    rows = _by_image(ids, compute(block))
+    _save(part, ids, rows)
     return rows
 
 
@@ -109,24 +115,29 @@ def _by_image(ids: list[str], rows: Iterable[Row]) -> dict[str, list[tuple[int, 
 def _save(part: Path, ids: list[str], rows: dict[str, list[tuple[int, Raster]]]) -> None:
     table = [(n, class_id, *raster.shape) for n, name in enumerate(ids) for class_id, raster in rows[name]]
     values = [raster.reshape(-1) for name in ids for _, raster in rows[name]]
-    with atomic(part) as path, path.open("wb") as file:
-        np.savez_compressed(
-            file,
-            ids=np.array(ids, str),
-            table=np.array(table, np.int64).reshape(-1, 4),
-            values=np.concatenate(values) if values else np.zeros(0, np.uint8),
-        )
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        ids=np.array(ids, str),
+        table=np.array(table, np.int64).reshape(-1, 4),
+        values=np.concatenate(values) if values else np.zeros(0, np.uint8),
+        arithmetic=np.array(arithmetic.used(), str),
+    )
+    sealed.write(part, buffer.getbuffer())
 
 
 def _load(part: Path, ids: list[str]) -> dict[str, list[tuple[int, Raster]]] | None:
-    """Read a part file; None if it is missing, damaged (its arrays carry a CRC) or holds other images."""
+    """Read a part file and note its arithmetic; None if it is missing, damaged or holds other images."""
     try:
-        with np.load(part, allow_pickle=False) as arrays:
-            stored, table, values = arrays["ids"].tolist(), arrays["table"].tolist(), arrays["values"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        payload = sealed.read(part)
+    except (FileNotFoundError, PipelineError):
         return None
+    with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
+        stored, table, values = arrays["ids"].tolist(), arrays["table"].tolist(), arrays["values"]
+        kinds = arrays["arithmetic"].tolist()
     if stored != ids:
         return None
+    arithmetic.note(kinds)
     rows: dict[str, list[tuple[int, Raster]]] = {image_id: [] for image_id in ids}
     start = 0
     for number, class_id, height, width in table:

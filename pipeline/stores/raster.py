@@ -3,7 +3,8 @@
 The pixels of all rasters are concatenated in ``values`` (flat uint8, gzip level 1 or uncompressed). The columns
 ``offset`` (int64), ``height``, ``width`` (int32), ``image`` (int32 index into ``image_ids``) and ``class_id`` (int16; 0
 for a raster without a class) have one row per raster. Rows of one image are contiguous. A map stores value / 255; a
-label map stores class ids (0 background, 255 ignore).
+label map stores class ids (0 background, 255 ignore). The attribute ``kind`` names the contents, and
+``arithmetic`` lists the kinds of arithmetic in which they were computed, one a line (``pipeline.arithmetic``).
 """
 
 import os
@@ -16,6 +17,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import arithmetic
 from pipeline.errors import PipelineError
 
 Raster = NDArray[np.uint8]
@@ -104,6 +106,7 @@ def write_store(
 
 
 def _write_rows(file: h5py.File, image_ids: Sequence[str], rows: NDArray[np.int64]) -> None:
+    file.attrs["arithmetic"] = "\n".join(arithmetic.used())
     for column, (name, dtype) in enumerate(COLUMNS):
         file.create_dataset(name, data=rows[:, column].astype(dtype))
     ids = np.array([name.encode() for name in image_ids], dtype=bytes)
@@ -124,6 +127,7 @@ class RasterStore:
         try:
             file = self._file()
             self.kind = str(file.attrs["kind"])
+            self.arithmetic = str(file.attrs.get("arithmetic", "")).splitlines()
             self.ids: list[str] = [name.decode() for name in file["image_ids"][:]]
             self._offset, self._height, self._width = (file[name][:] for name in ("offset", "height", "width"))
             images, self._class = file["image"][:], file["class_id"][:]

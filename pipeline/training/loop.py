@@ -1,9 +1,10 @@
 """The training loop of all networks. A ``Task`` provides the network and its loss.
 
-A training that was killed resumes from its last checkpoint. On a CPU the resumed training ends with exactly the same
-bytes as an uninterrupted one: augmentation depends only on seed, epoch and image, the order of batches only on seed and
-epoch, and checkpoints include the state of torch's random generators (dropout). On CUDA the loop restores the same
-state, but some networks use kernels that are not deterministic.
+A training that was killed resumes from its last checkpoint. On the same kind of CPU and with as many threads, it ends
+with exactly the same bytes as an uninterrupted one: augmentation depends only on seed, epoch and image, the order of
+batches only on seed and epoch, and checkpoints include the state of torch's random generators (dropout). On CUDA the
+loop restores the same state, but some networks use kernels that are not deterministic. In another arithmetic
+(``pipeline.arithmetic``) a training goes on, says so, and records both.
 """
 
 import math
@@ -16,14 +17,22 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline import interrupts
+from pipeline import arithmetic, interrupts
 from pipeline.config.schema import Training
 from pipeline.data.loader import load, loading_plan
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.errors import PipelineError
+from pipeline.networks.finite import listed, not_finite
 from pipeline.runtime import Runtime
 from pipeline.training import checkpoint
-from pipeline.training.settings import autocast, build_optimizer, learning_rate, parameter_groups
+from pipeline.training.settings import (
+    autocast,
+    build_optimizer,
+    describe,
+    learning_rate,
+    parameter_groups,
+    uses_bf16,
+)
 
 LOGGED = 20  # maximum number of logged losses per epoch
 
@@ -115,7 +124,7 @@ class Loop:
         On a stop request (``pipeline.interrupts``) the loop completes the current optimizer step and saves its state.
 
         Raises:
-            PipelineError: the loss is not finite, or the data loader failed.
+            PipelineError: the loss or a weight is not finite, or the data loader failed.
             Stopped: a stop was requested; the checkpoint includes every completed step.
         """
         with interrupts.deferred():
@@ -150,6 +159,9 @@ class Loop:
         """Train on a batch; with ``update``, also step the optimizer. Return ``update``."""
         with autocast(self.device, self.settings.precision):
             loss = self.task.loss(batch.to(self.device), self.epoch)
+        logged = update and self.step % max(1, self.steps_per_epoch // LOGGED) == 0
+        # On a GPU, each check waits for the device, so that losses between logged steps are checked by their sum.
+        value = self._finite(float(loss.detach()), self.step) if logged or self.device.type == "cpu" else 0.0
         (loss / self._group_size()).backward()  # type: ignore[no-untyped-call]
         self.sum += loss.detach().double()
         if not update:
@@ -159,8 +171,7 @@ class Loop:
             group["lr"] = rate * group["multiplier"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.step % max(1, self.steps_per_epoch // LOGGED) == 0:
-            value = self._finite(float(loss.detach()), self.step)
+        if logged:
             self.log["steps"].append({"step": self.step, "epoch": self.epoch, "loss": round(value, 6), "lr": rate})
         self.step += 1
         return True
@@ -176,8 +187,18 @@ class Loop:
             raise PipelineError(f"{self.label}: the loss is {loss} at step {step}; lower training.lr")
         return loss
 
+    def _check_weights(self) -> None:
+        if bad := not_finite(self.task.network.state_dict()):
+            raise PipelineError(f"{self.label}: {listed(bad)} after step {self.step - 1}; lower training.lr")
+
     def _end_epoch(self) -> None:
         mean = self._finite(float(self.sum) / self.batches_done, self.step - 1)
+        self._check_weights()
+        if mean == 0:
+            interrupts.say(
+                f"warning: {self.label}: the loss of epoch {self.epoch + 1} is exactly 0: the network learned nothing, "
+                "perhaps because all pixels of its labels are ignored"
+            )
         entry = {"epoch": self.epoch, "loss": round(mean, 6), **self.task.end_epoch(self.epoch)}
         self.log["epochs"].append(entry)
         self.sum.zero_()
@@ -189,6 +210,7 @@ class Loop:
     def _save(self) -> None:
         if self.path is None:
             return
+        self._check_weights()
         state = {
             "epoch": self.epoch,
             "batches_done": self.batches_done,
@@ -199,6 +221,7 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "task": self.task.state(),
             "rng": torch.get_rng_state(),
+            "arithmetic": arithmetic.used(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         checkpoint.save(self.path, state)
@@ -217,3 +240,7 @@ class Loop:
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         print(f"{self.label}: resumes from epoch {self.epoch + 1}, step {self.step}", flush=True)
+        before, now = state["arithmetic"], describe(self.device, uses_bf16(self.device, self.settings.precision))
+        arithmetic.note(before)
+        if now not in before:
+            print(f"note: {self.label}: goes on in {now}, after steps in {'; '.join(before)}", flush=True)

@@ -10,6 +10,7 @@ from pipeline.config import params
 from pipeline.config.registry import plain
 from pipeline.config.schema import Affinity, Classifier, OneStep, Refinement, Segmentation, without_weights
 from pipeline.errors import PipelineError
+from pipeline.networks.finite import listed, not_finite
 from pipeline.networks.segmentation import build_segmentation
 from pipeline.refinement.affinity import AffinityNetwork
 from pipeline.training.checkpoint import load_model, save_model
@@ -40,11 +41,13 @@ def load(path: Path, num_classes: int, device: torch.device) -> nn.Module:
     """Load the network in ``path`` onto ``device``, in evaluation mode.
 
     Raises:
-        PipelineError: the network was trained with another number of classes.
+        PipelineError: the network was trained with another number of classes, or its weights are not finite.
     """
     model = load_model(path)
     if model["num_classes"] != num_classes:
         raise PipelineError(f"{path}: was trained on {model['num_classes']} classes, the dataset has {num_classes}")
+    if bad := not_finite(model["state"]):
+        raise PipelineError(f"{path}: {listed(bad)}; delete it and train the network again with a lower training.lr")
     block: Block = params.read_block(_BLOCKS[model["block"]], model["settings"], str(path))
     network = build(without_weights(block), num_classes)
     network.load_state_dict(model["state"])

@@ -10,6 +10,7 @@ from typing import IO
 import torch
 from torch import nn
 
+from pipeline import arithmetic
 from pipeline.config.schema import Training
 from pipeline.errors import PipelineError
 from pipeline.stores import locks
@@ -24,12 +25,12 @@ def prepare(device: str, threads: int) -> torch.device:
 
     Args:
         device: 'auto' (a free GPU if there is one, else the CPU), 'cpu', 'cuda' or 'cuda:N'.
-        threads: number of CPU threads; 0: one for each CPU that this process may use.
+        threads: number of CPU threads.
 
     Raises:
         PipelineError: the device does not exist.
     """
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # denormal numbers slow a CPU several times and do not affect results
     if device == "auto":
         device = _free_card() if torch.cuda.is_available() else "cpu"
@@ -67,17 +68,42 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
+    return bool(_bf16_instructions())
+
+
+@functools.cache
+def _bf16_instructions() -> list[str]:
+    """The CPU's instruction sets that multiply bfloat16, the fastest first."""
     try:
         flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+        return []
+    return [name.upper() for name in ("amx_bf16", "avx512_bf16") if name in flags.split()]
+
+
+def uses_bf16(device: torch.device, precision: str) -> bool:
+    """Whether networks compute in bf16 under this ``precision`` (see ``Training.precision``)."""
+    return precision == "bf16" or (precision == "auto" and has_bf16(device))
+
+
+def describe(device: torch.device, bf16: bool) -> str:
+    """Describe this process's arithmetic, e.g. 'bf16 on CPU (AVX512_BF16), 1 thread'; see ``pipeline.arithmetic``."""
+    precision = "bf16" if bf16 else "fp32"
+    if device.type == "cuda":
+        tf32 = torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
+        kind = "fp32 (convolutions in TF32)" if tf32 and not bf16 else precision
+        return f"{kind} on {torch.cuda.get_device_name(device)}"
+    instructions = _bf16_instructions() if bf16 else []
+    name = instructions[0] if instructions else torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    return f"{precision} on CPU ({name}), {threads} thread{'s' if threads > 1 else ''}"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 autocast, enabled according to ``precision`` (see ``Training.precision``)."""
-    enabled = precision == "bf16" or (precision == "auto" and has_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """bf16 autocast, enabled according to ``precision``; the arithmetic is recorded (``pipeline.arithmetic``)."""
+    bf16 = uses_bf16(device, precision)
+    arithmetic.note([describe(device, bf16)])
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def parameter_groups(network: nn.Module, new: Iterable[nn.Module], settings: Training) -> list[dict[str, object]]:

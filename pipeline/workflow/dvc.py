@@ -197,9 +197,8 @@ def run(name: str) -> None:
             fix = "to regenerate it: python -m pipeline.workflow.dvc > dvc.yaml"
             print(f"warning: dvc.yaml does not know {key}, so DVC will not notice changes there; {fix}", flush=True)
     entry = STAGES[job.stage]
-    # DVC runs one job at a time, so a second thread is also useful without a GPU.
-    threads = min(len(os.sched_getaffinity(0)), entry.threads if runtime.gpus() else max(2, entry.local_threads))
-    command = [sys.executable, "-m", f"stages.{job.stage}", *filter(None, [job.name]), *entry.arguments(threads)]
+    arguments = entry.arguments(runtime.default_threads(entry))
+    command = [sys.executable, "-m", f"stages.{job.stage}", *filter(None, [job.name]), *arguments]
     os.execv(sys.executable, command)
 
 

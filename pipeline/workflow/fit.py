@@ -1,13 +1,14 @@
 """The training of a stage: build the network of its block, run the training loop, write the model and the log."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-from pipeline.data.index import Index
-from pipeline.data.loading import TrainingSet
+from pipeline import arithmetic
+from pipeline.data.index import Image, Index
+from pipeline.data.loading import IGNORE, TrainingSet
 from pipeline.stores.raster import RasterStore
 from pipeline.training import models
 from pipeline.training.loop import Loop, Task
@@ -36,7 +37,7 @@ def fit(
         The task after training.
 
     Raises:
-        PipelineError: the block does not fit the data, or the loss is not finite.
+        PipelineError: the block does not fit the data, or the training diverged.
     """
     settings, seed, runtime = work.job.block, work.job.params["seed"], work.runtime
     device = prepare(runtime.device, runtime.threads)
@@ -49,8 +50,26 @@ def fit(
     dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed, labels, group(network))
     task = make(network, dataset)
     training, label = settings.training, work.job.label
-    log = {"about": task.about()}
+    log: dict[str, Any] = {"about": task.about()}
+    if labels is not None and (warning := empty_labels(labels, images)):
+        print(f"warning: {label}: {warning}", flush=True)
+        log["warning"] = warning  # for the report
     log |= Loop(task, dataset, training, device, runtime=runtime, path=work.checkpoint, label=label).run()
+    log["arithmetic"] = arithmetic.used()
     models.save(work.outputs["model"], network, settings, index.num_classes)
     work.outputs["log"].write_text(json.dumps(log, indent=1) + "\n")
     return task
+
+
+def empty_labels(labels: RasterStore, images: Sequence[Image]) -> str | None:
+    """Return a warning if the label maps contain no object, or nothing but ignored pixels; None otherwise."""
+    has_background = False
+    for image in images:
+        raster = labels.get(image.id)
+        known = raster[raster != IGNORE]
+        if known.any():
+            return None
+        has_background = has_background or known.size > 0
+    if has_background:
+        return f"{labels.path} labels no object pixels, so that the network learns background only; loosen its rule"
+    return f"{labels.path} ignores all pixels of all images, so that the network learns nothing; loosen its rule"

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,6 @@ class Plan:
 
     def inputs(self, stage: Stage) -> Any:
         """Return the input function of a rule."""
-
         from snakemake.io import ancient  # only Snakemake's process has it
 
         def job_inputs(wildcards: Any) -> list[str]:
@@ -144,16 +144,14 @@ def declared_outputs(job: Job) -> list[Path]:
 
 
 def declared_inputs(job: Job) -> list[Path]:
-    """Return the inputs that the rule of a job declares. The manifest of a dataset replaces all that lies in it.
+    """Return the inputs that the rule of a job declares: outputs of other jobs, or else the stage's file.
 
-    A job without inputs depends on its stage's file, so that there is a time to compare with.
+    A manifest replaces a dataset and all that lies in it. User-supplied files are not declared: Snakemake fails a job
+    whose input is dated in the future. The manifests record their contents, and ``plan`` checks that they exist.
     """
-    writers = {name: job.writers.get(name) for name in job.inputs}
-    declared = [
-        declared_outputs(writer)[-1] if (writer := writers[name]) and writer.manifest_folder else path
-        for name, path in job.inputs.items()
-    ]
-    return list(dict.fromkeys(declared)) or [stage_file(job)]
+    written = {path: writer for name, path in job.inputs.items() if (writer := job.writers.get(name))}
+    files = [declared_outputs(writer)[-1] if writer.manifest_folder else path for path, writer in written.items()]
+    return list(dict.fromkeys(files)) or [stage_file(job)]  # so that there is a time to compare with
 
 
 def plan(workflow: Any) -> Plan:
@@ -214,29 +212,40 @@ def _params_sources(settings: Any) -> tuple[list[str], dict[str, Any]]:
 def _set_times(graph: Graph) -> set[str]:
     """Set the times of outputs: at least as new as the inputs for up-to-date jobs, older for stale jobs.
 
-    This is harmless even if other params are used, since the next plan sets the times again.
+    No output or stage's file stays in the future, where a clock that is ahead may have put it: Snakemake dates the
+    outputs of a job by the clock and fails the job if an input is newer. Setting times is harmless even if other params
+    are used, since the next plan sets them again.
 
     Returns:
         The labels of up-to-date jobs whose outputs look older than their inputs, since the results are read-only.
     """
     outdated = stale(graph)
     unset: set[str] = set()
+    now = time.time_ns()
     for job in graph.jobs:
         writers = [writer for name in job.inputs if (writer := job.writers.get(name))]
         sources = {*declared_inputs(job), *(path for writer in writers for path in declared_outputs(writer))}
-        newest = max(map(_time, sources))
+        if not writers and _time(stage_file(job)) > now:
+            _set_time(stage_file(job), now)
+        newest = min(now, max(map(_time, sources)))
         for path in declared_outputs(job):
-            time = _time(path)
-            if time and newest and (time < newest) != (job in outdated):
-                time = newest - SECOND if job in outdated else newest
-                try:
-                    os.utime(path, ns=(time, time))
-                except FileNotFoundError:
-                    pass  # a stage of another run may be replacing it
-                except OSError:
-                    if job not in outdated:
-                        unset.add(job.label)
+            current = _time(path)
+            if current and newest and ((current < newest) != (job in outdated) or current > now):
+                done = _set_time(path, newest - SECOND if job in outdated else newest)
+                if not done and job not in outdated:
+                    unset.add(job.label)
     return unset
+
+
+def _set_time(path: Path, nanoseconds: int) -> bool:
+    """Set the modification time of a file. Return whether that is allowed."""
+    try:
+        os.utime(path, ns=(nanoseconds, nanoseconds))
+    except FileNotFoundError:
+        pass  # a stage of another run may be replacing it
+    except OSError:
+        return False
+    return True
 
 
 def _time(path: Path) -> int:

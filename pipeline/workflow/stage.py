@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline import arithmetic
 from pipeline.config import params as parameters
 from pipeline.config.reader import quoted
 from pipeline.config.registry import plain
+from pipeline.config.stage_table import STAGES
 from pipeline.errors import PipelineError
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, default_threads
 from pipeline.stores import locks, manifest
 from pipeline.stores.files import partial, publish
 from pipeline.stores.hashes import fingerprint
@@ -47,7 +49,8 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
         graph = Graph(parameters.load(files, _overrides(options.set)))
         job = graph.find(stage, options.name)
         parameters.check(job.block, " + ".join(options.params))
-        runtime = Runtime(options.device, options.workers, options.threads, options.checkpoint_every)
+        threads = options.threads or default_threads(STAGES[stage])
+        runtime = Runtime(options.device, options.workers, threads, options.checkpoint_every)
         execute(job, work, runtime, options.force)
     except PipelineError as error:
         for line in error.lines:
@@ -74,7 +77,7 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     parser.add_argument("--set", default="{}", metavar="JSON", help="overrides, merged over the params files")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
-    parser.add_argument("--threads", type=int, default=0, help="arithmetic threads; 0: all available cores")
+    parser.add_argument("--threads", type=int, default=0, help="arithmetic threads; 0: as under Snakemake and DVC")
     parser.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--force", action="store_true", help="run even if the outputs are up to date")
     return parser
@@ -102,7 +105,9 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
         if in_place:
             manifest.remove(job.folder)
         checkpoint = job.folder / f".checkpoint-{job.stage}-{key[:16]}"
-        work(Work(job, job.inputs, temporary, runtime, key, checkpoint))
+        with arithmetic.recording():
+            work(Work(job, job.inputs, temporary, runtime, key, checkpoint))
+            used = arithmetic.used()
         # Hash this job's own files: without locks, another experiment may replace a shared one once it is published
         hashes = {job.key(path): fingerprint(temporary[name]) for name, path in job.outputs.items()}
         if not in_place:
@@ -118,7 +123,7 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
             code=code,
             seconds=round(time.monotonic() - start, 1),
             machine=manifest.host(),
-            device=_device(runtime),
+            arithmetic=used,
         )
         for old in job.folder.glob(f".*checkpoint-{job.stage}-*"):
             shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -165,14 +170,6 @@ def _key(job: Job, inputs: dict[str, str], code: str) -> str:
 
     text = json.dumps([job.label, plain(job.params), inputs, code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _device(runtime: Runtime) -> str:
-    """Return the device for the manifest. A stage that never loaded torch ran on the CPU."""
-    torch = sys.modules.get("torch")
-    if torch is None or runtime.device == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    return str(torch.cuda.get_device_name())
 
 
 _UNGUARDED = "two processes could run the same block at the same time; start each block only once"
