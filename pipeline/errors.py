@@ -1,6 +1,28 @@
-"""The exception that is reported to the user without a traceback."""
+"""Faults that are reported to the user in one line, without a traceback."""
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+_SPACE = "free some space or raise the quota there, then run it again"
+_PERMISSION = "correct its permissions or those of its folder, or choose another folder"
+_FIXES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f) or use another file system",
+    errno.EIO: "check the disk or the network file system",
+    errno.ESTALE: "check the network file system, then run it again",
+    errno.EROFS: "make the file system writable or choose another folder",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EBUSY: "end the process that uses it, or unmount it, then run it again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the machine has too many open files",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 def one_line(text: str) -> str:
@@ -21,3 +43,19 @@ class PipelineError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PipelineError, self.lines  # a worker's error keeps its lines
+
+
+@contextmanager
+def disk_faults(folder: Path) -> Iterator[None]:
+    """Turn errors of the disk, such as a full one, into PipelineError.
+
+    Args:
+        folder: named in the message if the error names no file, as that of a failed ``write`` does not.
+    """
+    try:
+        yield
+    except OSError as error:
+        if (fix := _FIXES.get(error.errno or 0)) is None:
+            raise
+        file = folder if error.filename is None or isinstance(error.filename, int) else os.fsdecode(error.filename)
+        raise PipelineError(f"{file}: {os.strerror(error.errno or 0)}; {fix}") from error

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, disk_faults
 from pipeline.labels.export import export
 from pipeline.stores import manifest
 from pipeline.stores.raster import RasterStore
@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise PipelineError(f"{options.store}: no such file; name a store, such as results/demo/saliency/maps.h5")
         manifest.verify(options.store)
         store = RasterStore(options.store)
-        written = export(store, options.folder)
+        with disk_faults(options.folder):
+            written = export(store, options.folder)
     except PipelineError as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)

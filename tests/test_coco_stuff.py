@@ -56,8 +56,12 @@ def annotate(name: str, stuff: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Create COCO-Stuff in coco/ of the working folder: three training and two test images."""
     monkeypatch.chdir(tmp_path)
+    make_source()
+
+
+def make_source() -> None:
+    """Create COCO-Stuff in coco/ of the working folder: three training and two test images."""
     for folder in ("images", "annotations", "imageLists"):
         (SOURCE / folder).mkdir(parents=True)
     random = np.random.default_rng(0)

@@ -74,8 +74,11 @@ def ids(names: tuple[str, ...]) -> bytes:
 
 @pytest.fixture
 def release(tmp_path: Path) -> Release:
+    return make_release(tmp_path / "source")
+
+
+def make_release(source: Path) -> Release:
     """VOC has masks (class 1) of 2007_*; SBD has masks (class 20) of 2007_1, 2007_3, 2008_4 and 2008_5."""
-    source = tmp_path / "source"
     source.mkdir()
     random = np.random.default_rng(0)
     ones = np.ones(SIZE, np.uint8)

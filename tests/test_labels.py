@@ -1,5 +1,6 @@
 """Label rules on hand-worked cases, and the stages around them: pseudo labels, mixture, export."""
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -379,6 +380,21 @@ def test_mixture_draws_among_the_images_with_masks(tmp_path: Path, two_kinds: di
 
 
 # --- export ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_to_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "text")
+
+    monkeypatch.setattr("pipeline.labels.export.write_png", full)
+    path = write_store(tmp_path / "labels.h5", "labels", {"few": {0: raster([0, 1], [1, 255])}})
+    with pytest.raises(SystemExit) as caught:
+        stages.export.main([str(path), str(tmp_path / "png")])
+    assert caught.value.code == 1
+    text = "No space left on device; free some space or raise the quota there, then run it again"
+    assert capsys.readouterr().err == f"error: {tmp_path}/png: {text}\n"
 
 
 def test_labels_are_exported_in_vocs_palette(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

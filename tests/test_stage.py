@@ -1,5 +1,6 @@
 """The stage frame: what it refuses, skips, reruns, waits for and leaves behind."""
 
+import errno
 import hashlib
 import json
 import threading
@@ -144,6 +145,43 @@ class TestRefusals:
             start(broken)
 
 
+class TestDisk:
+    """Errors of the disk are one line; tests/test_faults.py injects them into every stage."""
+
+    @pytest.mark.parametrize(
+        ("number", "name", "line"),
+        [
+            (errno.ENOSPC, None, f"{BASE}: No space left on device; free some space or raise the quota there, "),
+            (errno.ENOSPC, "x.h5", "x.h5: No space left on device; free some space or raise the quota there, "),
+            (errno.EFBIG, "x.h5", "x.h5: File too large; raise the limit on the size of a file"),
+            (errno.EIO, 7, f"{BASE}: Input/output error; check the disk"),
+            (errno.EROFS, b"x.h5", "x.h5: Read-only file system; make the file system writable"),
+        ],
+    )
+    def test_an_error_is_one_line(self, number: int, name: Any, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+        def full(work: Work) -> None:
+            raise OSError(number, "text", name)
+
+        refused(Fake(full), "base")
+        (found,) = lines(capsys.readouterr().err)
+        assert found.startswith(f"error: {line}")
+
+    def test_the_error_of_a_dataset_names_its_folder(self, capsys: pytest.CaptureFixture[str]) -> None:
+        def full(work: Work) -> None:
+            raise OSError(errno.ENOSPC, "text")
+
+        dataset = {"root": "made", "demo": {}}
+        refused(full, "", "--set", json.dumps({"dataset": dataset}), name="demo")
+        assert capsys.readouterr().err.startswith("error: made: No space left on device; ")
+
+    def test_other_errors_are_bugs(self) -> None:
+        def lost(work: Work) -> None:
+            raise FileNotFoundError(errno.ENOENT, "text", "x.h5")
+
+        with pytest.raises(FileNotFoundError):
+            start(lost)
+
+
 class TestFreshness:
     def test_what_is_up_to_date_is_skipped(self, capsys: pytest.CaptureFixture[str]) -> None:
         fake = Fake()
@@ -281,6 +319,23 @@ class TestPublishing:
         assert {path: path.read_bytes() for path in done} == before
         assert is_fresh(Graph(load([Path("params.yaml")])).find("classifier", "base"), {})
         assert not list(BASE.glob(".*checkpoint*"))
+
+    def test_killed_after_publishing_its_checkpoint_goes_at_the_next_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A checkpoint of other params remains, so that their run can resume."""
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        fake = Fake(lambda work: work.checkpoint.mkdir())
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.workflow.stage._remove_state", killed)
+            with pytest.raises(KeyboardInterrupt):
+                start(fake)
+        other = BASE / ".checkpoint-classifier-0123456789abcdef"
+        other.touch()
+        start(fake)
+        assert len(fake.calls) == 1
+        assert list(BASE.glob(".*checkpoint*")) == [other]
 
     def test_an_interrupted_checkpoint_is_not_left_behind(self) -> None:
         def unfinished(work: Work) -> None:

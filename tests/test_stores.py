@@ -5,6 +5,9 @@ import json
 import multiprocessing
 import os
 import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,17 @@ def write(path: Path, content: Rows, count: int = 12) -> RasterStore:
                 if image_id == f"image {number}":
                     writer.append(image_id, values, class_id)
     return RasterStore(path)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Make writes fail beyond this number of bytes of a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def read_in_child(store: RasterStore, queue: Any) -> None:
@@ -101,6 +115,35 @@ class TestRasters:
     def test_other_than_2d_uint8_is_refused(self, tmp_path: Path, values: Any) -> None:
         with RasterWriter(tmp_path / "maps.h5", "test") as writer, pytest.raises(ValueError, match="2-D uint8, not"):
             writer.append("a", values)
+
+    @pytest.mark.parametrize("size", [0, 1, 1000, 5000, 60_000, 100_000])
+    def test_a_full_disk_is_an_error_with_the_files_name(self, tmp_path: Path, size: int) -> None:
+        """Files of limited size stand in for a full disk; tests/test_faults.py fills one."""
+        path = tmp_path / "maps.h5"
+        noise = np.random.default_rng(0).integers(0, 256, (400, 300)).astype(np.uint8)
+        table = np.array([[0, *noise.shape, 0, 0]])
+        with files_of_at_most(size):
+            with pytest.raises(OSError, match="File too large") as caught:
+                write(path, [("image 0", 0, noise)])
+            assert caught.value.filename == str(path)
+            with pytest.raises(OSError, match="File too large") as caught:
+                write_store(path, "maps", ["a"], table, noise.reshape(-1))
+            assert caught.value.filename == str(path)
+
+    def test_a_full_disk_ends_the_work_early(self, tmp_path: Path) -> None:
+        """As soon as the buffer is written, not when the store is complete."""
+        noise = np.random.default_rng(0).integers(0, 256, (raster.BUFFER >> 12, 1 << 11)).astype(np.uint8)
+        appended: list[int] = []
+
+        def fill() -> None:
+            with RasterWriter(tmp_path / "maps.h5", "test") as writer:
+                for number in range(9):
+                    writer.append(str(number), noise)
+                    appended.append(number)
+
+        with files_of_at_most(1 << 20), pytest.raises(OSError, match="File too large"):
+            fill()
+        assert appended == [0]
 
     def test_rows_of_an_image_must_be_contiguous(self, tmp_path: Path) -> None:
         one = np.zeros((1, 1), np.uint8)

@@ -46,7 +46,8 @@ def fingerprint(*paths: Path, depth: int = sys.maxsize) -> str:
         file = os.stat(paths[0])
         if not stat.S_ISREG(file.st_mode) or file.st_size <= ALWAYS_HASHED:
             return sha256(paths[0])
-        return _hashes([(str(paths[0]), file)])[0]
+        digest = _hashes([(str(paths[0]), file)])[0]
+        return sha256(paths[0]) if digest.startswith("unreadable") else digest  # which raises the error
     entries = [
         entry
         for number, path in enumerate(paths)

@@ -17,8 +17,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import arithmetic
+from pipeline import arithmetic, interrupts
 from pipeline.errors import PipelineError
+from pipeline.stores.hdf5 import NewFile
 
 Raster = NDArray[np.uint8]
 CHUNK = 1 << 16
@@ -33,9 +34,9 @@ class RasterWriter:
     """
 
     def __init__(self, path: Path, kind: str) -> None:
-        self._file = h5py.File(path, "w", track_order=False, locking=False)
-        self._file.attrs["kind"] = kind
-        self._values = self._file.create_dataset(
+        self._new = NewFile(path)
+        self._new.file.attrs["kind"] = kind
+        self._values = self._new.file.create_dataset(
             "values", (0,), np.uint8, maxshape=(None,), chunks=(CHUNK,), compression="gzip", compression_opts=1
         )
         self._pending: list[Raster] = []
@@ -69,14 +70,16 @@ class RasterWriter:
     def _flush(self) -> None:
         if self._pending:
             start = self._values.shape[0]
-            self._values.resize((self._total,))
-            self._values[start:] = np.concatenate(self._pending)
+            with interrupts.deferred():
+                self._values.resize((self._total,))
+                self._values[start:] = np.concatenate(self._pending)
+            self._new.check()
             self._pending, self._pending_bytes = [], 0
 
     def close(self) -> None:
-        self._flush()
-        _write_rows(self._file, list(self._images), np.array(self._rows, np.int64).reshape(-1, 5))
-        self._file.close()
+        with self._new as new:
+            self._flush()
+            _write_rows(new.file, list(self._images), np.array(self._rows, np.int64).reshape(-1, 5))
 
     def __enter__(self) -> Self:
         return self
@@ -85,7 +88,7 @@ class RasterWriter:
         if kind is None:
             self.close()
         else:
-            self._file.close()
+            self._new.close()
 
 
 def write_store(
@@ -99,10 +102,10 @@ def write_store(
             sorted by image.
         values: flat uint8 array, written as it is; the rasters may be in any order.
     """
-    with h5py.File(path, "w", track_order=False, locking=False) as file:
-        file.attrs["kind"] = kind
-        file.create_dataset("values", data=values)
-        _write_rows(file, image_ids, rows)
+    with NewFile(path) as new, interrupts.deferred():
+        new.file.attrs["kind"] = kind
+        new.file.create_dataset("values", data=values)
+        _write_rows(new.file, image_ids, rows)
 
 
 def _write_rows(file: h5py.File, image_ids: Sequence[str], rows: NDArray[np.int64]) -> None:

@@ -11,9 +11,7 @@ from pipeline.stores import sealed
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` atomically, with its checksum."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    sealed.write(path, buffer.getbuffer())
+    sealed.write(path, _serialized(state))
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -33,7 +31,14 @@ def load(path: Path) -> dict[str, Any] | None:
 def save_model(path: Path, network: torch.nn.Module, **fields: Any) -> None:
     """Write a trained network's weights, as CPU tensors, and ``fields`` that describe how to rebuild it."""
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    torch.save({"state": state, **fields}, path)
+    path.write_bytes(_serialized({"state": state, **fields}))
+
+
+def _serialized(values: dict[str, Any]) -> memoryview:
+    """Serialize in memory: if the disk is full, ``torch.save`` raises an error that does not say so."""
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    return buffer.getbuffer()
 
 
 def load_model(path: Path) -> dict[str, Any]:

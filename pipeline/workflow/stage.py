@@ -17,7 +17,7 @@ from pipeline.config import params as parameters
 from pipeline.config.reader import quoted
 from pipeline.config.registry import plain
 from pipeline.config.stage_table import STAGES
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, disk_faults
 from pipeline.runtime import Runtime, default_threads
 from pipeline.stores import locks, manifest
 from pipeline.stores.files import partial, publish
@@ -51,7 +51,8 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
         parameters.check(job.block, " + ".join(options.params))
         threads = options.threads or default_threads(STAGES[stage])
         runtime = Runtime(options.device, options.workers, threads, options.checkpoint_every)
-        execute(job, work, runtime, options.force)
+        with disk_faults(job.outputs["root"] if job.manifest_folder else job.folder):
+            execute(job, work, runtime, options.force)
     except PipelineError as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
@@ -125,8 +126,7 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
             machine=manifest.host(),
             arithmetic=used,
         )
-        for old in job.folder.glob(f".*checkpoint-{job.stage}-*"):
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        _remove_state(job)
     print(f"{job.label}: done in {time.monotonic() - start:.1f} s", flush=True)
 
 
@@ -135,7 +135,21 @@ def _skip(job: Job, force: bool) -> bool:
     fresh = not force and is_fresh(job, {})
     if fresh:
         print(f"{job.label}: up to date", flush=True)
+        _tidy(job)
     return fresh
+
+
+def _remove_state(job: Job, key: str = "") -> None:
+    """Remove checkpoints of the job, or only those with this key."""
+    for old in job.folder.glob(f".*checkpoint-{job.stage}-{key[:16]}*"):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def _tidy(job: Job) -> None:
+    """Remove what a run that was killed after it had published left behind. Other params' checkpoints remain."""
+    record = manifest.read(job.folder) or {}
+    with suppress(OSError):  # the results may be read-only
+        _remove_state(job, _key(job, record["inputs"], job.code))
 
 
 def _check_inputs(job: Job) -> dict[str, str]:
