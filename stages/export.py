@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.errors import PipelineError, disk_faults
 from pipeline.labels.export import export
 from pipeline.stores import manifest
-from pipeline.stores.raster import RasterStore
+from pipeline.stores.raster import open_foreign
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.store.is_file():
             raise PipelineError(f"{options.store}: no such file; name a store, such as results/demo/saliency/maps.h5")
         manifest.verify(options.store)
-        store = RasterStore(options.store)
+        store = open_foreign(options.store)
         with disk_faults(options.folder):
             written = export(store, options.folder)
     except PipelineError as error:

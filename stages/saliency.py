@@ -11,7 +11,7 @@ from pipeline.data.index import Image, Index
 from pipeline.errors import PipelineError
 from pipeline.labels import saliency
 from pipeline.stores.blocks import Row, listed, parallel, write_blocks
-from pipeline.stores.raster import Raster, RasterStore, RasterWriter
+from pipeline.stores.raster import Raster, RasterWriter, open_foreign
 from pipeline.workflow.stage import Work, progress, run
 
 Source = Callable[[Image], Raster]
@@ -53,7 +53,7 @@ def _source(settings: Saliency, inputs: dict[str, Path], images: list[Image]) ->
         _refuse_missing(str(settings.path), missing)
         return saliency.read_file
     if settings.kind == "store":
-        store = RasterStore(inputs["store"])
+        store = open_foreign(inputs["store"])
         missing = [image.id for image in images if image.id not in store or 0 not in store.classes(image.id)]
         _refuse_missing(str(store.path), missing)
         return partial(saliency.read_stored, store)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -319,3 +320,17 @@ def test_the_profile_gives_edams_rows_alone() -> None:
             assert block == getattr(published, section)[name]
     assert graph.params.dataset.classes == "voc"
     assert graph.find("coco_stuff").inputs == {"coco_stuff": Path("data/cocostuff-10k-v1.1")}
+
+
+def test_an_annotation_that_crashes_its_reader_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: Path, **options: Any) -> dict[str, Any]:
+        if path.name == f"{TEST[0]}.mat":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return scipy_io.loadmat(path, **options)
+
+    monkeypatch.setattr(matlab, "loader", lambda description: load)
+    with pytest.raises(PipelineError) as caught:
+        convert(SOURCE, VOC)
+    assert caught.value.lines == (
+        f"coco/{ANNOTATION}: cannot be read (damaged: reading it ended the process (SIGSEGV)); {AGAIN}",
+    )

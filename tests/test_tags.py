@@ -140,7 +140,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, where: str) -
         ({"a": np.array([None])}, "something other than numeric arrays"),
         ([vector(1)], "not a dict"),
         ({"a": vector()[:2]}, "a has 2 values for 3 classes"),
-        ({"2007_000032": vector(1), 2007000032: vector(2)}, "both by string and by number"),
+        ({"2007_000032": vector(1), 2007000032: vector(2)}, "2007_000032 is tagged twice"),
         ({"a": Payload(eval, "1")}, "builtins.eval"),
         ({"a": Payload(getattr, "", "join")}, "builtins.getattr"),
     ],

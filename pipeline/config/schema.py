@@ -54,6 +54,8 @@ class Dataset:
     evaluation: FilePath = "ImageSets/Segmentation/val.txt"
     # More training images: one folder per class, named after their single tag (EDAM Sec. 4.4)
     extra: FilePath | None = None
+    # size in pixels / 10^6 above which an image, mask or saliency map is refused before it is decoded
+    max_megapixels: Annotated[float, Range(above=0, most=1000)] = 100.0
     demo: Demo | None = None  # generate the dataset at root
     download: Literal["voc2012_aug"] | None = None  # or download it there
     # Or convert it from COCO-Stuff 10k v1.1, unpacked in this folder (EDAM Sec. 4.6)
@@ -63,6 +65,10 @@ class Dataset:
     def preparation_stages(self) -> list[str]:
         """The stages that would create the dataset at ``root``. A valid block has one at most."""
         return [key for key in PREPARATION_STAGES if getattr(self, key)]
+
+    @property
+    def max_pixels(self) -> int:
+        return round(self.max_megapixels * 1e6)
 
     def faults(self) -> Iterator[str]:
         if len(self.preparation_stages) > 1:

@@ -13,9 +13,9 @@ import numpy as np
 
 from pipeline.config.schema import Dataset
 from pipeline.data.checks import IGNORE, InvalidFile, image_size, mask_values, saliency_values
+from pipeline.data.class_file import read_classes
 from pipeline.data.faults import Faults, hint
 from pipeline.data.tags import IMAGE_SUFFIXES, Tags, read_list, read_tags
-from pipeline.data.voc import CLASSES
 from pipeline.stores.files import read_regular
 from pipeline.stores.raster import Raster
 
@@ -70,7 +70,8 @@ def build_index(
     root = Path(dataset.root)
     classes = read_classes(root, dataset.classes, faults)
     lists = {"train": root / dataset.train, "evaluation": root / dataset.evaluation}
-    splits = {split: read_list(path, faults) for split, path in lists.items()}
+    images = _files_by_stem(root / dataset.images, IMAGE_SUFFIXES, "dataset.images", faults)
+    splits = {split: read_list(path, faults, images or ()) for split, path in lists.items()}
     evaluation = set(splits["evaluation"])
     for name in splits["train"]:
         if name in evaluation:
@@ -80,15 +81,15 @@ def build_index(
     tags = _checked_tags(root / dataset.tags, classes, splits, faults)
     extra = _read_extra(Path(dataset.extra), classes, faults) if dataset.extra and classes else ExtraImages()
     splits["train"] += extra.files
-    files_of_images = _match_files(dataset, ids, extra, splits, saliency, faults)
-    results = _inspect_all(files_of_images, len(classes), threads, progress)
+    files_of_images = _match_files(dataset, ids, images, extra, splits, saliency, faults)
+    results = _inspect_all(files_of_images, len(classes), dataset.max_pixels, threads, progress)
     for _, image_faults in results:
         for kind, line in image_faults:
             faults.add(kind, line)
     faults.check()
-    images = {}
+    entries = {}
     for files, (entry, _) in zip(files_of_images, results, strict=True):
-        images[files.id] = {
+        entries[files.id] = {
             "file": Path(os.path.relpath(files.image, root)).as_posix(),
             "mask": files.mask and files.mask.relative_to(root).as_posix(),
             "saliency": files.saliency and files.saliency.as_posix(),
@@ -99,30 +100,7 @@ def build_index(
     if extra.files:
         tag_source += f"; {len(extra.files)} images with single tags: {dataset.extra}"
     source = {"root": root.as_posix(), "classes": classes, "splits": splits, "tag_source": tag_source}
-    return {**source, "images": images}
-
-
-def read_classes(root: Path, classes: str, faults: Faults) -> list[str]:
-    """Read the names of classes 1..K: VOC's, or those of a text file with one name per line.
-
-    Faults are added to ``faults``.
-    """
-    if classes == "voc":
-        return list(CLASSES)
-    path = root / classes
-    try:
-        names = [line.strip() for line in read_regular(path).decode("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        faults.add("classes", f"{path}: cannot be read ({error}); write one class name a line, or set dataset.classes")
-        return []
-    if not 0 < len(names) < IGNORE:
-        faults.add("classes", f"{path}: names {len(names)} classes; there must be 1 to {IGNORE - 1}, one a line")
-    if len(set(names)) < len(names):
-        twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
-        faults.add("classes", f"{path}: names {twice} more than once; remove the duplicates")
-    if "background" in names:
-        faults.add("classes", f"{path}: names background, which is always class 0; list only object classes")
-    return names
+    return {**source, "images": entries}
 
 
 def _checked_tags(path: Path, classes: Sequence[str], splits: dict[str, list[str]], faults: Faults) -> Tags:
@@ -182,6 +160,7 @@ def _images_without(available: Collection[str], splits: dict[str, list[str]]) ->
 def _match_files(
     dataset: Dataset,
     ids: Sequence[str],
+    images: dict[str, list[Path]] | None,
     extra: ExtraImages,
     splits: dict[str, list[str]],
     saliency: Path | None,
@@ -189,7 +168,6 @@ def _match_files(
 ) -> list[ImageFiles]:
     """Match listed and extra images to their files; images with missing or ambiguous files become faults."""
     root = Path(dataset.root)
-    images = _files_by_stem(root / dataset.images, IMAGE_SUFFIXES, "dataset.images", faults)
     masks = _files_by_stem(root / dataset.masks, (".png",), "dataset.masks", faults) if dataset.masks else None
     maps = _files_by_stem(saliency, (".png",), "saliency.path", faults) if saliency else None
     if images is None:
@@ -236,28 +214,28 @@ def _files_by_stem(folder: Path, suffixes: tuple[str, ...], key: str, faults: Fa
 
 
 def _inspect_all(
-    images: list[ImageFiles], num_classes: int, threads: int, progress: Progress
+    images: list[ImageFiles], num_classes: int, limit: int, threads: int, progress: Progress
 ) -> list[tuple[dict[str, Any], list[Fault]]]:
     pool = ThreadPoolExecutor(threads)
     try:
-        results = pool.map(partial(_inspect, num_classes=num_classes), images)
+        results = pool.map(partial(_inspect, num_classes=num_classes, limit=limit), images)
         return list(progress(results, "index: images checked", len(images)))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _inspect(files: ImageFiles, num_classes: int) -> tuple[dict[str, Any], list[Fault]]:
+def _inspect(files: ImageFiles, num_classes: int, limit: int) -> tuple[dict[str, Any], list[Fault]]:
     """Hash and decode the files of one image; return its index entry (size and hashes) and its faults."""
     entry: dict[str, Any] = {}
     faults: list[Fault] = []
 
-    def read(path: Path | None, kind: str, key: str, decode: Callable[[bytes], Any]) -> Any:
+    def read(path: Path | None, kind: str, key: str, decode: Callable[[bytes, int], Any]) -> Any:
         entry[key] = None
         try:
             if path is not None:
                 data = read_regular(path)
                 entry[key] = hashlib.sha256(data).hexdigest()
-                return decode(data)
+                return decode(data, limit)
         except InvalidFile as error:
             faults.append((kind, f"{path}: {error}"))
         except OSError as error:

@@ -6,13 +6,14 @@ plain records, and any other name in the pickle is refused.
 
 import pickle
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.stores.files import open_regular
+from pipeline.stores.files import read_regular
 
 _NUMBERS = {"b1", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
 
@@ -79,26 +80,23 @@ def _numbers(dtype: Any, data: Any) -> NDArray[Any]:
     return np.frombuffer(data, np.dtype(order + dtype.name))
 
 
-def load(path: Path) -> dict[str, NDArray[Any]]:
-    """Load image id -> vector of K values, positive where the class is present.
+def load(path: Path) -> dict[str | int, NDArray[Any]]:
+    """Load a dict from a file name, id (psa: '2007_000032') or number (irn: 2007000032) to a vector of K values.
 
-    Keys are strings ('2007_000032', psa) or integers (2007000032, irn); integers get their underscore back.
+    A value is positive where the class is present. Damaged bytes can exhaust the memory: see ``stores.isolated``.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: the file is damaged, is not such a dict, or contains anything but numeric arrays.
     """
-    with open_regular(path) as file:
-        try:
-            content = _content(file)
-        except OSError:
-            raise
-        except Exception as error:  # damaged bytes can make the unpickler raise anything
-            raise ValueError(f"not a label file like cls_labels.npy: {error or type(error).__name__}") from None
-    return content
+    data = read_regular(path)
+    try:
+        return _content(BytesIO(data))
+    except Exception as error:  # damaged bytes can make the unpickler raise anything
+        raise ValueError(f"not a label file like cls_labels.npy: {error or type(error).__name__}") from None
 
 
-def _content(file: BinaryIO) -> dict[str, NDArray[Any]]:
+def _content(file: BinaryIO) -> dict[str | int, NDArray[Any]]:
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(file)
@@ -111,13 +109,6 @@ def _content(file: BinaryIO) -> dict[str, NDArray[Any]]:
     vectors = {}
     for key, value in content.items():
         if not isinstance(key, str | int) or not isinstance(value, _Array):
-            raise ValueError(f"entry {key!r} is not an image id with an array")
-        vectors[_image_id(key)] = _numbers(value.dtype, value.data)
-    if len(vectors) < len(content):
-        raise ValueError("it names an image both by string and by number")
+            raise ValueError(f"entry {key!r:.80} is not an image id with an array")
+        vectors[key] = _numbers(value.dtype, value.data)
     return vectors
-
-
-def _image_id(key: str | int) -> str:
-    digits = str(key)
-    return key if isinstance(key, str) else f"{digits[:4]}_{digits[4:]}"

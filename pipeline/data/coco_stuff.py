@@ -9,19 +9,22 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data import matlab
-from pipeline.data.checks import IGNORE, InvalidFile, image_size
+from pipeline.data.checks import IGNORE, MEGAPIXEL, InvalidFile, image_size
 from pipeline.data.faults import Faults
 from pipeline.data.palette import write_mask
 from pipeline.data.tags import read_list
 from pipeline.data.voc import CLASSES
 from pipeline.errors import PipelineError
+from pipeline.stores import isolated
 from pipeline.stores.files import atomic
 from pipeline.stores.raster import Raster
 
@@ -50,6 +53,7 @@ COCO_IDS = {  # COCO's ids of the VOC classes
     "train": 7,
     "tvmonitor": 72,
 }
+LARGEST = 10 * MEGAPIXEL  # pixels; COCO's images have at most 640 x 640
 UNLABELED, HIGHEST = 0, 182
 TO_VOC = np.zeros(HIGHEST + 1, np.uint8)
 TO_VOC[UNLABELED] = IGNORE
@@ -129,18 +133,22 @@ def _files(source: Path, name: str) -> tuple[Path, Path]:
 
 def _size(image: Path) -> tuple[int, int]:
     try:
-        return image_size(image.read_bytes())
+        return image_size(image.read_bytes(), LARGEST)
     except InvalidFile as error:
         raise PipelineError(f"{image}: {error}") from None
     except OSError as error:
         raise PipelineError(f"{image}: cannot be read ({error.strerror}); fix its permissions or the disk") from None
 
 
+def _read_annotation(load: Callable[..., dict[str, Any]], annotation: Path) -> NDArray[Any]:
+    return np.asarray(load(annotation, variable_names=["S"])["S"])
+
+
 def _voc_mask(annotation: Path, load: Callable[..., dict[str, Any]], size: tuple[int, int]) -> Raster:
     """Read an annotation and map it to H x W VOC class ids."""
     again = "unpack COCO-Stuff 10k v1.1 again"
     try:
-        stuff = load(annotation, variable_names=["S"])["S"]
+        stuff = isolated.call(partial(_read_annotation, load), annotation)  # damaged ones can crash scipy
     except Exception as error:  # scipy raises many types for a damaged file
         raise PipelineError(f"{annotation}: cannot be read ({' '.join(str(error).split())}); {again}") from None
     if stuff.shape != size:

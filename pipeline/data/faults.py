@@ -3,15 +3,21 @@
 import difflib
 from collections.abc import Iterable
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, one_line
 
 LIMIT = 20
+LENGTH = 500
 
 
 def hint(word: str, choices: Iterable[str], otherwise: str) -> str:
     """Suggest a fix for a wrong name: the most similar choice, or ``otherwise`` if none is similar."""
-    close = difflib.get_close_matches(word, list(choices), 1)
+    close = difflib.get_close_matches(word[:LENGTH], list(choices), 1)
     return f"did you mean {close[0]}?" if close else otherwise
+
+
+def shortened(line: str) -> str:
+    """Shorten a line to about ``LENGTH`` characters. Its start, which names the file, and its end, the fix, remain."""
+    return line if len(line) <= LENGTH else f"{line[: LENGTH // 2]} ... {line[-LENGTH // 2 :]}"
 
 
 class Faults:
@@ -26,11 +32,11 @@ class Faults:
 
         Args:
             kind: name of this kind of fault, shown with the count of omitted lines.
-            line: the message, which names the file and the fix.
+            line: the message, which names the file and the fix. It is ``shortened``.
         """
         kept = self._kept.setdefault(kind, [])
         if len(kept) < LIMIT:
-            kept.append(line)
+            kept.append(one_line(shortened(line)))
         else:
             self._omitted[kind] = self._omitted.get(kind, 0) + 1
 

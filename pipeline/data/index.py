@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import PipelineError
 
@@ -36,12 +37,14 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         try:
-            raw = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise PipelineError(f"{path}: not an index ({error}); run the index stage again") from error
+            self._parse(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise PipelineError(f"{path}: not an index ({error!r:.200}); run the index stage again") from error
+
+    def _parse(self, raw: dict[str, Any]) -> None:
         self.classes: list[str] = raw["classes"]
         self.tag_source: str = raw["tag_source"]
-        self.splits: dict[str, list[str]] = raw["splits"]
+        self.splits: dict[str, list[str]] = {split: raw["splits"][split] for split in ("train", "evaluation")}
         root = Path(raw["root"])
         self._images = {
             name: Image(
@@ -58,6 +61,9 @@ class Index:
             )
             for name, entry in raw["images"].items()
         }
+        for ids in self.splits.values():
+            if unknown := set(ids) - self._images.keys():
+                raise ValueError(f"no entry for {sorted(unknown)[0]}")
 
     def __getitem__(self, image_id: str) -> Image:
         return self._images[image_id]

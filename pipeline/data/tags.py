@@ -1,5 +1,6 @@
 """Readers of image lists and image-level tags, in common formats and those of the field's public code."""
 
+import codecs
 import csv
 import json
 import os
@@ -12,6 +13,7 @@ from xml.etree import ElementTree
 
 from pipeline.data import cls_labels
 from pipeline.data.faults import Faults, hint
+from pipeline.stores import isolated
 from pipeline.stores.files import read_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -26,22 +28,28 @@ class Tags:
 
 
 def image_id(name: str) -> str:
-    """Strip folders and an image suffix: 'a/b/x.jpg' -> 'x'. Other names keep their dots."""
-    path = PurePosixPath(name)
+    """Strip folders, also those of Windows, and an image suffix: 'a/b/x.jpg' -> 'x'. Other names keep their dots."""
+    path = PurePosixPath(name.replace("\\", "/"))
     return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
 
 
-def read_list(path: Path, faults: Faults) -> list[str]:
-    """Read image ids in list order: the first field of each line, either an id or a path.
+def read_list(path: Path, faults: Faults, images: Collection[str] = ()) -> list[str]:
+    """Read image ids in list order: each line starts with an id or a path.
 
     This covers plain VOC lists, psa's '/JPEGImages/ID.jpg /SegmentationClassAug/ID.png', and 'ID c1 c2 ...'. Faults are
     added to ``faults``.
+
+    Args:
+        images: ids of the image files. An id that contains spaces is recognized if it is among them.
     """
     text = _read_text(path, "image list", faults)
     seen: dict[str, int] = {}
-    for number, line in enumerate((text or "").splitlines(), 1):
-        if line.strip():
-            name = image_id(line.split()[0])
+    for number, line in enumerate((text or "").split("\n"), 1):
+        if line := line.strip():
+            end = _name_end(line, images)
+            name = image_id(line[:end])
+            if images and name not in images and any(map(_WORD.fullmatch, line[end:].split())):
+                name = image_id(line)  # not a class id or a mask: the missing file's name contains spaces
             if name in seen:
                 where = f"lines {seen[name]} and {number}"
                 faults.add("image listed twice", f"{path}: {name} is listed twice ({where}); remove one")
@@ -51,31 +59,47 @@ def read_list(path: Path, faults: Faults) -> list[str]:
     return list(seen)
 
 
+_MOST_WORDS = 64  # of a file name
+_WORD = re.compile(r"(?!-?[0-9]+$)[^/\\]+")
+
+
+def _name_end(line: str, images: Collection[str]) -> int:
+    """Position at which the name of an image ends in a line of a list; the first field unless ``images`` has more.
+
+    A name ends with an image suffix, or with the last field at which it is one of ``images``.
+    """
+    ends = [match.end() for match, _ in zip(re.finditer(r"\S+", line), range(_MOST_WORDS), strict=False)]
+    files = [end for end in ends if line[:end].lower().endswith(IMAGE_SUFFIXES)]
+    known = (end for end in (*files, *reversed(ends)) if image_id(line[:end]) in images)
+    return next(known, (files or ends)[0])
+
+
 def read_tags(path: Path, classes: Sequence[str], ids: Collection[str], faults: Faults) -> Tags:
     """Read a tag file or a folder of VOC annotations; faults are added to ``faults``.
 
     =============  ============================================================================================
     ``.json``      {image id: [class, ...]}; a class is an id in 1..K or a name (also in ``.csv``)
-    ``.csv``       header ``filename,tags``; tags separated by spaces, ';' or ','
+    ``.csv``       header ``filename,tags``; tags separated by spaces, ';' or ','; no line break within quotes
     ``.txt``       lines ``ID c1 c2 ...`` with class ids FROM ZERO (as in DRS's and OAA-PyTorch's lists) or names
     ``.npy``       psa's and irn's cls_labels.npy (``pipeline.data.cls_labels``)
-    a folder       ``ID.xml`` in VOC format; difficult objects count, as in cls_labels.npy
+    a folder       ``ID.xml`` in VOC format and any encoding; difficult objects count, as in cls_labels.npy
     =============  ============================================================================================
 
     Args:
-        ids: images whose annotations are read from a folder. Tag files are always read and checked completely.
+        ids: the listed images. Only their annotations are read from a folder, and numbers in a ``.npy`` file and names
+            with spaces in a ``.txt`` file are matched with them. Tag files are always read and checked completely.
     """
     resolver = _Resolver(path, classes, faults)
     if os.path.isdir(path):
         _read_folder(path, ids, resolver)
         source = f"{path.name}/*.xml (objects, difficult ones included)"
     elif path.suffix == ".npy":
-        _read_npy(path, resolver)
+        _read_npy(path, ids, resolver)
         source = f"{path.name} (pickled dict of class vectors)"
     elif path.suffix in _READERS:
         text = _read_text(path, "tag file", faults)
         if text is not None:
-            _READERS[path.suffix](text, resolver)
+            _READERS[path.suffix](text, frozenset(ids), resolver)
         source = path.name
     else:
         faults.add("tag file", f"{path}: not a tag file; use a .json, .csv, .txt or .npy file, or a folder of VOC XML")
@@ -106,7 +130,7 @@ class _Resolver:
         """Class id in 1..K, or 0 after adding a fault."""
         if isinstance(tag, str) and tag in self.names:
             return self.names[tag]
-        if isinstance(tag, str) and re.fullmatch(r"-?[0-9]+", tag):
+        if isinstance(tag, str) and re.fullmatch(r"-?[0-9]{1,18}", tag):
             tag = int(tag)
         if isinstance(tag, int) and not isinstance(tag, bool):
             if first_id <= tag < first_id + self.count:
@@ -114,76 +138,105 @@ class _Resolver:
             ids = f"{first_id}..{first_id + self.count - 1}"
             self.fault("class id out of range", f"{name} has class id {tag}, but ids are {ids} here; correct it")
             return 0
-        fix = hint(str(tag), self.names, "correct it, or add it to dataset.classes")
-        self.fault("unknown tag", f"{name} has the unknown tag {tag!r}; {fix}")
+        known_type = isinstance(tag, str | int | float) or tag is None
+        kind = "mapping" if isinstance(tag, _Pairs) else type(tag).__name__
+        text = repr(tag) if known_type else f"(a {kind}); write a class name or id"
+        fix = hint(str(tag), self.names, "correct it, or add it to dataset.classes") if known_type else ""
+        self.fault("unknown tag", f"{name} has the unknown tag {text}{'; ' if fix else ''}{fix}")
         return 0
 
 
 def _read_text(path: Path, kind: str, faults: Faults) -> str | None:
+    """Decode a UTF-8 file, with '\\n' for any line break."""
     try:
-        return read_regular(path).decode("utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         faults.add(kind, f"{path}: cannot be read as {kind} ({error.strerror}); correct its path in params.yaml")
     except UnicodeDecodeError:
         faults.add(kind, f"{path}: is not UTF-8 text; save it as UTF-8")
+    except ValueError as error:  # NUL in the path
+        faults.add(kind, f"{path}: cannot be read as {kind} ({error}); correct its path in params.yaml")
     return None
 
 
-def _read_json(text: str, resolver: _Resolver) -> None:
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON mapping as pairs, since a dict would hide duplicate images."""
+
+
+def _read_json(text: str, ids: Collection[str], resolver: _Resolver) -> None:
     try:
-        pairs = json.loads(text, object_pairs_hook=list)  # a dict would hide duplicate images
+        pairs = json.loads(text, object_pairs_hook=_Pairs)
     except ValueError as error:
         resolver.fault("tag file", f"is not JSON ({error}); correct it")
         return
-    if not text.lstrip().startswith("{"):
+    except RecursionError:
+        resolver.fault("tag file", "is nested too deep; it must be a mapping {image id: [class, ...]}")
+        return
+    if not isinstance(pairs, _Pairs):
         resolver.fault("tag file", "must be a mapping {image id: [class, ...]}")
         return
     for key, tags in pairs:
-        if isinstance(tags, list):
+        if isinstance(tags, list) and not isinstance(tags, _Pairs):
             resolver.add(image_id(key), tags)
         else:
-            resolver.fault("tags of an image", f"the tags of {key} must be a list, not {tags!r}")
+            kind = "a mapping" if isinstance(tags, _Pairs) else repr(tags)
+            resolver.fault("tags of an image", f"the tags of {key} must be a list, not {kind}")
 
 
-def _read_csv(text: str, resolver: _Resolver) -> None:
-    rows = csv.reader(text.splitlines())
-    header = [cell.strip().lower() for cell in next(rows, [])]
+def _read_csv(text: str, ids: Collection[str], resolver: _Resolver) -> None:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:  # line by line, so that an unclosed quote does not swallow the rest of the file
+            rows += [row for row in csv.reader([line], strict=True) if any(cell.strip() for cell in row)]
+        except csv.Error as error:
+            resolver.fault("line of a CSV file", f"line {number} is not CSV ({error}); correct its quotes")
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
     if header != ["filename", "tags"]:
         resolver.fault("tag file", f"the first line must be 'filename,tags', not {','.join(header)!r}")
         return
-    for row in rows:
-        if any(cell.strip() for cell in row):
-            cell = ",".join(row[1:])  # tags separated by commas need no quotes
-            resolver.add(image_id(row[0].strip()), _split(cell, resolver.names))
+    for row in rows[1:]:
+        cell = ",".join(row[1:])  # tags separated by commas need no quotes
+        resolver.add(image_id(row[0].strip()), _split(cell, resolver.names))
 
 
 def _split(cell: str, names: Collection[str]) -> list[str]:
-    """Split a cell into tags at ';' and ','; at spaces only without these and if the cell is not one class name."""
-    if re.search("[;,]", cell):
-        return [tag.strip() for tag in re.split("[;,]", cell) if tag.strip()]
-    return [cell.strip()] if cell.strip() in names else cell.split()
+    """Split a cell into tags at ';' and ',', or at spaces without these. A class name may contain separators itself."""
+    parts = re.split("([;,])", cell) if re.search("[;,]", cell) else re.split(r"(\s+)", cell)
+    longest = max((len(re.findall(r"[;,]|\s+", name)) for name in names), default=0)
+    tags = []
+    at = 0
+    while at < len(parts):
+        ends = range(min(len(parts), at + 1 + 2 * longest), at, -1)  # parts and separators alternate
+        end = next((end for end in ends if "".join(parts[at:end]).strip() in names), at + 1)
+        tag = "".join(parts[at:end]).strip()
+        tags += [tag] if tag else []
+        at = end if end % 2 == 0 else end + 1
+    return tags
 
 
-def _read_txt(text: str, resolver: _Resolver) -> None:
-    for line in text.splitlines():
-        if line.strip():
-            name, *tags = line.split()
-            resolver.add(image_id(name), tags, first_id=0)
+def _read_txt(text: str, ids: Collection[str], resolver: _Resolver) -> None:
+    for line in text.split("\n"):
+        if line := line.strip():
+            end = _name_end(line, ids)
+            resolver.add(image_id(line[:end]), _split(line[end:].strip(), resolver.names), first_id=0)
 
 
 _READERS = {".json": _read_json, ".csv": _read_csv, ".txt": _read_txt}
 
 
-def _read_npy(path: Path, resolver: _Resolver) -> None:
+def _read_npy(path: Path, ids: Iterable[str], resolver: _Resolver) -> None:
     try:
-        vectors = cls_labels.load(path)
+        vectors = isolated.call(cls_labels.load, path)
     except OSError as error:
         resolver.fault("tag file", f"cannot be read as tag file ({error.strerror}); correct its path in params.yaml")
         return
-    except ValueError as error:
+    except (ValueError, isolated.Failed) as error:
         resolver.fault("tag file", f"{error}; provide the tags as .json or .csv")
         return
-    for name, vector in vectors.items():
+    by_number = _by_number(ids)
+    for key, vector in vectors.items():
+        name = image_id(key) if isinstance(key, str) else by_number.get(key) or _voc_id(key)
         if vector.size != resolver.count:
             text = f"{name} has {vector.size} values for {resolver.count} classes; correct dataset.classes"
             resolver.fault("length of a class vector", text)
@@ -191,14 +244,58 @@ def _read_npy(path: Path, resolver: _Resolver) -> None:
             resolver.add(name, [int(column) + 1 for column in (vector > 0).nonzero()[0]])
 
 
+def _by_number(ids: Iterable[str]) -> dict[int, str]:
+    """Ids by the number that their digits form ('2007_000032', '000000000139'); those that are unique."""
+    names: dict[int, list[str]] = {}
+    for name in ids:
+        if re.fullmatch(r"[0-9_]{1,18}", name) and name.strip("_"):
+            names.setdefault(int(name.replace("_", "")), []).append(name)
+    return {number: same[0] for number, same in names.items() if len(same) == 1}
+
+
+def _voc_id(number: int) -> str:
+    """VOC's name of a number (2007000032 -> '2007_000032'); other numbers stay."""
+    digits = str(number)
+    return f"{digits[:4]}_{digits[4:]}" if re.fullmatch("20[0-9]{8}", digits) else digits
+
+
 def _read_folder(folder: Path, ids: Iterable[str], resolver: _Resolver) -> None:
     for name in ids:
         file = folder / f"{name}.xml"
         try:
-            objects = ElementTree.fromstring(read_regular(file)).findall("object")
+            objects = _parse_xml(read_regular(file)).findall("object")
         except FileNotFoundError:
             continue  # untagged; build_index reports it if it needs tags
-        except (OSError, ElementTree.ParseError) as error:
-            resolver.faults.add("annotation", f"{file}: cannot be read ({error}); restore it")
+        except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
+            resolver.faults.add("annotation", f"{file}: cannot be read ({error}); restore it, or save it as UTF-8")
             continue
         resolver.add(name, [(entry.findtext("name") or "").strip() for entry in objects])
+
+
+# Encodings that tools declare although they write supersets, as in the WHATWG Encoding Standard.
+_SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "ascii": "utf-8"}
+_ENCODING = re.compile(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([^"'>]*)["']""")
+
+
+def _parse_xml(data: bytes) -> ElementTree.Element:
+    """Parse XML in any encoding that Python knows; expat itself knows no multi-byte encodings but Unicode's.
+
+    Raises:
+        LookupError: the declared encoding is unknown.
+        ValueError: the file is not text in its encoding.
+        ElementTree.ParseError: the file is not XML, or it defines entities, which may expand without bounds.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = data.decode("utf-16")
+    elif data[:2] in (b"<\0", b"\0<"):
+        text = data.decode("utf-16-le" if data[:1] == b"<" else "utf-16-be")
+    else:
+        declared = _ENCODING.match(data.removeprefix(codecs.BOM_UTF8))
+        name = declared[1].decode("ascii", "replace") if declared and not data.startswith(codecs.BOM_UTF8) else "utf-8"
+        encoding = codecs.lookup(name).name
+        if encoding.startswith(("utf-16", "utf-32")):  # false: the declaration was read as bytes
+            encoding = "utf-8"
+        text = data.decode(_SUPERSETS.get(encoding, encoding)).removeprefix("\ufeff")
+    if "<!ENTITY" in text:
+        raise ElementTree.ParseError("it defines entities")
+    return ElementTree.fromstring(text)

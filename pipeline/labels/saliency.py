@@ -30,10 +30,11 @@ def read_file(image: Image) -> Raster:
     if path is None:
         raise ValueError(f"image {image.id} has no saliency map")
     try:
-        raster = saliency_values(read_indexed(path, image.saliency_sha256))
+        raster = saliency_values(read_indexed(path, image.saliency_sha256), image.height * image.width)
     except InvalidFile as error:
         raise PipelineError(f"{path}: {error}") from None
-    return _checked_size(raster, str(path), image)
+    _check_size(raster.shape, str(path), image)
+    return raster
 
 
 def read_stored(store: RasterStore, image: Image) -> Raster:
@@ -42,16 +43,16 @@ def read_stored(store: RasterStore, image: Image) -> Raster:
     Raises:
         PipelineError: the map does not have the image's size.
     """
-    return _checked_size(store.get(image.id), f"{store.path}: image {image.id}", image)
+    _check_size(store.shape(image.id), f"{store.path}: image {image.id}", image)
+    return store.get(image.id)
 
 
-def _checked_size(raster: Raster, name: str, image: Image) -> Raster:
-    height, width = raster.shape
+def _check_size(shape: tuple[int, ...], name: str, image: Image) -> None:
+    height, width = shape
     if (height, width) != (image.height, image.width):
         raise PipelineError(
             f"{name}: is {width}x{height}, but its image is {image.width}x{image.height}; resize the saliency map"
         )
-    return raster
 
 
 def detector(kind: str) -> Any:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import h5py
 import numpy as np
@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from pipeline import arithmetic, interrupts
 from pipeline.errors import PipelineError
+from pipeline.stores import isolated
 from pipeline.stores.hdf5 import NewFile
 
 Raster = NDArray[np.uint8]
 CHUNK = 1 << 16
 BUFFER = 1 << 24
+MOST = 1 << 30  # bytes of a column, of a raster and of a chunk that are read
 COLUMNS = (("offset", "i8"), ("height", "i4"), ("width", "i4"), ("image", "i4"), ("class_id", "i2"))
 
 
@@ -119,8 +121,10 @@ def _write_rows(file: h5py.File, image_ids: Sequence[str], rows: NDArray[np.int6
 class RasterStore:
     """Read a store by image id and class id; safe to use in forked loader workers.
 
+    A store that a user supplies is opened with ``open_foreign``.
+
     Raises:
-        PipelineError: the file is not a raster store.
+        PipelineError: the file is not a raster store, or its columns contradict each other.
     """
 
     def __init__(self, path: Path) -> None:
@@ -131,11 +135,12 @@ class RasterStore:
             file = self._file()
             self.kind = str(file.attrs["kind"])
             self.arithmetic = str(file.attrs.get("arithmetic", "")).splitlines()
-            self.ids: list[str] = [name.decode() for name in file["image_ids"][:]]
-            self._offset, self._height, self._width = (file[name][:] for name in ("offset", "height", "width"))
-            images, self._class = file["image"][:], file["class_id"][:]
-        except (OSError, KeyError) as error:
-            raise PipelineError(f"{path}: not a raster store ({error}); run its stage again") from error
+            self.ids: list[str] = [name.decode() for name in _column(file, "image_ids", "S")]
+            columns = [_column(file, name, dtype) for name, dtype in COLUMNS]
+            _check_columns(np.stack(columns, 1).astype(np.int64), self.ids, _stored(file))
+        except Exception as error:  # h5py and NumPy raise many types for a damaged file
+            raise PipelineError(f"{path}: not a raster store ({_cause(error)}); run its stage again") from error
+        self._offset, self._height, self._width, images, self._class = columns
         self._index = {name: number for number, name in enumerate(self.ids)}
         self._start = np.searchsorted(images, np.arange(len(self.ids) + 1))
 
@@ -162,8 +167,20 @@ class RasterStore:
 
     def _read(self, row: int) -> Raster:
         start, height, width = int(self._offset[row]), int(self._height[row]), int(self._width[row])
-        values: Raster = self._file()["values"][start : start + height * width]
+        try:
+            values: Raster = self._file()["values"][start : start + height * width]
+        except (OSError, RuntimeError) as error:
+            raise PipelineError(f"{self.path}: damaged raster store ({_cause(error)}); run its stage again") from error
         return values.reshape(height, width)
+
+    def shape(self, image_id: str, class_id: int = 0) -> tuple[int, int]:
+        """(height, width) of this raster, which is not read.
+
+        Raises:
+            KeyError: the store has no such raster.
+        """
+        row = self._row(image_id, class_id)
+        return int(self._height[row]), int(self._width[row])
 
     def get(self, image_id: str, class_id: int = 0) -> Raster:
         """H x W uint8 raster of this class in the image.
@@ -171,9 +188,12 @@ class RasterStore:
         Raises:
             KeyError: the store has no such raster.
         """
+        return self._read(self._row(image_id, class_id))
+
+    def _row(self, image_id: str, class_id: int) -> int:
         for row in self._rows(image_id):
             if self._class[row] == class_id:
-                return self._read(row)
+                return row
         raise KeyError(f"{self.path} has no class {class_id} of image {image_id}")
 
     def maps(self, image_id: str) -> dict[int, Raster]:
@@ -186,3 +206,77 @@ class RasterStore:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.ids)
+
+    def read_all(self) -> None:
+        """Read every raster once.
+
+        Raises:
+            PipelineError: a raster is damaged.
+        """
+        for row in range(len(self)):
+            self._read(row)
+
+
+def open_foreign(path: Path) -> RasterStore:
+    """Open a store that a user supplies, after reading all of it in a process that may die.
+
+    Raises:
+        PipelineError: the file is not a raster store or is damaged, also where HDF5 crashes or hangs on it.
+    """
+    try:
+        isolated.call(_read_all, path)
+    except isolated.Failed as error:
+        raise PipelineError(f"{path}: {error}; run its stage again, or copy it again") from None
+    return RasterStore(path)
+
+
+def _read_all(path: Path) -> None:
+    RasterStore(path).read_all()
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _dataset(file: h5py.File, name: str, kind: str) -> h5py.Dataset:
+    """A one-dimensional dataset whose bytes all lie in the file, and whose type is ``kind``, such as 'i4' or 'S'."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{name} is missing or a link")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.ndim != 1 or dataset.is_virtual or dataset.external:
+        raise ValueError(f"{name} is not a one-dimensional dataset of this file")
+    if dataset.dtype.kind != kind[0] or kind[1:] not in ("", str(dataset.dtype.itemsize)):
+        raise ValueError(f"{name} is {dataset.dtype}, not {kind}")
+    # gzip packs 1032 bytes into one at best. More would be values that the file does not contain.
+    if dataset.nbytes > 1100 * dataset.id.get_storage_size() + CHUNK:
+        raise ValueError(f"{name} has {dataset.nbytes} bytes, most of which are not stored")
+    return dataset
+
+
+def _column(file: h5py.File, name: str, kind: str) -> NDArray[Any]:
+    dataset = _dataset(file, name, kind)
+    if dataset.nbytes > MOST:
+        raise ValueError(f"{name} has {dataset.nbytes} bytes")
+    return np.asarray(dataset[:])
+
+
+def _stored(file: h5py.File) -> int:
+    """Number of stored values."""
+    values = _dataset(file, "values", "u1")
+    if values.chunks and values.chunks[0] > MOST:
+        raise ValueError(f"values has chunks of {values.chunks[0]} bytes")
+    return int(values.shape[0])
+
+
+def _check_columns(rows: NDArray[np.int64], ids: Sequence[str], stored: int) -> None:
+    """Check R x 5 rows (see ``COLUMNS``) against the images and the number of stored values."""
+    offset, height, width, image, _ = rows.T
+    if len(set(ids)) < len(ids):
+        raise ValueError("image_ids has an id twice")
+    if (np.diff(image) < 0).any() or (image < 0).any() or (image >= len(ids)).any():
+        raise ValueError("image is not a sorted column of indices into image_ids")
+    size = height * width
+    if (height < 0).any() or (width < 0).any() or (size > MOST).any():
+        raise ValueError("height and width are not those of rasters")
+    if (offset < 0).any() or (offset > stored - size).any() or size.sum() > stored:
+        raise ValueError(f"its rasters lie outside of the {stored} stored values, or overlap")
