@@ -1,4 +1,4 @@
-"""Check the dataset in full, and write index.json, from which later stages learn all they need to know about it."""
+"""Check the dataset in full; write index.json, which later stages read, and dataset.json, its census for the report."""
 
 import json
 import os
@@ -11,8 +11,10 @@ from pipeline.workflow.stage import Work, progress, run
 def main(work: Work) -> None:
     folder = work.job.params["saliency"]
     threads = work.runtime.threads or len(os.sched_getaffinity(0))
-    index = build_index(work.job.block, Path(folder) if folder else None, threads, progress)
-    work.outputs["index"].write_text(json.dumps(index, indent=1) + "\n")
+    survey = build_index(work.job.block, Path(folder) if folder else None, threads, progress)
+    work.outputs["index"].write_text(json.dumps(survey.index, indent=1) + "\n")
+    work.outputs["dataset"].write_text(survey.census.dump())
+    print(survey.census.text(), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.data import census
 from pipeline.data.index import Index
 from pipeline.errors import PipelineError
 from pipeline.report import metrics
@@ -20,6 +21,7 @@ def main(work: Work) -> None:
     results = Results(
         params=work.job.block,
         index=Index(work.inputs["index"]),
+        census=census.read(work.inputs["census"]),
         rows=rows,
         metrics=table,
         scores=scores,

@@ -9,9 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
 
+from pipeline.errors import PipelineError
 from pipeline.stores.blocks import Row, parallel, write_blocks
 from pipeline.stores.raster import RasterStore, RasterWriter
 
@@ -19,6 +22,7 @@ from pipeline.stores.raster import RasterStore, RasterWriter
 @dataclass(frozen=True)
 class Item:
     id: str
+    size: tuple[int, int] = (2, 3)
 
 
 ITEMS = [Item(f"image{number}") for number in range(10)]
@@ -107,6 +111,55 @@ def test_a_row_of_a_foreign_image_is_refused(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="foreign has a raster but is not"),
     ):
         write_blocks(ITEMS, lambda block: [("foreign", 0, np.zeros((1, 1), np.uint8))], writer, tmp_path / "parts")
+
+
+def test_progress_advances_while_a_block_is_computed(tmp_path: Path) -> None:
+    events: list[str] = []
+
+    def progress(items: Sequence[Item]) -> Iterator[Item]:
+        for number, item in enumerate(items, 1):
+            yield item
+            events.append(f"done {number}")
+
+    def compute(block: Sequence[Item]) -> Iterator[Row]:
+        for item in block:
+            events.append(item.id)
+            yield item.id, 0, np.zeros((1, 1), np.uint8)
+
+    with RasterWriter(tmp_path / "maps.h5", "maps") as writer:
+        write_blocks(ITEMS[:3], compute, writer, tmp_path / "parts", progress=progress)
+    assert events == ["image0", "image1", "done 1", "image2", "done 2", "done 3"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+        cv2.error("OpenCV(4.13.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 36000000 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_shortage_of_memory_names_the_largest_image_and_the_parameters(tmp_path: Path, error: Exception) -> None:
+    def compute(block: Sequence[Item]) -> Iterator[Row]:
+        raise error
+
+    items = [*ITEMS, Item("photo", (3000, 4000))]
+    with RasterWriter(tmp_path / "maps.h5", "maps") as writer, pytest.raises(PipelineError) as caught:
+        write_blocks(items, compute, writer, tmp_path / "parts")
+    assert caught.value.lines == (
+        "photo (4000x3000 pixels, the largest of a block of 11): out of memory; "
+        "reduce dataset.working_megapixels, or the scales (test.scales or the block's)",
+    )
+
+
+def test_other_errors_are_not_taken_for_a_shortage(tmp_path: Path) -> None:
+    def compute(block: Sequence[Item]) -> Iterator[Row]:
+        raise RuntimeError("a bug")
+
+    with RasterWriter(tmp_path / "maps.h5", "maps") as writer, pytest.raises(RuntimeError, match="a bug"):
+        write_blocks(ITEMS, compute, writer, tmp_path / "parts")
 
 
 def test_processes_preserve_the_order() -> None:

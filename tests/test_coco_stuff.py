@@ -210,7 +210,7 @@ def test_without_scipy_the_error_names_the_fix(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_index_accepts_the_dataset() -> None:
     convert(SOURCE, VOC)
-    found = build_index(Dataset(root=str(VOC), masks="SegmentationClass"))
+    found = build_index(Dataset(root=str(VOC), masks="SegmentationClass")).index
     assert found["splits"] == {"train": TRAIN[:2], "evaluation": TEST}
     assert {name: entry["tags"] for name, entry in found["images"].items()} == {
         name: tags for name, tags in TAGS.items() if name != TRAIN[2]

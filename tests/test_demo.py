@@ -68,7 +68,7 @@ def test_another_seed_gives_other_images(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_index_accepts_the_dataset(root: Path) -> None:
-    index = build_index(Dataset(str(root), "classes.txt", masks="SegmentationClass"), root / "Saliency")
+    index = build_index(Dataset(str(root), "classes.txt", masks="SegmentationClass"), root / "Saliency").index
     assert index["classes"] == list(CLASSES)
     assert {split: len(ids) for split, ids in index["splits"].items()} == {"train": 30, "evaluation": 10}
     assert len(index["images"]) == 40

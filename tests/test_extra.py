@@ -55,7 +55,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
 
 def test_extra_images_follow_the_training_list_with_their_folders_tag(dataset: Dataset) -> None:
-    found = build_index(dataset, Path("data/Saliency"))
+    found = build_index(dataset, Path("data/Saliency")).index
     assert found["splits"] == {"train": LISTED + EXTRA, "evaluation": ["img_004", "img_005"]}
     entries = {name: found["images"][name] for name in EXTRA}
     assert {name: entry["tags"] for name, entry in entries.items()} == {"cat_9": [1], "zebra_1": [1], "a_bird": [3]}
@@ -66,7 +66,7 @@ def test_extra_images_follow_the_training_list_with_their_folders_tag(dataset: D
 
 
 def test_without_extra_images_the_index_is_unchanged(dataset: Dataset) -> None:
-    found = build_index(replace(dataset, extra=None))
+    found = build_index(replace(dataset, extra=None)).index
     assert found["splits"]["train"] == LISTED
     assert found["tag_source"] == "tags.json"
 
@@ -75,7 +75,7 @@ def test_extra_images_are_read_where_root_is_a_link(dataset: Dataset, tmp_path: 
     (tmp_path / "disk/deep").mkdir(parents=True)
     shutil.move("data", "disk/deep/voc")
     Path("data").symlink_to("disk/deep/voc")
-    Path("index.json").write_text(json.dumps(build_index(dataset)))
+    Path("index.json").write_text(json.dumps(build_index(dataset).index))
     image = Index(Path("index.json"))["a_bird"]
     assert image.file == Path("more/bird/a_bird.jpeg")
     assert read_rgb(image).shape == (20, 28, 3)
@@ -87,7 +87,7 @@ def test_extra_images_take_no_mask_or_tags_of_the_dataset(dataset: Dataset) -> N
     shutil.copy("data/SegmentationClass/img_000.png", "data/SegmentationClass/a_bird.png")
     tags = json.loads(Path("data/tags.json").read_text())
     Path("data/tags.json").write_text(json.dumps({**tags, "a_bird": [1, 2]}))
-    entry = build_index(dataset)["images"]["a_bird"]
+    entry = build_index(dataset).index["images"]["a_bird"]
     assert (entry["file"], entry["tags"], entry["mask"]) == ("../more/bird/a_bird.jpeg", [3], None)
 
 

@@ -72,18 +72,18 @@ def test_the_index_is_the_same_whatever_the_threads_and_another_after_a_change(d
     image = Path(dataset.root) / "JPEGImages/img_000.jpg"
     data = image.read_bytes()
     image.write_bytes(data[:15] + bytes([data[15] ^ 1]) + data[16:])  # density field of the header
-    assert build_index(dataset) != first
+    assert build_index(dataset).index != first
 
 
 def test_training_images_need_no_masks_and_psa_lists_are_read(dataset: Dataset) -> None:
     root = Path(dataset.root)
     (root / "SegmentationClass/img_000.png").unlink()
     edit(root / LISTS / "train.txt", lambda text: "".join(f"/JPEGImages/{i}.jpg /x/{i}.png\n" for i in text.split()))
-    images = build_index(dataset)["images"]
+    images = build_index(dataset).index["images"]
     assert images["img_000"]["mask"] is None
     assert images["img_000"]["mask_sha256"] is None
     assert images["img_001"]["mask"] == "SegmentationClass/img_001.png"
-    assert build_index(replace(dataset, masks=None))["images"]["img_005"]["mask"] is None
+    assert build_index(replace(dataset, masks=None)).index["images"]["img_005"]["mask"] is None
 
 
 def test_evaluation_images_may_all_lack_tags_and_saliency(dataset: Dataset) -> None:
@@ -91,7 +91,7 @@ def test_evaluation_images_may_all_lack_tags_and_saliency(dataset: Dataset) -> N
     edit(root / "tags.json", lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k < "img_004"}))
     for name in ("img_004", "img_005"):
         (root / f"Saliency/{name}.png").unlink()
-    images = build_index(dataset, root / "Saliency")["images"]
+    images = build_index(dataset, root / "Saliency").index["images"]
     assert images["img_004"]["tags"] == []
     assert images["img_004"]["saliency"] is None
     assert images["img_003"]["saliency"] == f"{root}/Saliency/img_003.png"
@@ -104,7 +104,7 @@ def test_grey_masks_and_png_images_are_read(dataset: Dataset) -> None:
     jpeg = root / "JPEGImages/img_000.jpg"
     cv2.imwrite(str(jpeg.with_suffix(".PNG")), cv2.imread(str(jpeg)))
     jpeg.unlink()
-    assert build_index(dataset)["images"]["img_000"]["file"] == "JPEGImages/img_000.PNG"
+    assert build_index(dataset).index["images"]["img_000"]["file"] == "JPEGImages/img_000.PNG"
 
 
 def rgb(root: Path) -> None:
@@ -299,7 +299,7 @@ def test_ground_truth_holds_exactly_the_masks(tmp_path: Path) -> None:
     dataset = make_tree(tmp_path)
     (tmp_path / "SegmentationClass/img_001.png").unlink()
     index = tmp_path / "index.json"
-    index.write_text(json.dumps(build_index(dataset)))
+    index.write_text(json.dumps(build_index(dataset).index))
     job = truth(index)
     execute(job, ground_truth.main, Runtime())
     store = RasterStore(job.outputs["labels"])

@@ -1,9 +1,13 @@
 """Initial weights of backbones: torchvision's, a file's, and files that do not fit."""
 
+import os
+from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -142,6 +146,84 @@ class TestWholeNetworks:
         )
 
 
+STATE = build("small").state_dict()
+
+
+def under(prefix: str, state: Mapping[str, Tensor] = STATE) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+class TestWrappings:
+    """The forms in which public code saves a network."""
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            under("module."),
+            {"state_dict": STATE, "epoch": 3},
+            {"model": STATE},
+            {"network": STATE},
+            {"model": {"state_dict": STATE}, "args": {"lr": 0.1}},
+            {
+                "state_dict": under("module."),
+                "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}},
+                "arch": "x",
+            },
+            {
+                "state_dict": under("model.backbone.") | {"model.head.weight": torch.ones(3)},
+                "hyper_parameters": {"a": 1},
+            },
+            {"state_dict": under("module.encoder_q.") | {"module.queue": torch.ones(3)}},
+            {"state_dict": STATE, "state_dict_ema": under("", {name: 0 * value for name, value in STATE.items()})},
+            under("encoder."),
+            under("_orig_mod."),
+            {**STATE, "epoch": 3},
+            {"model": {name: value.numpy() for name, value in STATE.items()}, "__author__": "x"},
+        ],
+        ids=lambda content: ", ".join(list(content)[:3]),
+    )
+    def test_are_opened(self, content: dict[str, Any], tmp_path: Path) -> None:
+        path = tmp_path / "weights.pth"
+        torch.save(content, path)
+        loaded = build("small", weights=str(path)).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in STATE.items())
+
+    def test_arrays_of_numpy(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "weights.npz", **{name: value.numpy() for name, value in STATE.items()})
+        loaded = build("small", weights=str(tmp_path / "weights.npz")).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in STATE.items())
+
+    @pytest.mark.parametrize("prefix", ["module.", "encoder.", "module.encoder.features_of."])
+    @pytest.mark.parametrize("head", ["fc.weight", "head.fc.weight", "classifier.1.weight"])
+    def test_torchvisions_names_under_a_prefix(self, prefix: str, head: str, tmp_path: Path) -> None:
+        torch.manual_seed(1)
+        published = import_torchvision().models.resnet50(weights=None).state_dict()
+        backbone = {name: value for name, value in published.items() if not name.startswith("fc.")}
+        torch.save({"state_dict": under(prefix, {**backbone, head: torch.ones(2)})}, tmp_path / "w.pth")
+        loaded = build("resnet50", weights=str(tmp_path / "w.pth"))
+        assert torch.equal(first_conv(loaded), published["conv1.weight"])
+
+    def test_two_backbones_are_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "moco.pth"
+        torch.save({"state_dict": under("module.encoder_q.") | under("module.encoder_k.")}, path)
+        with pytest.raises(PipelineError) as caught:
+            build("small", weights=str(path))
+        assert caught.value.lines == (
+            f"{path}: holds the backbone 2 times, under 'module.encoder_q.', 'module.encoder_k.'; "
+            "save the one to use with torch.save(state_dict, ...)",
+        )
+
+    def test_code_in_a_file_does_not_run(self, tmp_path: Path) -> None:
+        class Attack:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return os.mkdir, (str(tmp_path / "attacked"),)
+
+        torch.save({"state_dict": STATE, "extra": Attack()}, tmp_path / "w.pth")
+        with pytest.raises(PipelineError, match=r"contains more than tensors \(posix\.mkdir\)"):
+            build("small", weights=str(tmp_path / "w.pth"))
+        assert not (tmp_path / "attacked").exists()
+
+
 class TestFiles:
     @pytest.mark.parametrize("name", ["vgg16", "resnet50", "resnet38", "mobilenet_v2", "small"])
     def test_own_weights_in_half_precision_load_from_a_file(self, name: str, tmp_path: Path) -> None:
@@ -208,7 +290,23 @@ class TestFiles:
             ({"state_dict": {}}, "contains no state dict"),
             ({"state": {}, "num_classes": 3}, "contains no state dict"),
             ({"state": {"epoch": 3}}, "contains no state dict"),
-            ({"path": Path("x")}, "damaged or contains more than tensors"),
+            (
+                {"epoch": 3, "arch": "vgg16"},
+                r"contains no state dict but the keys epoch \(int\), arch \(str\); save one",
+            ),
+            ({"path": Path("x")}, r"contains more than tensors \(pathlib\.PosixPath\), which is not unpickled"),
+            ({"args": Namespace(lr=1)}, r"contains more than tensors \(argparse\.Namespace\), which is not unpickled"),
+            (
+                {"student": {"a.w": torch.ones(1)}, "teacher": {"a.w": torch.ones(1)}},
+                r"2 state dicts \(student, teacher\)",
+            ),
+            ({"objects": np.array([{}])}, "damaged or contains more than tensors"),
+            (b"<!DOCTYPE html><html>quota exceeded</html>", "is a web page"),
+            (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
+            (b"\x12\x01" + bytes(70), "is MXNet parameters"),
+            (b"\x89HDF\r\n\x1a\n" + bytes(70), "is HDF5"),
+            (b"\x1f\x8b\x08" + bytes(70), "is compressed with gzip"),
+            (b"\x10" + bytes(7) + b'{"a":{"dtype":"F32"}}', "is a safetensors file"),
         ],
     )
     def test_what_is_no_state_dict_is_refused(self, content: object, message: str, tmp_path: Path) -> None:

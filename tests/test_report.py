@@ -15,6 +15,9 @@ import pytest
 from pipeline import arithmetic
 from pipeline.config import params as parameters
 from pipeline.config import references
+from pipeline.data import census
+from pipeline.data.duplicates import fingerprint
+from pipeline.data.faults import Faults
 from pipeline.data.sample import choose
 from pipeline.report import metrics, pictures, protocol
 from pipeline.runtime import Runtime
@@ -120,6 +123,8 @@ def experiment(raw: dict[str, Any], train: int = 8, held: int = 5, masks: bool =
             path.parent.mkdir(parents=True, exist_ok=True)
             if key == "index":
                 path.write_text(json.dumps(index))
+            elif key == "dataset":
+                path.write_text(counted(drawn, splits["train"], masks).dump())
             elif key == "log":
                 path.write_text(json.dumps(training_log(len(job.name)) | {"about": about(job)}))
             elif key == "layers":
@@ -135,6 +140,22 @@ def experiment(raw: dict[str, Any], train: int = 8, held: int = 5, masks: bool =
                 path.parent.mkdir(parents=True, exist_ok=True)
             main(Work(job, job.inputs, job.outputs, Runtime(), "key", Path("checkpoint")))
     return graph
+
+
+def counted(drawn: dict[str, Any], train: list[str], masks: bool) -> census.Census:
+    """The census that the index stage would write."""
+    sights = [
+        census.Sight(
+            name,
+            "train" if name in train else "evaluation",
+            tuple(tags),
+            mask.shape,
+            fingerprint(photo),
+            np.bincount(mask.ravel(), minlength=256) if masks else None,
+        )
+        for name, (photo, mask, tags) in drawn.items()
+    ]
+    return census.take(sights, NAMES, Path("val.txt"), Path("masks"), True, Faults())
 
 
 def about(job: Job) -> dict[str, str]:

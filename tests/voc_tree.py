@@ -54,7 +54,7 @@ def make_index(root: Path, saliency: bool = True, **tree: Any) -> Path:
     """Write a tree to ``root`` and its index to root/index.json; ``tree`` is passed to ``make_tree``."""
     dataset = make_tree(root, **tree)
     path = root / "index.json"
-    path.write_text(json.dumps(build_index(dataset, root / "Saliency" if saliency else None)))
+    path.write_text(json.dumps(build_index(dataset, root / "Saliency" if saliency else None).index))
     Index(path)
     return path
 

@@ -54,8 +54,12 @@ class Dataset:
     evaluation: FilePath = "ImageSets/Segmentation/val.txt"
     # More training images: one folder per class, named after their single tag (EDAM Sec. 4.4)
     extra: FilePath | None = None
-    # size in pixels / 10^6 above which an image, mask or saliency map is refused before it is decoded
+    # Megapixels above which an image, mask or saliency map is refused before it is decoded
     max_megapixels: Annotated[float, Range(above=0, most=1000)] = 100.0
+    # Megapixels to which larger images are reduced when they are read, with their masks and saliency maps
+    working_megapixels: Annotated[float, Range(least=0.001, most=1000)] = 2.5
+    # Masks that contradict the tags of a class throughout, or a picture that is in both lists
+    contradictions: Literal["refuse", "warn"] = "refuse"
     demo: Demo | None = None  # generate the dataset at root
     download: Literal["voc2012_aug"] | None = None  # or download it there
     # Or convert it from COCO-Stuff 10k v1.1, unpacked in this folder (EDAM Sec. 4.6)
@@ -104,7 +108,8 @@ class Backbone:
     """A feature extractor and its initial weights.
 
     ``weights`` is 'imagenet' (downloaded from torchvision), null (random), or a file: a state dict in torchvision's
-    layout (of a classifier or a segmentation network) or the model.pt of another run.
+    layout (of a classifier or a segmentation network), which may be wrapped as {'state_dict': ...} and have prefixes
+    such as 'module.', or the model.pt of another run.
     """
 
     name: Annotated[str, Name(BACKBONES)]

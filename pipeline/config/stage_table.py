@@ -95,7 +95,15 @@ KINDS = {
     "labels": Kind("Pseudo labels", "train"),
     "predictions": Kind("Segmentation", "evaluation"),
 }
-REPORTED = ("maps", "labels", "features", "layers", "log", "scores")  # stems of the outputs that the report reads
+REPORTED = (
+    "maps",
+    "labels",
+    "features",
+    "layers",
+    "log",
+    "scores",
+    "dataset",
+)  # stems of the outputs that the report reads
 
 _INDEX = {"index": Input("index.json", job="index")}
 _MASKS = {"ground_truth": Input("labels.h5", job="ground_truth")}
@@ -118,7 +126,7 @@ _TABLE = (
     Stage(
         "index",
         "index",
-        writes=("index.json",),
+        writes=("index.json", "dataset.json"),
         params=("dataset", "saliency"),
         external=("root", "extra", "maps of saliency"),
     ),
@@ -225,7 +233,13 @@ _TABLE = (
         target_files=("maps", "snapshots", "labels"),
         qualified_names=True,
     ),
-    Stage("report", "", _INDEX, ("report.html", "metrics.json"), params=("method", "gallery")),
+    Stage(
+        "report",
+        "",
+        _INDEX | {"census": Input("dataset.json", job="index")},
+        ("report.html", "metrics.json"),
+        params=("method", "gallery"),
+    ),
 )
 STAGES = {stage.name: stage for stage in _TABLE}
 FOLDERS = {stage.folder: stage for stage in _TABLE if stage.has_many_jobs}

@@ -4,17 +4,22 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.config.schema import Dataset
-from pipeline.data.checks import IGNORE, InvalidFile, image_size, mask_values, saliency_values
+from pipeline.data import census
+from pipeline.data.census import Census, Sight
+from pipeline.data.checks import IGNORE, InvalidFile, image_pixels, mask_values, saliency_values
 from pipeline.data.class_file import read_classes
+from pipeline.data.duplicates import Fingerprint, fingerprint
 from pipeline.data.faults import Faults, hint
+from pipeline.data.images import working_size
 from pipeline.data.tags import IMAGE_SUFFIXES, Tags, read_list, read_tags
 from pipeline.stores.files import read_regular
 from pipeline.stores.raster import Raster
@@ -46,13 +51,31 @@ class ExtraImages:
     tags: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """Results of reading the files of one image: its index entry, its faults, and its content for the census."""
+
+    entry: dict[str, Any]
+    faults: list[Fault]
+    print: Fingerprint | None
+    mask: NDArray[np.intp] | None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The index of a dataset as ``pipeline.data.index`` reads it, and the census, which only the report may read."""
+
+    index: dict[str, Any]
+    census: Census
+
+
 def build_index(
     dataset: Dataset,
     saliency: Path | None = None,
     threads: int = 1,
     progress: Progress = lambda items, label, total: items,
-) -> dict[str, Any]:
-    """Check a dataset in VOC layout, decoding every file, and return its index as ``pipeline.data.index`` reads it.
+) -> Survey:
+    """Check a dataset in VOC layout, decoding every file, and return its index and its census.
 
     Every training image needs tags. Every evaluation image needs a mask if ``dataset.masks`` is set. Tags and saliency
     maps of evaluation images are optional, but each must exist for all of them or for none. Images of
@@ -82,25 +105,59 @@ def build_index(
     extra = _read_extra(Path(dataset.extra), classes, faults) if dataset.extra and classes else ExtraImages()
     splits["train"] += extra.files
     files_of_images = _match_files(dataset, ids, images, extra, splits, saliency, faults)
-    results = _inspect_all(files_of_images, len(classes), dataset.max_pixels, threads, progress)
-    for _, image_faults in results:
-        for kind, line in image_faults:
+    results = _inspect_all(files_of_images, len(classes), dataset, threads, progress)
+    for result in results:
+        for kind, line in result.faults:
             faults.add(kind, line)
+    counts = _count(dataset, classes, splits, {**tags.by_image, **extra.tags}, files_of_images, results, faults)
     faults.check()
     entries = {}
-    for files, (entry, _) in zip(files_of_images, results, strict=True):
+    for files, result in zip(files_of_images, results, strict=True):
         entries[files.id] = {
             "file": Path(os.path.relpath(files.image, root)).as_posix(),
             "mask": files.mask and files.mask.relative_to(root).as_posix(),
             "saliency": files.saliency and files.saliency.as_posix(),
             "tags": list(extra.tags.get(files.id) or tags.by_image.get(files.id, ())),
-            **entry,
+            **result.entry,
         }
     tag_source = tags.source
     if extra.files:
         tag_source += f"; {len(extra.files)} images with single tags: {dataset.extra}"
     source = {"root": root.as_posix(), "classes": classes, "splits": splits, "tag_source": tag_source}
-    return {**source, "images": entries}
+    return Survey({**source, "images": entries}, counts)
+
+
+def _count(
+    dataset: Dataset,
+    classes: Sequence[str],
+    splits: dict[str, list[str]],
+    tags: dict[str, tuple[int, ...]],
+    images: Sequence[ImageFiles],
+    results: Sequence[Inspection],
+    faults: Faults,
+) -> Census:
+    training = set(splits["train"])
+    sights = [
+        Sight(
+            files.id,
+            "train" if files.id in training else "evaluation",
+            tags.get(files.id),
+            tuple(result.entry.get("file_size") or (result.entry["height"], result.entry["width"])),
+            result.print,
+            result.mask,
+        )
+        for files, result in zip(images, results, strict=True)
+        if "height" in result.entry
+    ]
+    root = Path(dataset.root)
+    masks, refuse = root / (dataset.masks or ""), dataset.contradictions == "refuse"
+    counts = census.take(sights, classes, root / dataset.evaluation, masks, refuse, faults)
+    large = [result.entry for result in results if "file_size" in result.entry]
+    if not large:
+        return counts
+    reduced = f"{len(large)} images are larger than dataset.working_megapixels and are reduced to "
+    reduced += f"{dataset.working_megapixels:g} megapixels, with their masks; labels and scores are at that size"
+    return replace(counts, remarks=[*counts.remarks, reduced])
 
 
 def _checked_tags(path: Path, classes: Sequence[str], splits: dict[str, list[str]], faults: Faults) -> Tags:
@@ -214,18 +271,18 @@ def _files_by_stem(folder: Path, suffixes: tuple[str, ...], key: str, faults: Fa
 
 
 def _inspect_all(
-    images: list[ImageFiles], num_classes: int, limit: int, threads: int, progress: Progress
-) -> list[tuple[dict[str, Any], list[Fault]]]:
+    images: list[ImageFiles], num_classes: int, dataset: Dataset, threads: int, progress: Progress
+) -> list[Inspection]:
     pool = ThreadPoolExecutor(threads)
     try:
-        results = pool.map(partial(_inspect, num_classes=num_classes, limit=limit), images)
+        results = pool.map(partial(_inspect, num_classes=num_classes, dataset=dataset), images)
         return list(progress(results, "index: images checked", len(images)))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _inspect(files: ImageFiles, num_classes: int, limit: int) -> tuple[dict[str, Any], list[Fault]]:
-    """Hash and decode the files of one image; return its index entry (size and hashes) and its faults."""
+def _inspect(files: ImageFiles, num_classes: int, dataset: Dataset) -> Inspection:
+    """Hash and decode the files of one image."""
     entry: dict[str, Any] = {}
     faults: list[Fault] = []
 
@@ -235,31 +292,35 @@ def _inspect(files: ImageFiles, num_classes: int, limit: int) -> tuple[dict[str,
             if path is not None:
                 data = read_regular(path)
                 entry[key] = hashlib.sha256(data).hexdigest()
-                return decode(data, limit)
+                return decode(data, dataset.max_pixels)
         except InvalidFile as error:
             faults.append((kind, f"{path}: {error}"))
         except OSError as error:
             faults.append((kind, f"{path}: cannot be read ({error.strerror}); fix its permissions or the disk"))
         return None
 
-    size: tuple[int, int] | None = read(files.image, "unreadable image", "sha256", image_size)
+    pixels: NDArray[np.uint8] | None = read(files.image, "unreadable image", "sha256", image_pixels)
+    size = None if pixels is None else pixels.shape[:2]
     if size is not None:
-        entry["height"], entry["width"] = size
+        entry["height"], entry["width"] = working_size(size, dataset.working_megapixels)
+        if (entry["height"], entry["width"]) != size:
+            entry["file_size"] = list(size)
     mask: Raster | None = read(files.mask, "unreadable mask", "mask_sha256", mask_values)
     saliency: Raster | None = read(files.saliency, "unreadable saliency map", "saliency_sha256", saliency_values)
     for path, raster, name in ((files.mask, mask, "mask"), (files.saliency, saliency, "saliency map")):
         if raster is not None and size is not None and raster.shape != size:
             sizes = f"is {raster.shape[1]}x{raster.shape[0]}, but its image is {size[1]}x{size[0]}"
             faults.append((f"size of a {name}", f"{path}: {sizes}; make them equal"))
-    wrong = _wrong_values(mask, num_classes) if mask is not None and num_classes else ""
+    counts = None if mask is None else np.bincount(mask.reshape(-1), minlength=256)
+    wrong = _wrong_values(counts, num_classes) if counts is not None and num_classes else ""
     if wrong:
         line = f"{files.mask}: has the values {wrong}, but class ids are 0..{num_classes} and {IGNORE} (ignore)"
         faults.append(("value of a mask", f"{line}; correct it, or dataset.classes"))
-    return entry, faults
+    return Inspection(entry, faults, None if pixels is None else fingerprint(pixels), counts)
 
 
-def _wrong_values(mask: Raster, num_classes: int) -> str:
+def _wrong_values(counts: NDArray[np.intp], num_classes: int) -> str:
     """Format up to five mask values that are neither class ids nor 255; empty if there are none."""
-    values = np.flatnonzero(np.bincount(mask.reshape(-1), minlength=256)).tolist()
+    values = np.flatnonzero(counts).tolist()
     wrong = [value for value in values if num_classes < value != IGNORE]
     return ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")

@@ -12,9 +12,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from pipeline.data.images import read_indexed
+from pipeline.data.images import read_indexed, reduced
 from pipeline.data.index import Image
 from pipeline.stores.raster import Raster
 
@@ -42,7 +43,13 @@ class InvalidFile(ValueError):
 
 
 def image_size(data: bytes, limit: int) -> tuple[int, int]:
-    """Decode a complete JPEG or PNG as training does and return its (height, width).
+    """Decode a complete JPEG or PNG and return its (height, width); see ``image_pixels``."""
+    height, width = image_pixels(data, limit).shape[:2]
+    return height, width
+
+
+def image_pixels(data: bytes, limit: int) -> NDArray[np.uint8]:
+    """Decode a complete JPEG or PNG as training does, to H x W x 3 uint8, BGR.
 
     Args:
         limit: number of pixels above which a file is refused from its header alone.
@@ -60,7 +67,7 @@ def image_size(data: bytes, limit: int) -> tuple[int, int]:
         decoded = None
     if decoded is None:
         raise InvalidFile("cannot be decoded; copy or download it again")
-    return decoded.shape[0], decoded.shape[1]
+    return np.asarray(decoded, np.uint8)
 
 
 def mask_values(data: bytes, limit: int) -> Raster:
@@ -82,7 +89,7 @@ def saliency_values(data: bytes, limit: int) -> Raster:
 
 
 def read_mask(image: Image) -> Raster:
-    """Read the H x W class ids of an image's mask after comparing the file with its indexed hash.
+    """Read the H x W class ids of an image's mask, at its working size, after comparing the file with its hash.
 
     Raises:
         PipelineError: the file is missing or has changed since it was indexed.
@@ -90,7 +97,8 @@ def read_mask(image: Image) -> Raster:
     """
     if image.mask is None:
         raise ValueError(f"image {image.id} has no mask")
-    return mask_values(read_indexed(image.mask, image.mask_sha256), image.height * image.width)
+    values = mask_values(read_indexed(image.mask, image.mask_sha256), image.file_pixels)
+    return reduced(values, image, cv2.INTER_NEAREST_EXACT)
 
 
 def _grey(data: bytes, limit: int, modes: tuple[str, ...], wanted: str) -> Raster:

@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.data.checks import IGNORE
 from pipeline.data.faults import Faults
 from pipeline.data.voc import CLASSES
+from pipeline.stores.files import read_regular
 
 _BACKGROUND = ("background",)
 _IGNORED = ("ignore", "void")  # labelme's and VOC's names of pixels without a class
@@ -22,7 +23,7 @@ def read_classes(root: Path, classes: str, faults: Faults) -> list[str]:
         return list(CLASSES)
     path = root / classes
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         faults.add("classes", f"{path}: cannot be read ({error}); write one class name a line, or set dataset.classes")
         return []

@@ -37,7 +37,7 @@ def read_indexed(path: Path, sha256: str | None) -> bytes:
 
 
 def read_rgb(image: Image) -> NDArray[np.uint8]:
-    """Read an image as H x W x 3 uint8; EXIF orientation is not applied.
+    """Read an image as H x W x 3 uint8 at its working size; EXIF orientation is not applied.
 
     Raises:
         PipelineError: the file differs from the one that was indexed, or it cannot be decoded to the indexed size.
@@ -47,6 +47,27 @@ def read_rgb(image: Image) -> NDArray[np.uint8]:
         bgr = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:  # the file is empty, or has more pixels than OpenCV accepts
         bgr = None
-    if bgr is None or bgr.shape[:2] != (image.height, image.width):
+    if bgr is None or bgr.shape[:2] != (image.file_size or image.size):
         raise PipelineError(f"{image.file}: differs from the indexed image; run the index stage again")
+    if image.file_size:
+        bgr = cv2.resize(bgr, image.size[::-1], interpolation=cv2.INTER_AREA)
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+
+
+def reduced(raster: NDArray[np.uint8], image: Image, interpolation: int) -> NDArray[np.uint8]:
+    """Reduce a mask or map of the size of the image's file to the working size; others are returned as they are."""
+    if image.file_size is None or raster.shape != image.file_size:
+        return raster
+    return np.asarray(cv2.resize(raster, image.size[::-1], interpolation=interpolation), np.uint8)
+
+
+def working_size(size: tuple[int, int], megapixels: float) -> tuple[int, int]:
+    """The (height, width) of an image after its reduction to at most ``megapixels``."""
+    height, width = size
+    limit = round(megapixels * 1e6)
+    if height * width <= limit:
+        return size
+    factor = (limit / (height * width)) ** 0.5
+    short = max(1, int(min(size) * factor))
+    long = min(int(max(size) * factor), limit // short)
+    return (short, long) if height < width else (long, short)

@@ -13,7 +13,9 @@ from pipeline.errors import PipelineError
 class Image:
     """One image. ``tags`` are sorted class ids in 1..K; empty if an evaluation image's tags are unknown.
 
-    Only the ground-truth stage may read ``mask``.
+    All stages work at ``height`` x ``width``. If its file is larger than ``dataset.working_megapixels``, ``file_size``
+    is the file's (height, width), and whatever is read from files is reduced. Only the ground-truth stage may read
+    ``mask``.
     """
 
     id: str
@@ -26,6 +28,18 @@ class Image:
     sha256: str | None = None  # of the image file
     mask_sha256: str | None = None
     saliency_sha256: str | None = None
+    file_size: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The working (height, width)."""
+        return self.height, self.width
+
+    @property
+    def file_pixels(self) -> int:
+        """The number of pixels of the file."""
+        height, width = self.file_size or self.size
+        return height * width
 
 
 class Index:
@@ -57,7 +71,10 @@ class Index:
                 tuple(entry["tags"]),
                 root / entry["mask"] if entry["mask"] else None,
                 Path(entry["saliency"]) if entry["saliency"] else None,
-                *(entry.get(key) for key in ("sha256", "mask_sha256", "saliency_sha256")),
+                entry.get("sha256"),
+                entry.get("mask_sha256"),
+                entry.get("saliency_sha256"),
+                tuple(entry["file_size"]) if "file_size" in entry else None,
             )
             for name, entry in raw["images"].items()
         }

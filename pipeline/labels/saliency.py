@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.checks import InvalidFile, saliency_values
-from pipeline.data.images import read_indexed
+from pipeline.data.images import read_indexed, reduced
 from pipeline.data.index import Image
 from pipeline.errors import PipelineError
 from pipeline.stores.raster import Raster, RasterStore
@@ -30,11 +30,11 @@ def read_file(image: Image) -> Raster:
     if path is None:
         raise ValueError(f"image {image.id} has no saliency map")
     try:
-        raster = saliency_values(read_indexed(path, image.saliency_sha256), image.height * image.width)
+        raster = saliency_values(read_indexed(path, image.saliency_sha256), image.file_pixels)
     except InvalidFile as error:
         raise PipelineError(f"{path}: {error}") from None
     _check_size(raster.shape, str(path), image)
-    return raster
+    return reduced(raster, image, cv2.INTER_AREA)
 
 
 def read_stored(store: RasterStore, image: Image) -> Raster:
@@ -44,14 +44,15 @@ def read_stored(store: RasterStore, image: Image) -> Raster:
         PipelineError: the map does not have the image's size.
     """
     _check_size(store.shape(image.id), f"{store.path}: image {image.id}", image)
-    return store.get(image.id)
+    return reduced(store.get(image.id), image, cv2.INTER_AREA)
 
 
 def _check_size(shape: tuple[int, ...], name: str, image: Image) -> None:
     height, width = shape
-    if (height, width) != (image.height, image.width):
+    if (height, width) not in (image.size, image.file_size):
+        wanted = image.file_size or image.size
         raise PipelineError(
-            f"{name}: is {width}x{height}, but its image is {image.width}x{image.height}; resize the saliency map"
+            f"{name}: is {width}x{height}, but its image is {wanted[1]}x{wanted[0]}; resize the saliency map"
         )
 
 

@@ -1,5 +1,7 @@
 """Loads the initial weights of a backbone, from torchvision or from a file."""
 
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -8,13 +10,14 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.networks.base import Backbone, PublishedWeights
 from pipeline.networks.finite import listed, not_finite
+from pipeline.networks.state_dicts import read_state
 from pipeline.networks.vision import import_torchvision
 from pipeline.stores.files import sha256
 
-# Prefixes of parameters of a published network that no backbone has.
-IGNORED = ("classifier.", "fc.")
-BACKBONE = "backbone."  # prefix of the backbone's parameters in segmentation networks, torchvision's and ours
+# Prefixes of the parameters of classification heads, which no backbone has: torchvision's and timm's.
+IGNORED = ("classifier.", "fc.", "head.", "pre_logits.", "aux_classifier.")
 CAFFE = ".conv3x3."  # part of the parameter names in ResNets that deeplab-pytorch converted from Caffe
+SHOWN = 3  # names of parameters in a message
 
 
 def load_weights(backbone: Backbone, weights: str) -> None:
@@ -22,7 +25,8 @@ def load_weights(backbone: Backbone, weights: str) -> None:
 
     The state dict may be that of the backbone itself, of torchvision's classifier, of a torchvision segmentation
     network with this backbone (such as deeplabv3_resnet101, trained on COCO), or of any network of this project (the
-    model.pt of another run). Parameters outside the backbone are ignored. float16 tensors are cast to float32.
+    model.pt of another run). Its names may have a common prefix, such as 'module.' or 'encoder.'; parameters outside
+    the backbone are ignored. float16 tensors are cast to float32.
 
     Raises:
         PipelineError: the file is missing or damaged, the download failed, the weights are not finite, or they do not
@@ -32,18 +36,19 @@ def load_weights(backbone: Backbone, weights: str) -> None:
     if weights == "imagenet":
         source, state = _download(published)
     else:
-        source, state = weights, _read(Path(weights))
+        source, state = weights, read_state(Path(weights))
     if any(CAFFE in name for name in state):
         raise PipelineError(
             f"{source}: was converted from Caffe (BGR input, strides in the 1x1 convolutions) and does not fit the"
             " backbone; use a file in torchvision's layout, or 'imagenet'"
         )
-    state = {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)} or state
-    if not any(name.startswith("stages.") for name in state):
-        state = _rename(backbone, state, published.prefix if published else "")
     if bad := not_finite(state):
         raise PipelineError(f"{source}: {listed(bad)}; use another file")
     own = backbone.state_dict()
+    layout = _torchvision_names(backbone, published.prefix if published else "")
+    state = _without_prefix(source, state, own.keys() | layout.keys())
+    if not any(name.startswith("stages.") for name in state):
+        state = {layout.get(name, name): value for name, value in state.items() if not name.startswith(IGNORED)}
     faults = [
         f"{name} is {_shape(value)}, not {_shape(own[name])}"
         for name, value in state.items()
@@ -55,30 +60,42 @@ def load_weights(backbone: Backbone, weights: str) -> None:
         faults += [f"{name} is missing" for name in keys.missing_keys]
         faults += [f"{name} is unexpected" for name in keys.unexpected_keys]
     if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise PipelineError(f"{source}: does not fit the backbone: {'; '.join(faults[:3])}{more}")
+        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise PipelineError(f"{source}: does not fit the backbone: {'; '.join(faults[:SHOWN])}{more}")
 
 
-def _rename(backbone: Backbone, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Rename torchvision's parameters to the backbone's, which add the prefix 'stages.TAP.'."""
-    names = {prefix + own.split(".", 2)[2]: own for own in backbone.state_dict()}
-    return {names.get(name, name): value for name, value in state.items() if not name.startswith(IGNORED)}
+def _torchvision_names(backbone: Backbone, prefix: str) -> dict[str, str]:
+    """Map torchvision's names of the parameters to the backbone's, which add 'stages.TAP.'."""
+    return {prefix + own.split(".", 2)[2]: own for own in backbone.state_dict()}
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise PipelineError(f"{path}: is missing; set backbone.weights to a file, 'imagenet' or null") from None
-    except Exception as error:  # damaged files raise many types, from UnpicklingError to AssertionError
+def _without_prefix(source: str, state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Strip the prefix under which the file holds the backbone, and drop the parameters outside of it.
+
+    The prefix is the one under which most of the ``expected`` names occur; it may be empty.
+
+    Raises:
+        PipelineError: the file holds the backbone under several prefixes, such as MoCo's encoder_q and encoder_k.
+    """
+    by_end: dict[str, list[str]] = {}
+    for name in expected:
+        by_end.setdefault(name.rpartition(".")[2], []).append(name)
+    counts: Counter[str] = Counter()
+    for key in state:
+        for name in by_end.get(key.rpartition(".")[2], ()):
+            if key.endswith(name) and (len(key) == len(name) or key[-len(name) - 1] == "."):
+                counts[key[: -len(name)]] += 1
+    if not counts:
+        return state
+    most = max(counts.values())
+    prefixes = [prefix for prefix, count in counts.items() if count == most]
+    if len(prefixes) > 1 and most > 1:
         raise PipelineError(
-            f"{path}: is damaged or contains more than tensors; use torch.save(model.state_dict(), ...)"
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get("state"), dict):
-        state = state["state"]  # a model.pt of this project, which also stores the network's settings
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise PipelineError(f"{path}: contains no state dict; save one with torch.save(model.state_dict(), ...)")
-    return state
+            f"{source}: holds the backbone {len(prefixes)} times, under {', '.join(map(repr, prefixes[:SHOWN]))}; "
+            "save the one to use with torch.save(state_dict, ...)"
+        )
+    prefix = prefixes[0] if most > counts[""] else ""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _download(published: PublishedWeights | None) -> tuple[str, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.config import references
 from pipeline.config.schema import Classifier, Params
 from pipeline.config.stage_table import TRAINED
+from pipeline.data.census import Census
 from pipeline.data.index import Image, Index
 from pipeline.data.sample import choose
 from pipeline.report import protocol, tables
@@ -27,6 +28,7 @@ class Results:
 
     params: Params
     index: Index
+    census: Census
     rows: Chains
     metrics: Metrics
     scores: Scores
@@ -65,6 +67,7 @@ def document(results: Results) -> str:
             Section("Methods", "methods.html.j2", methods(results)),
             Section("Published figures on PASCAL VOC 2012", "published.html.j2", {"published": PUBLISHED}),
             Section("Protocol", "protocol.html.j2", conditions(results)),
+            Section("Dataset", "dataset.html.j2", dataset(results)),
             Section("Classes", "classes.html.j2", classes(results)),
             Section("Curves", "curves.html.j2", curves(results)),
             Section("Confusion", "confusion.html.j2", confusion(results)),
@@ -122,8 +125,14 @@ def conditions(results: Results) -> Content:
     return {"facts": facts, "rows": rows}
 
 
+def dataset(results: Results) -> Content:
+    """The census: images by class and split, tags compared with masks, and remarks."""
+    census = results.census
+    return {"facts": census.facts(), "table": tables.census_table(census), "remarks": census.remarks}
+
+
 def classes(results: Results) -> Content:
-    """Per-class IoU of every row, and per-class recall of all maps."""
+    """Per-class IoU of every row, and per-class recall of all maps; the classes that nothing can learn."""
     rows = {row: results.scores.get(chain["predictions"], {}) for row, chain in results.rows.items()}
     iou = {row: {"": scores["miou"], **scores["iou"]} for row, scores in rows.items() if "iou" in scores}
     maps = {name: scores for name, scores in results.scores.items() if "recall" in scores}
@@ -131,9 +140,27 @@ def classes(results: Results) -> Content:
     content: Content = {}
     if iou:
         content["iou"] = tables.heat_table("Method", iou, "mIoU", results.names)
+        content["untaught"] = _untaught(results, iou)
     if recall:
         content["recall"] = tables.heat_table("Maps", recall, "mean", results.index.classes)
     return content
+
+
+def _untaught(results: Results, iou: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Describe the classes without a training image whose IoU lowers the mean; '' if there are none."""
+    weak = [row for row in iou if supervision(results.rows[row]) != "full"]
+    counted = [name for name in results.census.untaught if any(iou[row].get(name) is not None for row in weak)]
+    if not counted:
+        return ""
+    method = results.params.method if results.params.method in weak else weak[0]
+    values = {name: value for name, value in iou[method].items() if name and value is not None}
+    rest = [value for name, value in values.items() if name not in counted]
+    mean = sum(rest) / len(rest) if rest else 0.0
+    return (
+        f"No training image is tagged with {', '.join(counted)}. A network that learns from tags cannot learn such a "
+        f"class, and its IoU of 0 lowers the mean: without it, the mIoU of {method} is {100 * mean:.1f} "
+        f"instead of {100 * (iou[method][''] or 0.0):.1f}."
+    )
 
 
 def curves(results: Results) -> Content:

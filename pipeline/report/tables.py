@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.data import census
 from pipeline.report.metrics import COLUMNS, STEPS, Chains, Column, Metrics, best, supervision
 
 BADGES = {"full": "upper bound", "mixed": "uses masks", "weak": ""}
@@ -66,6 +67,29 @@ class HeatTable:
     def upright(self) -> bool:
         """Whether class names are rotated to save width."""
         return len(self.names) > MAX_HORIZONTAL
+
+
+@dataclass(frozen=True)
+class CensusTable:
+    """The census by class. ``headings`` holds, for each group of columns, its title and the headings of its columns."""
+
+    groups: Sequence[tuple[str, Sequence[str]]]
+    rows: Sequence[tuple[str, Sequence[Sequence[str]]]]
+
+
+def census_table(counted: census.Census) -> CensusTable:
+    """Lay out the table that the index stage prints: a row for all images, then one for each class."""
+
+    def split(cells: Sequence[str]) -> list[Sequence[str]]:
+        parts, start = [], 0
+        for _, span in census.GROUPS:
+            parts.append(cells[start : start + span])
+            start += span
+        return parts[1:]
+
+    titles = [title for title, _ in census.GROUPS[1:]]
+    groups = list(zip(titles, split(census.HEADINGS), strict=True))
+    return CensusTable(groups, [(row[0], split(row)) for row in counted.rows()])
 
 
 def methods_table(metrics: Metrics, rows: Chains, method: str, scored_on: Mapping[str, str]) -> MethodsTable:

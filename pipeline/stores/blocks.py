@@ -21,6 +21,7 @@ import numpy as np
 
 from pipeline import arithmetic, interrupts
 from pipeline.errors import PipelineError
+from pipeline.memory import shortage
 from pipeline.stores import sealed
 from pipeline.stores.raster import Raster, RasterStore, RasterWriter
 from pipeline.stores.workers import Workers
@@ -33,7 +34,12 @@ class Identified(Protocol):
     def id(self) -> str: ...
 
 
-_Image = TypeVar("_Image", bound=Identified)
+class Sized(Identified, Protocol):
+    @property
+    def size(self) -> tuple[int, int]: ...  # height, width
+
+
+_Image = TypeVar("_Image", bound=Sized)
 
 
 def write_blocks(
@@ -51,29 +57,64 @@ def write_blocks(
             equal shape. An image may have no row. The result must depend on the block alone.
         checkpoint: folder of the part files (``Work.checkpoint``). The stage frame removes it once the store is
             published.
-        progress: wraps the iteration over the images, e.g. ``partial(stage.progress, label=work.job.label)``.
+        progress: wraps the iteration over the images, e.g. ``partial(stage.progress, label=work.job.label)``. It
+            advances while a block is computed.
 
     Raises:
+        PipelineError: the memory does not suffice.
         ValueError: ``compute`` returned a row of an image that is not in the block.
     """
     rows: dict[str, list[tuple[int, Raster]]] = {}
+    shown = _Shown(progress(images))
     loaded, computed = set[str](), set[str]()  # kinds of arithmetic
-    for number, image in enumerate(progress(images)):
+    for number, image in enumerate(images):
         interrupts.check()
         if number % size == 0:
             block = images[number : number + size]
             part = checkpoint / f"{number // size:05d}.part"
             with arithmetic.recording():
                 stored = _load(part, [image.id for image in block])
-                rows = _compute(part, block, compute) if stored is None else stored
+                rows = _compute(part, block, shown.along(number, compute)) if stored is None else stored
                 kinds = arithmetic.used()
             arithmetic.note(kinds)
             (computed if stored is None else loaded).update(kinds)
+        shown.finish(number + 1)
         writer.add_image(image.id)
         for class_id, raster in rows[image.id]:
             writer.append(image.id, raster, class_id)
     if loaded and computed and loaded != computed:
         print(f"note: resumed in {'; '.join(sorted(computed))} after blocks in {'; '.join(sorted(loaded))}", flush=True)
+
+
+class _Shown:
+    """Progress over images, in their order, whatever the order in which they are finished."""
+
+    def __init__(self, images: Iterable[Any]) -> None:
+        self._images = iter(images)
+        self._taken = 0
+
+    def finish(self, count: int) -> None:
+        """Show that ``count`` images are finished, unless more have been. Taking an image finishes the one before."""
+        while self._taken <= count:
+            next(self._images, None)
+            self._taken += 1
+
+    def along(
+        self, start: int, compute: Callable[[Sequence[_Image]], Iterable[Row]]
+    ) -> Callable[[Sequence[_Image]], Iterator[Row]]:
+        """Wrap ``compute`` of the block that starts at image ``start`` to show each image that is finished."""
+
+        def computed(block: Sequence[_Image]) -> Iterator[Row]:
+            largest = max(block, key=lambda image: image.size[0] * image.size[1])
+            where = f"{largest.id} ({largest.size[1]}x{largest.size[0]} pixels, the largest of a block of {len(block)})"
+            begun: set[str] = set()
+            with shortage(where, "reduce dataset.working_megapixels, or the scales (test.scales or the block's)"):
+                for row in compute(block):
+                    begun.add(row[0])
+                    self.finish(start + len(begun) - 1)
+                    yield row
+
+        return computed
 
 
 def _compute(

@@ -18,6 +18,7 @@ from pipeline.config.reader import quoted
 from pipeline.config.registry import plain
 from pipeline.config.stage_table import STAGES
 from pipeline.errors import PipelineError, disk_faults
+from pipeline.memory import shortage
 from pipeline.runtime import Runtime, default_threads
 from pipeline.stores import locks, manifest
 from pipeline.stores.files import partial, publish
@@ -51,12 +52,21 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
         parameters.check(job.block, " + ".join(options.params))
         threads = options.threads or default_threads(STAGES[stage])
         runtime = Runtime(options.device, options.workers, threads, options.checkpoint_every)
-        with disk_faults(job.outputs["root"] if job.manifest_folder else job.folder):
+        folder = job.outputs["root"] if job.manifest_folder else job.folder
+        with disk_faults(folder), shortage(job.label, _less_memory(job)):
             execute(job, work, runtime, options.force)
     except PipelineError as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
+
+
+def _less_memory(job: Job) -> str:
+    """The parameters that reduce the memory of a job."""
+    if STAGES[job.stage].trains:
+        block = f"{job.section}.{job.name}"
+        return f"reduce {block}.training.batch_size (and raise accumulation) or {block}.augmentation.crop"
+    return "reduce dataset.working_megapixels"
 
 
 def _overrides(text: str) -> dict[str, Any]:
@@ -235,8 +245,14 @@ def _hold(lock: IO[str], label: str) -> Iterator[None]:
         yield
 
 
+SILENCE = 30.0  # seconds
+
+
 def progress(items: Any, label: str, total: int | None = None) -> Any:
-    """Iterate over items with a progress bar on a terminal, or a printed line after every tenth of them in a log."""
+    """Iterate over items with a progress bar on a terminal, or printed lines in a log.
+
+    A line follows every tenth of the items, and the first item that ends after ``SILENCE`` seconds without a line.
+    """
     total = len(items) if total is None else total
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -247,7 +263,9 @@ def progress(items: Any, label: str, total: int | None = None) -> Any:
 
 def _lines(items: Any, label: str, total: int) -> Iterator[Any]:
     step = max(1, -(-total // 10))
+    shown = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
-        if number % step == 0 or number == total:
+        if number % step == 0 or number == total or time.monotonic() - shown > SILENCE:
+            shown = time.monotonic()
             print(f"{label}: {number}/{total}", flush=True)
