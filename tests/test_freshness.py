@@ -470,6 +470,13 @@ class TestDemo:
         assert content == {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
         assert not {"demo", "index"} & outdated()
 
+    def test_what_is_right_already_is_left_alone(self) -> None:
+        """Another experiment with the same demo may be reading it."""
+        perform(self.job())
+        times = {path: path.stat().st_mtime_ns for path in DATA.rglob("*") if path.is_file()}
+        perform(self.job(), force=True)
+        assert times == {path: path.stat().st_mtime_ns for path in DATA.rglob("*") if path.is_file()}
+
     def test_a_failed_write_of_an_image_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cv2, "imencode", lambda *_: (False, None))
         (line,) = refused(self.job())
@@ -516,11 +523,12 @@ class TestDemo:
     def test_killed_halfway_it_is_generated_again(self) -> None:
         perform(self.job())
         content = {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
+        shutil.rmtree(DATA / "JPEGImages")
         code = "import os, signal, stages.demo as d, pipeline.data.demo as g\n"
-        code += "real, calls = g.write_mask, []\n"
+        code += "real, calls = g._put, []\n"
         code += "def write(*a):\n real(*a); calls.append(1)\n"
-        code += " if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        code += "g.write_mask = write\nd.run('demo', d.main, ['--force'])"
+        code += " if len(calls) == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
+        code += "g._put = write\nd.run('demo', d.main, ['--force'])"
         assert command("-c", code).returncode == -signal.SIGKILL
         assert "demo" in outdated()
         (line,) = refused(graph().find("index"))

@@ -1,5 +1,6 @@
 """The VOC colour map, and writing of masks with it."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,15 @@ def voc_palette() -> NDArray[np.uint8]:
     return out
 
 
-def write_mask(path: Path, mask: NDArray[np.uint8]) -> None:
-    """Write H x W class ids in VOC's mask format: a PNG of indices with the VOC palette."""
+def encoded_mask(mask: NDArray[np.uint8]) -> bytes:
+    """Encode H x W class ids in VOC's mask format: a PNG of indices with the VOC palette."""
     picture = Image.fromarray(np.ascontiguousarray(mask), mode="P")
     picture.putpalette(voc_palette().reshape(-1).tolist())
-    picture.save(path)
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_mask(path: Path, mask: NDArray[np.uint8]) -> None:
+    """Write H x W class ids to a file in VOC's mask format."""
+    path.write_bytes(encoded_mask(mask))
