@@ -1,4 +1,5 @@
 # make reproduce   install the environment, run the demo, print the table of its rows; the report is results/demo/report.html
+#                  (that on the first rows, which are done much earlier, is results/demo/first/report.html)
 # make test        run everything that CI runs: linters, then the whole test suite
 # make lint        run the linters
 # make audit       report known vulnerabilities of the installed packages; never fails

@@ -41,6 +41,7 @@ for stage in PLAN.stages:
         conda:
             "environment.yml"
         threads: PLAN.threads(stage)
+        priority: PLAN.priority(stage)
         resources:
             gpu=int(stage.gpu),
         params:

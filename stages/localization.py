@@ -15,7 +15,7 @@ def main(work: Work) -> None:
     device = prepare(work.runtime.device, work.runtime.threads)
     index = Index(work.inputs["index"])
     network = models.load(work.inputs["model"], index.num_classes, device)
-    compute = partial(localization_maps, network, settings=work.job.block, device=device)
+    compute = partial(localization_maps, network, settings=work.job.block, device=device, precision=work.job.precision)
     with RasterWriter(work.outputs["maps"], "localization") as writer:
         shown = partial(progress, label=work.job.label)
         write_blocks(index.images("train"), compute, writer, work.checkpoint, progress=shown)

@@ -17,7 +17,14 @@ def main(work: Work) -> None:
     network = models.load(work.inputs["model"], index.num_classes, device)
     workers = work.runtime.workers if work.job.block.crf else 0
     with RasterWriter(work.outputs["labels"], "labels") as writer, parallel(work.job.label, workers) as mapper:
-        compute = partial(segmentations, network, settings=work.job.block, device=device, mapper=mapper)
+        compute = partial(
+            segmentations,
+            network,
+            settings=work.job.block,
+            device=device,
+            mapper=mapper,
+            precision=work.job.precision,
+        )
         shown = partial(progress, label=work.job.label)
         write_blocks(index.images("evaluation"), compute, writer, work.checkpoint, progress=shown)
 

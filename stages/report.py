@@ -31,7 +31,8 @@ def main(work: Work) -> None:
     )
     work.outputs["report"].write_text(document(results), encoding="utf-8")
     _write(work.outputs["table"], table)
-    _write(work.outputs["metrics"], metrics.headline(method, rows, scores))
+    if "metrics" in work.outputs:
+        _write(work.outputs["metrics"], metrics.headline(method, rows, scores))
     print(metrics.text_table(table, rows, method), flush=True)
     if results.is_mixed:
         print("warning: rows were computed in different arithmetic; see the report's protocol", flush=True)

@@ -17,7 +17,7 @@ def main(work: Work) -> None:
     images, maps = index.images("train"), RasterStore(work.inputs["maps"])
     require(maps, images)
     network = models.load(work.inputs["model"], index.num_classes, device)
-    compute = partial(walked_maps, network, maps, settings=work.job.block, device=device)
+    compute = partial(walked_maps, network, maps, settings=work.job.block, device=device, precision=work.job.precision)
     with RasterWriter(work.outputs["maps"], "localization") as writer:
         write_blocks(images, compute, writer, work.checkpoint, progress=partial(progress, label=work.job.label))
 

@@ -68,14 +68,16 @@ class Arithmetic:
     def small_backbone(
         cls, weights: dict[str, Array], x: Array, after: Callable[[int, Array], Array] = lambda number, x: x
     ) -> Array:
-        """The light backbone at stride 8: six 3x3 convolutions with batch norm and ReLU, in stages of two.
+        """The light backbone at stride 8: six convolutions (the first is 5x5, the others 3x3) with batch norm and ReLU.
+
+        Its stages have two convolutions each.
 
         ``after`` is applied to the output of each layer (0 to 5).
         """
-        strides = (1, 2, 1, 2, 2, 1)
+        strides = (2, 2, 1, 1, 2, 1)
         for number, stride in enumerate(strides):
             layer = f"backbone.stages.conv{number // 2 * 2 + 2}.{number % 2}."
-            x = cls.conv(x, weights[f"{layer}0.weight"], None, stride, 1)
+            x = cls.conv(x, weights[f"{layer}0.weight"], None, stride, 1 if number else 2)
             names = ("weight", "bias", "running_mean", "running_var")
             x = np.maximum(cls.batch_norm(x, *(weights[f"{layer}1.{name}"] for name in names)), 0)
             x = after(number, x)
@@ -86,6 +88,7 @@ class MethodContract:
     """Inherit it, and define ``block`` and ``expected``."""
 
     block: Classifier
+    steps = 25  # of the training in the test of the loss
 
     def expected(self, weights: dict[str, Array], images: Array) -> tuple[Array, Array]:
         """Logits B x K and maps B x K x h x w of ``images`` by the paper's formulas, in evaluation mode."""
@@ -161,7 +164,7 @@ class MethodContract:
         optimizer = build_optimizer(parameter_groups(method, method.new_layers(), settings), settings)
         tags = torch.eye(K)[[0, 1, 1, 4]] + torch.eye(K)[[2, 1, 3, 4]]
         losses = []
-        for step in range(25):
+        for step in range(self.steps):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
                 loss, output = method.training_step(images, tags.clamp(max=1), 0)
             assert loss.shape == ()

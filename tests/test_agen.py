@@ -220,8 +220,8 @@ class TestAgen:
             (
                 "mobilenet_v2",
                 "small",
-                ("stage1", "conv2"),
-                (("stage2", "stage3", "stage4"), ("conv2", "conv4", "conv6")),
+                ("stage2", "conv2"),
+                (("stage3", "stage4", "stage5"), ("conv2", "conv4", "conv6")),
             ),
         ],
     )
@@ -307,7 +307,7 @@ class TestAgen:
         assert all(value != 0 for value in made.logged().values())
 
     def test_new_layers_are_all_but_the_backbones(self) -> None:
-        made = network("mobilenet_v2", "small", ("stage1", "conv2"))
+        made = network("mobilenet_v2", "small", ("stage2", "conv2"))
         new = {id(parameter) for module in made.new_layers() for parameter in module.parameters()}
         old = {name for name, parameter in made.named_parameters() if id(parameter) not in new}
         assert old == {
@@ -315,7 +315,7 @@ class TestAgen:
         }
 
     def test_saved_it_comes_back(self, images: Tensor, tmp_path: Path) -> None:
-        made = network("mobilenet_v2", "small", ("stage1", "conv2"), agm=(4, 5), coam=(5,))
+        made = network("mobilenet_v2", "small", ("stage2", "conv2"), agm=(4, 5), coam=(5,))
         models.save(tmp_path / "model.pt", made, made.block, K)
         loaded = models.load(tmp_path / "model.pt", K, torch.device("cpu"))
         assert isinstance(loaded, Agen)
@@ -328,7 +328,7 @@ class TestAgen:
         [
             (("small", "small", ("conv6", "conv2")), {}, "shared: conv6 is not a tap of the classification backbone"),
             (("small", "small", ("conv2", "b2")), {}, "shared: b2 is not a tap of the segmentation backbone"),
-            (("small", "small", ("conv2", "conv4")), {}, "shared: conv2 has stride 2 and conv4 4"),
+            (("vgg16", "small", ("conv2_2", "conv2")), {}, "shared: conv2_2 has stride 2 and conv2 4"),
             (
                 ("vgg16", "resnet38", ("conv2_2", "b2")),
                 {"classification_taps": ("conv1_2", "conv3_3", "conv4_3")},

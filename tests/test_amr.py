@@ -42,7 +42,7 @@ class Formula:
         """One sample's or, with batch statistics, all samples' values."""
         z = (values - values.mean()) / np.sqrt(((values - values.mean()) ** 2).mean() + 1e-5)
         if self.settings.function == "threshold":
-            return (z > 0).astype(float)
+            return (z > -1e-3).astype(float)  # the implementation's tolerance, which lets equal values pass
         bell: Array = np.exp(-(z**2) / 2)
         if self.settings.function == "density":
             return bell / np.sqrt(2 * np.pi * (((values - values.mean()) ** 2).mean() + 1e-5))

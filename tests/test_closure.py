@@ -222,6 +222,7 @@ def test_a_label_rule_and_a_backbone_touch_the_blocks_that_name_them(folder: Pat
     assert edited(folder, "pipeline/labels/edam.py") == {
         "pseudo_labels edam_saliency",
         "pseudo_labels oaa_edam_rule",
+        "first_report",
         "report",
     }
 
@@ -230,8 +231,8 @@ def test_the_download_touches_no_job_of_another_dataset(folder: Path) -> None:
     assert edited(folder, "pipeline/data/download.py") == set()
 
 
-def test_the_report_touches_no_other_job(folder: Path) -> None:
-    assert edited(folder, "pipeline/report/page.py") == {"report"}
+def test_the_report_touches_no_job_but_the_reports(folder: Path) -> None:
+    assert edited(folder, "pipeline/report/page.py") == {"first_report", "report"}
 
 
 LOADED = """

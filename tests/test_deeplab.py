@@ -182,6 +182,18 @@ class TestLargeFov:
         y = F.conv2d(y, next(weights), next(weights)).clamp(min=0)
         torch.testing.assert_close(head(x), F.conv2d(y, next(weights), next(weights)))
 
+    def test_batch_norm_precedes_each_relu(self) -> None:
+        torch.manual_seed(0)
+        head = segmentation(rate=3, batch_norm=True).head.double().eval()
+        randomise_batch_norms(head)
+        assert isinstance(head, LargeFov)
+        y = torch.randn(2, 128, 9, 11, dtype=torch.float64)
+        expected = y
+        for conv, norm in ((head.fc6, head.norm6), (head.fc7, head.norm7)):
+            expected = F.relu(norm(conv(expected)))
+        torch.testing.assert_close(head(y), head.fc8(expected))
+        assert LargeFov.Settings(batch_norm=True).describe().endswith("batch norm)")
+
     def test_dropout_follows_fc6_and_fc7(self) -> None:
         torch.manual_seed(0)
         head = segmentation(channels=400, dropout=0.25).head
@@ -300,7 +312,7 @@ class TestDecoder:
             ("resnet101", "layer1"),
             ("resnet38", "b3"),
             ("mobilenet_v2", "stage2"),
-            ("small", "conv4"),
+            ("small", "conv2"),
         ],
     )
     def test_low_level_features_are_of_stride_4(self, backbone: str, tap: str) -> None:
@@ -324,7 +336,7 @@ class TestDecoder:
         torch.manual_seed(0)
         head = segmentation("deeplab_v3plus", rates=(1, 2, 4)).head.double().eval()
         randomise_batch_norms(head)
-        low, x = torch.randn(2, 64, 17, 21, dtype=torch.float64), torch.randn(2, 128, 9, 11, dtype=torch.float64)
+        low, x = torch.randn(2, 32, 17, 21, dtype=torch.float64), torch.randn(2, 128, 9, 11, dtype=torch.float64)
         weights = iter(value for name, value in head.state_dict().items() if "num_batches" not in name)
 
         def layer(x: Tensor, rate: int) -> Tensor:

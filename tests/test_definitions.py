@@ -145,16 +145,21 @@ def graph() -> Graph:
     return graph_of([PARAMS])
 
 
+def dvc_jobs(graph: Graph) -> dict[str, Job]:
+    """The jobs of dvc.yaml by their names there."""
+    return {dvc.name_of(job): job for job in graph.jobs if job.stage not in dvc.EXCLUDED}
+
+
 def test_dvc_yaml_is_what_the_table_says() -> None:
     assert (project.ROOT / "dvc.yaml").read_text() == dvc.document(), "python -m pipeline.workflow.dvc > dvc.yaml"
 
 
 def test_dvc_states_the_graph(graph: Graph, dvc_stages: dict[str, Stage]) -> None:
-    assert dvc_stages.keys() == {dvc.ROWS, *map(dvc.name_of, graph.jobs)}
+    assert dvc_stages.keys() == {dvc.ROWS, *dvc_jobs(graph)}
     rows = f"{graph.results}/{dvc.ROWS}"
     assert dvc_stages[dvc.ROWS].outputs == {rows}
-    for job in graph.jobs:
-        stage = dvc_stages[dvc.name_of(job)]
+    for name, job in dvc_jobs(graph).items():
+        stage = dvc_stages[name]
         assert stage.outputs == names({*job.outputs.values(), *declared_outputs(job)}), job.label
         assert stage.code == names([stage_file(job), "pipeline"]), job.label
         assert stage.command == "python -m pipeline.workflow.dvc run"  # no name that a shell could interpret
@@ -176,8 +181,40 @@ def test_dvc_report_depends_on_all_that_the_graph_names(graph: Graph, dvc_stages
     assert {path.name for path in loose} == {"log.json"}
 
 
+def test_the_first_rows_come_first_and_have_a_report(graph: Graph) -> None:
+    wanted = graph.params.first
+    report, last = graph.find("first_report"), graph.find("report")
+    assert graph.jobs[: len(graph.first)] == graph.first
+    assert graph.first[-1] is report
+    assert tuple(report.params["rows"]) == wanted == tuple(row for row in wanted if row in last.params["rows"])
+    assert report.inputs.items() <= last.inputs.items()
+    assert set(report.outputs.values()).isdisjoint(last.outputs.values())
+    written: set[Path] = set()
+    produced = {path for job in graph.jobs for path in job.outputs.values()}
+    for job in graph.jobs:  # in topological order
+        assert written >= produced.intersection(job.inputs.values()), job.label
+        written.update(job.outputs.values())
+
+
+def test_snakemake_prefers_the_first_rows(graph: Graph) -> None:
+    plan = Plan(graph, [], graph.jobs, full_threads=False)
+    preferred = {job.label for job in graph.jobs if plan.priority(STAGES[job.stage])(SimpleNamespace(name=job.name))}
+    assert preferred == {job.label for job in graph.first}
+    assert "segmentation supervised" in preferred
+    assert "segmentation oaa_plus" not in preferred
+
+
+def test_the_first_report_is_planned_only_before_the_last(graph: Graph) -> None:
+    first, last = (str(declared_outputs(graph.find(name))[-1]) for name in ("first_report", "report"))
+    fresh, running = (
+        Plan(graph, [], outdated, full_threads=False).targets for outdated in ([], [graph.find("report")])
+    )
+    assert set(running) - set(fresh) == {first}
+    assert last in fresh
+
+
 def test_every_gpu_stage_gets_its_threads_where_there_are_enough(graph: Graph) -> None:
-    plan = Plan(graph, [], full_threads=True)
+    plan = Plan(graph, [], [], full_threads=True)
     shown = {
         stage.name: plan.command(stage)(SimpleNamespace(name="base"), plan.threads(stage)).split("base ")[1]
         for stage in plan.stages
@@ -188,7 +225,7 @@ def test_every_gpu_stage_gets_its_threads_where_there_are_enough(graph: Graph) -
     trained = {FOLDERS[section].name for section in TRAINED}
     assert shown.keys() == {*trained, "localization", "walk", "features", "prediction"}
     assert plan.threads(STAGES["pseudo_labels"]) == 16
-    assert {Plan(graph, [], full_threads=False).threads(stage) for stage in plan.stages if stage.gpu} == {1}
+    assert {Plan(graph, [], [], full_threads=False).threads(stage) for stage in plan.stages if stage.gpu} == {1}
 
 
 def test_the_table_agrees_with_itself() -> None:
@@ -295,14 +332,14 @@ def essence(job: Job) -> tuple[Any, ...]:
 def test_a_changed_param_touches_the_same_jobs(graph: Graph, dvc_stages: dict[str, Stage]) -> None:
     """DVC's keys cover all params that a job depends on, and reach no job that the graph would not run again."""
     raw = yaml.safe_load((project.ROOT / PARAMS).read_text())
-    before = {dvc.name_of(job): job for job in graph.jobs}
+    before = dvc_jobs(graph)
     tried, everything = 0, list(leaves(raw))
     for where in everything:
         other = changed(raw, where)
-        if where == ("experiment",) or other is None:
+        if where[0] in ("experiment", "first") or other is None:
             continue
         tried += 1
-        after = {dvc.name_of(job): job for job in other.jobs}
+        after = dvc_jobs(other)
         moved = {name for name in before if essence(before[name]) != essence(after[name])}
         depend = {name for name in moved if before[name].params != after[name].params}
         path = ".".join(where)

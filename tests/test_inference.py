@@ -1,6 +1,7 @@
 """Localization maps and segmentations of whole images, by networks whose output is known at every pixel."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -366,7 +367,7 @@ class TestStages:
         file_of(block, folder / "model.pt")
         inputs = {"index": index, "model": folder / "model.pt"}
         outputs = {output: folder / f"{output}.h5"}
-        job = Job("test", "x", inputs, outputs, {}, settings)
+        job = Job("test", "x", inputs, outputs, {}, settings, used_blocks=(block,))
         return Work(job, inputs, outputs, Runtime(device="cpu", threads=1), "", folder / "checkpoint")
 
     def test_localization_covers_the_training_images(self, tmp_path: Path, index: Path) -> None:
@@ -377,6 +378,26 @@ class TestStages:
         assert store.ids == [image.id for image in images]
         assert [tuple(store.classes(image.id)) for image in images] == [image.tags for image in images]
         assert store.get("img_003", 1).shape == (6, 8)
+
+    @pytest.mark.parametrize(("number", "stage"), [(0, "localization"), (2, "prediction")])
+    @pytest.mark.parametrize("precision", ["bf16", "fp32"])
+    def test_a_network_is_used_in_the_precision_of_its_training(
+        self, tmp_path: Path, index: Path, number: int, stage: str, precision: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = []
+
+        def note(device: torch.device, wanted: str) -> torch.autocast:
+            asked.append(wanted)
+            return torch.autocast(device.type, torch.bfloat16, enabled=False)
+
+        for module in ("localize", "segment"):
+            monkeypatch.setattr(f"pipeline.inference.{module}.autocast", note)
+        block = replace(BLOCKS[number], training=replace(TRAINING, precision=precision))
+        if stage == "localization":
+            localization.main(self.work(tmp_path, index, block, Localization("classifiers/base"), "maps"))
+        else:
+            prediction.main(self.work(tmp_path, index, block, schema.Test(), "labels"))
+        assert set(asked) == {precision}
 
     def test_prediction_covers_the_evaluation_images(self, tmp_path: Path, index: Path) -> None:
         prediction.main(self.work(tmp_path, index, BLOCKS[2], schema.Test(flip=True), "labels"))

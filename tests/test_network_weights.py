@@ -264,7 +264,7 @@ class TestFiles:
     def test_another_shape_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "weights.pth"
         torch.save(build("small").state_dict() | {"stages.conv2.0.0.weight": torch.zeros(32, 1, 3, 3)}, path)
-        with pytest.raises(PipelineError, match=r"stages\.conv2\.0\.0\.weight is 32x1x3x3, not 32x3x3x3"):
+        with pytest.raises(PipelineError, match=r"stages\.conv2\.0\.0\.weight is 32x1x3x3, not 32x3x5x5"):
             build("small", weights=str(path))
 
     def test_another_networks_weights_are_refused(self, tmp_path: Path) -> None:

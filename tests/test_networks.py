@@ -180,7 +180,7 @@ class TestGeometry:
             "resnet101": 42_500_160,
             "resnet38": 105_070_912,
             "mobilenet_v2": 2_223_872,
-            "small": 287_456,
+            "small": 288_992,
         }
 
     def test_vgg16_is_the_papers_at_stride_8(self) -> None:
@@ -268,8 +268,8 @@ class TestFormulas:
         x = torch.randn(2, 3, 41, 55)
         y = x.double()
         weights = iter(value.double() for key, value in backbone.state_dict().items() if "num_batches" not in key)
-        for stride, dilation in [(1, 1), (2, 1), (1, 1), (2, 1), (1, 1), (1, 2)]:
-            y = F.conv2d(y, next(weights), stride=stride, padding=dilation, dilation=dilation)
+        for stride, padding, dilation in [(2, 2, 1), (2, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 2, 2)]:
+            y = F.conv2d(y, next(weights), stride=stride, padding=padding, dilation=dilation)
             gamma, beta, mean, variance = (next(weights).reshape(1, -1, 1, 1) for _ in range(4))
             y = ((y - mean) / (variance + 1e-5).sqrt() * gamma + beta).clamp(min=0)
         assert not list(weights)
@@ -296,6 +296,19 @@ class TestFormulas:
         with torch.no_grad():
             found = head(backbone(x)).double()
         torch.testing.assert_close(found, maps, rtol=0, atol=1e-5 * float(maps.abs().max()))
+
+    def test_head_with_batch_norm_is_its_formula(self) -> None:
+        torch.manual_seed(0)
+        head = ClassAwareHead(8, schema.Head(2, 6, batch_norm=True), 4).double().eval()
+        randomise_batch_norms(head)
+        x = y = torch.randn(2, 8, 9, 7, dtype=torch.float64)
+        weights = iter(value for name, value in head.state_dict().items() if "num_batches" not in name)
+        for _ in range(2):
+            y = F.conv2d(y, next(weights), next(weights), padding=1)
+            gamma, beta, mean, variance = (next(weights) for _ in range(4))
+            y = F.batch_norm(y, mean, variance, gamma, beta).clamp(min=0)
+        torch.testing.assert_close(head(x), F.conv2d(y, next(weights), next(weights)))
+        assert not list(weights)
 
     def test_resnet38_blocks_are_their_formulas(self) -> None:
         def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:

@@ -36,6 +36,7 @@ def shrink(params: dict[str, Any]) -> None:
     params["defaults"]["classifiers"]["accumulate"] = {"cells": 12, "skip_epochs": 0}
     params.update(
         method="oaa",
+        first=[],
         classifiers={"base": {}},
         refinements={},
         localizations={"cam": {"model": "classifiers/base"}},

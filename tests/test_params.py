@@ -97,7 +97,7 @@ def without_heads(node: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["voc2012", "voc12_mini"])
 def test_a_profile_on_real_images_leaves_no_number_of_the_demo(name: str) -> None:
-    """Learning rates from scratch on 96 pixels, say. What params.yaml names, by other words, may stay."""
+    """Learning rates from scratch on small images, say. What params.yaml names, by other words, may stay."""
     profile = ROOT / "profiles" / f"{name}.yaml"
     params = load([ROOT / "params.yaml", profile])
     raw = merge(borrowed(yaml.safe_load((ROOT / "params.yaml").read_text())), yaml.safe_load(profile.read_text()))

@@ -127,6 +127,40 @@ def test_the_method_is_one_of_the_rows() -> None:
     assert list(caught.value.lines) == ["p.yaml: method: finer is none of the rows walked, joint"]
 
 
+def first_of(**changes: Any) -> Params:
+    found = references.first_rows(chains(**changes))
+    assert found is not None
+    return found
+
+
+def test_the_first_rows_are_rows_of_their_own() -> None:
+    first = first_of(first=["walked", "finer"])
+    assert list(references.rows(first)) == ["walked", "finer"]
+    assert blocks(first) == WALKED | FINER | {"segmentations/walked", "segmentations/finer"}
+    assert first.method == "finer"
+    assert first_of(first=["walked", "alone"]).method == "walked"  # the method is not among them
+    assert references.first_rows(first) is None
+
+
+def test_first_rows_that_do_not_run_are_left_out() -> None:
+    first = first_of(first=["walked", "finer"], rows=["finer", "supervised"])
+    assert list(references.rows(first)) == ["finer"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"first": ["walked"], "rows": ["finer", "mixed"]}, {"first": ["finer"], "rows": ["finer"]}]
+)
+def test_nothing_is_first_without_others(changes: dict[str, Any]) -> None:
+    assert references.first_rows(chains(**changes)) is None
+
+
+def test_an_unknown_first_row_is_one_line() -> None:
+    rows = ", ".join(references.rows(chains()))
+    with pytest.raises(PipelineError) as caught:
+        chains(first=["fine"])
+    assert list(caught.value.lines) == [f"p.yaml: first: fine is none of {rows}"]
+
+
 def test_what_no_row_needs_is_checked_all_the_same() -> None:
     with pytest.raises(PipelineError, match=r"walks\.walked\.radius: 1 must be at least 2"):
         chains(rows=["supervised"], method="supervised", walks={"walked": {"radius": 1}})

@@ -79,6 +79,29 @@ def test_a_terminal_shows_rows_and_one_line_that_moves(monkeypatch: pytest.Monke
     assert "about 3 min" in moving or "about 4 min" in moving
 
 
+def test_the_table_of_the_first_rows_is_printed_when_they_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("first.log").write_text("  method (%)\n> cam\n")
+    out = io.StringIO()
+    found = Watch(out, 0.0)
+    for line in (
+        "rule first_report:",
+        "    input: results/demo/index/index.json",
+        "    output: results/demo/first/report.html, results/demo/first/metrics.json",
+        "    log: first.log",
+        "    jobid: 9",
+        "Finished jobid: 9 (Rule: first_report)",
+    ):
+        found.read(line, 2.0)
+    assert out.getvalue().splitlines()[1:] == [
+        "  method (%)",
+        "> cam",
+        "Report on these rows: results/demo/first/report.html; the other rows follow",
+    ]
+
+
 def test_a_failed_job_is_explained_by_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("one.log").write_text("index: images checked: 2/9\nerror: a.png: damaged; replace it\nerror: b.png: missing\n")

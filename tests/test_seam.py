@@ -175,6 +175,7 @@ class TestSeam(SeamContract):
 
 class TestSeamAsItsCode(SeamContract):
     block = seam(strongest=True, mining="values", minimum=1.0)
+    steps = 50  # the minimum pooling delays the classes
 
 
 class TestSeamByOtherSettings(SeamContract):

@@ -268,10 +268,13 @@ def test_an_image_alone_is_as_in_a_batch(tmp_path: Path) -> None:
 # --- stage ----------------------------------------------------------------------------------------------------------
 
 
+EDGES = Affinity("pseudo_labels/x", Backbone("small"), Training(2, 0.1, epochs=1), channels=8)
+
+
 def work(folder: Path, settings: Walk = WALK) -> Work:
     inputs = {key: folder / name for key, name in (("index", "index.json"), ("model", "model.pt"), ("maps", "maps.h5"))}
     outputs = {"maps": folder / "walked.h5"}
-    job = Job("walk", "x", inputs, outputs, {}, settings)
+    job = Job("walk", "x", inputs, outputs, {}, settings, used_blocks=(EDGES,))
     return Work(job, inputs, outputs, Runtime(device="cpu", threads=1), "", folder / "parts")
 
 
@@ -279,9 +282,8 @@ def work(folder: Path, settings: Walk = WALK) -> Work:
 def project(tmp_path: Path) -> Path:
     """An index, an affinity network and maps of three training images and of one of the evaluation split."""
     index = Index(make_index(tmp_path, train=3, evaluation=1))
-    block = Affinity("pseudo_labels/x", Backbone("small"), Training(2, 0.1, epochs=1), channels=8)
     torch.manual_seed(0)
-    models.save(tmp_path / "model.pt", models.build(block, 3), block, 3)
+    models.save(tmp_path / "model.pt", models.build(EDGES, 3), EDGES, 3)
     rasters = {
         name: {tag: noise(tag, 6, 8) for tag in index[name].tags} for names in index.splits.values() for name in names
     }

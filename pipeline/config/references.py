@@ -91,6 +91,16 @@ def keep_rows(params: Params, kept: Sequence[str]) -> Params:
     return replace(params, **parts)  # type: ignore[arg-type]
 
 
+def first_rows(params: Params) -> Params | None:
+    """Restrict the params to the rows to run first; None if there are none or no others."""
+    every = rows(params)
+    first = tuple(name for name in params.first if name in every)
+    if not first or len(first) == len(every):
+        return None
+    method = params.method if params.method in first else first[0]
+    return keep_rows(replace(params, rows=first, first=(), method=method), first)
+
+
 def cycle(params: Params) -> list[str]:
     """Find a cycle: blocks that each refer to the next, where the last equals the first. Empty if there is none."""
     ordered = set(topological_order(params))

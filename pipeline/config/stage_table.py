@@ -234,6 +234,13 @@ _TABLE = (
         qualified_names=True,
     ),
     Stage(
+        "first_report",
+        "first",
+        _INDEX | {"census": Input("dataset.json", job="index")},
+        ("report.html", "metrics.json"),
+        params=("method", "gallery"),
+    ),
+    Stage(
         "report",
         "",
         _INDEX | {"census": Input("dataset.json", job="index")},

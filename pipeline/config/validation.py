@@ -14,6 +14,7 @@ def contradictions(params: Params) -> Iterator[str]:
             yield f"one_step.{name}: segmentations has the same name, and both would be predictions/{name}"
     rows = references.rows(params)
     yield from (f"rows: {row} is none of {', '.join(rows)}" for row in params.rows or () if row not in rows)
+    yield from (f"first: {row} is none of {', '.join(rows)}" for row in params.first if row not in rows)
     if params.method not in (chosen := rows if params.rows is None else params.rows):
         yield f"method: {params.method} is none of the rows {', '.join(chosen)}"
     if cycle := references.cycle(params):

@@ -16,7 +16,13 @@ from pipeline.training.settings import autocast
 SHARE = 4  # batches are smaller by this factor than without gradients, because activations are stored
 
 
-def climb(network: Method, images: Tensor, present: Sequence[Sequence[int]], settings: Climbing) -> Tensor:
+def climb(
+    network: Method,
+    images: Tensor,
+    present: Sequence[Sequence[int]],
+    settings: Climbing,
+    precision: str = "auto",
+) -> Tensor:
     """Average the maps of each image over all steps of its climb, with a separate climb for each present class.
 
     The cost is ``iterations`` + 1 forward and ``iterations`` backward passes per present class. Plain maps take one
@@ -34,7 +40,7 @@ def climb(network: Method, images: Tensor, present: Sequence[Sequence[int]], set
     samples, classes = torch.tensor(pairs, device=images.device).view(-1, 2).unbind(1)
     step = max(1, pixels_per_batch(images.device) // SHARE // (images.shape[2] * images.shape[3]))
     parts = [
-        _climb(network, images[samples[at : at + step]], classes[at : at + step], settings)
+        _climb(network, images[samples[at : at + step]], classes[at : at + step], settings, precision)
         for at in range(0, len(pairs), step)
     ]
     out = parts[0].new_zeros(len(images), network.num_classes, *parts[0].shape[1:])
@@ -42,7 +48,7 @@ def climb(network: Method, images: Tensor, present: Sequence[Sequence[int]], set
     return out
 
 
-def _climb(network: Method, starts: Tensor, classes: Tensor, settings: Climbing) -> Tensor:
+def _climb(network: Method, starts: Tensor, classes: Tensor, settings: Climbing, precision: str) -> Tensor:
     """Mean map over the climb of each image's one class, N x h x w, including the first and the last image.
 
     A step follows the gradient of a score, scaled so that the largest change of a value is ``step``, and clips the
@@ -59,7 +65,7 @@ def _climb(network: Method, starts: Tensor, classes: Tensor, settings: Climbing)
     for remaining in range(settings.iterations, -1, -1):
         with torch.set_grad_enabled(remaining > 0):
             images = images.detach().requires_grad_(remaining > 0)
-            with autocast(images.device, "auto"):
+            with autocast(images.device, precision):
                 output = network(images)
             maps = network.localization(output)[at]
             current = maps.detach()

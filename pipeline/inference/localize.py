@@ -25,7 +25,11 @@ class Localizer(Protocol):
 
 
 def localization_maps(
-    network: nn.Module, images: Sequence[Image], settings: Localization, device: torch.device
+    network: nn.Module,
+    images: Sequence[Image],
+    settings: Localization,
+    device: torch.device,
+    precision: str = "auto",
 ) -> Iterator[Row]:
     """Yield maps of each image's tags at 1 / ``settings.stride`` of the image's size.
 
@@ -39,11 +43,11 @@ def localization_maps(
 
     for part, inputs in batches(images, shape, pixels_per_batch(device)):
         grids = [(-(-image.height // settings.stride), -(-image.width // settings.stride)) for image in part]
-        localize: Callable[[Tensor], Tensor] = partial(_localize, network)
+        localize: Callable[[Tensor], Tensor] = partial(_localize, network, precision=precision)
         if settings.climbing is not None:
             assert isinstance(network, Method)
             present = [[tag - 1 for tag in image.tags] for image in part]
-            localize = partial(climb, network, present=present, settings=settings.climbing)
+            localize = partial(climb, network, present=present, settings=settings.climbing, precision=precision)
         views = _views(localize, inputs.to(device), settings)
         for number, (image, grid) in enumerate(zip(part, grids, strict=True)):
             tags = torch.tensor([tag - 1 for tag in image.tags], device=device)
@@ -68,8 +72,8 @@ def localization_maps(
 
 
 @torch.inference_mode()
-def _localize(network: nn.Module, images: Tensor) -> Tensor:
-    with autocast(images.device, "auto"):
+def _localize(network: nn.Module, images: Tensor, precision: str) -> Tensor:
+    with autocast(images.device, precision):
         return network.localize(images).float()  # type: ignore[operator]
 
 

@@ -21,7 +21,12 @@ Map = Callable[..., Iterator[NDArray[np.uint8]]]
 
 
 def segmentations(
-    network: nn.Module, images: Sequence[Image], settings: Test, device: torch.device, mapper: Map
+    network: nn.Module,
+    images: Sequence[Image],
+    settings: Test,
+    device: torch.device,
+    mapper: Map,
+    precision: str = "auto",
 ) -> Iterator[Row]:
     """Yield label maps at the images' size: the softmax averaged over scales and flips, the optional CRF, and argmax.
 
@@ -29,7 +34,7 @@ def segmentations(
         mapper: ``map``, or an equivalent over worker processes, because the CRF takes much longer than the network.
     """
     for part, inputs in batches(images, lambda image: (image.height, image.width), pixels_per_batch(device)):
-        mean = _probabilities(network, part, inputs.to(device), settings)
+        mean = _probabilities(network, part, inputs.to(device), settings, precision)
         labels: Iterable[NDArray[np.uint8]]
         if settings.crf is None:
             labels = mean.argmax(1).to(torch.uint8).cpu().numpy()
@@ -52,7 +57,9 @@ def _refined(task: tuple[Image, NDArray[np.float32], Crf]) -> NDArray[np.uint8]:
 
 
 @torch.inference_mode()
-def _probabilities(network: nn.Module, images: Sequence[Image], inputs: Tensor, settings: Test) -> Tensor:
+def _probabilities(
+    network: nn.Module, images: Sequence[Image], inputs: Tensor, settings: Test, precision: str
+) -> Tensor:
     """Softmax averaged over scales and flips, B x (K + 1) x H x W."""
     height, width = inputs.shape[2:]
     total: Tensor | None = None
@@ -65,7 +72,7 @@ def _probabilities(network: nn.Module, images: Sequence[Image], inputs: Tensor, 
             )
         for flip in (False, True) if settings.flip else (False,):
             view = (scaled.flip(3) if flip else scaled).contiguous(memory_format=torch.channels_last)
-            with autocast(inputs.device, "auto"):
+            with autocast(inputs.device, precision):
                 logits = network(view)
             check_outputs(logits, images)
             logits = logits.float().flip(3) if flip else logits.float()

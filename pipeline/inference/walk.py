@@ -19,7 +19,12 @@ from pipeline.training.settings import autocast
 
 @torch.no_grad()
 def walked_maps(
-    network: nn.Module, maps: RasterStore, images: Sequence[Image], settings: Walk, device: torch.device
+    network: nn.Module,
+    maps: RasterStore,
+    images: Sequence[Image],
+    settings: Walk,
+    device: torch.device,
+    precision: str = "auto",
 ) -> Iterator[Row]:
     """Yield the propagated maps of each image's tags, on the grid of the predicted edges (1/4 of the image's size).
 
@@ -28,7 +33,7 @@ def walked_maps(
     all-zero maps stay 0. Tags without a stored map are skipped.
     """
     for part, inputs in batches(images, lambda image: (image.height, image.width), pixels_per_batch(device)):
-        edges = edge_maps(network, inputs.to(device))
+        edges = edge_maps(network, inputs.to(device), precision)
         size = (edges.shape[1], edges.shape[2])
         seeds = [_seeds(maps, image, size) for image in part]
         channels = max(len(seed) for seed in seeds)
@@ -47,11 +52,11 @@ def walked_maps(
                 yield image.id, tag, np.ascontiguousarray(level)
 
 
-def edge_maps(network: nn.Module, inputs: Tensor) -> Tensor:
+def edge_maps(network: nn.Module, inputs: Tensor, precision: str = "auto") -> Tensor:
     """Predict B x h x w edges in [0, 1] of B x 3 x H x W images, averaged with their mirror images."""
     straight = inputs.contiguous(memory_format=torch.channels_last)
     mirrored = inputs.flip(3).contiguous(memory_format=torch.channels_last)
-    with autocast(inputs.device, "auto"):
+    with autocast(inputs.device, precision):
         logits = network(straight) + network(mirrored).flip(3)
     return (logits[:, 0].float() / 2).sigmoid()
 

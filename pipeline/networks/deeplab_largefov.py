@@ -13,7 +13,7 @@ from pipeline.networks.segmentation import SegmentationHead
 
 @SEGMENTATIONS.register("deeplab_largefov")
 class LargeFov(SegmentationHead):
-    """fc6 (3x3, dilated), fc7 and fc8 (1x1), with ReLU and dropout between them.
+    """fc6 (3x3, dilated), fc7 and fc8 (1x1), with ReLU and dropout between them, and optionally batch norm.
 
     After VGG-16, pool5 with stride 1 and an average pool come first, as published. After a ResNet there are none (OAA).
     """
@@ -25,9 +25,11 @@ class LargeFov(SegmentationHead):
         channels: Count = 1024  # of fc6 and fc7
         rate: Count = 12  # dilation of fc6
         dropout: Share = 0.5  # after fc6 and after fc7
+        batch_norm: bool = False  # before their ReLUs; a network that trains from scratch learns in half of the steps
 
         def describe(self) -> str:
-            return f"DeepLab-LargeFOV (rate {self.rate}, {self.channels} channels)"
+            norm = ", batch norm" if self.batch_norm else ""
+            return f"DeepLab-LargeFOV (rate {self.rate}, {self.channels} channels{norm})"
 
     def __init__(self, backbone: Backbone, settings: Settings, outputs: int) -> None:
         super().__init__(list(backbone.taps)[-1])
@@ -36,6 +38,9 @@ class LargeFov(SegmentationHead):
         self.pool5 = nn.Sequential(*pools if backbone.ends_before_pool else [])
         self.fc6 = nn.Conv2d(backbone.out_channels, settings.channels, 3, padding=rate, dilation=rate)
         self.fc7 = nn.Conv2d(settings.channels, settings.channels, 1)
+        self.norm6, self.norm7 = (
+            nn.BatchNorm2d(settings.channels) if settings.batch_norm else nn.Identity() for _ in range(2)
+        )
         self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(settings.dropout)
         he_normal(self)
@@ -43,7 +48,7 @@ class LargeFov(SegmentationHead):
         normal(self.fc8)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(self.relu(self.fc6(self.pool5(x))))
-        x = self.dropout(self.relu(self.fc7(x)))
+        x = self.dropout(self.relu(self.norm6(self.fc6(self.pool5(x)))))
+        x = self.dropout(self.relu(self.norm7(self.fc7(x))))
         logits: Tensor = self.fc8(x)
         return logits

@@ -11,8 +11,9 @@ from pipeline.networks.base import he_normal
 class ClassAwareHead(nn.Module):
     """3x3 convolutions with ReLU, then a 1x1 convolution with one channel per class (OAA Sec. 3.1).
 
-    ``convs`` holds the 3x3 convolutions and ReLUs, ``classifier`` is the class-aware convolution. The 3x3 convolutions
-    use He's normal initialisation, so that they also train from scratch. The classifier starts at N(0, 0.01).
+    ``convs`` holds the 3x3 convolutions, batch norms if enabled, and ReLUs; ``classifier`` is the class-aware
+    convolution. The 3x3 convolutions use He's normal initialisation, so that they also train from scratch. The
+    classifier starts at N(0, 0.01).
 
     Args:
         in_channels: channels of the backbone's features.
@@ -24,7 +25,9 @@ class ClassAwareHead(nn.Module):
         layers: list[nn.Module] = []
         channels = in_channels
         for _ in range(settings.convs):
-            layers += [nn.Conv2d(channels, settings.channels, 3, padding=1), nn.ReLU(inplace=True)]
+            layers.append(nn.Conv2d(channels, settings.channels, 3, padding=1))
+            layers += [nn.BatchNorm2d(settings.channels)] if settings.batch_norm else []
+            layers.append(nn.ReLU(inplace=True))
             channels = settings.channels
         self.convs = nn.Sequential(*layers)
         self.classifier = nn.Conv2d(channels, num_classes, 1)

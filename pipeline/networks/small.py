@@ -1,4 +1,4 @@
-"""The backbone of the demo, small enough to train from scratch in a minute on two CPU cores."""
+"""The backbone of the demo, small enough to train from scratch in half a minute on a CPU core."""
 
 from torch import nn
 
@@ -8,12 +8,15 @@ from pipeline.errors import PipelineError
 from pipeline.networks.base import Backbone, Tap, he_normal, limit_stride
 
 WIDTHS = (32, 32, 64, 64, 128, 128)
-STRIDES = (1, 2, 1, 2, 2, 1)
+STRIDES = (2, 2, 1, 1, 2, 1)  # at full resolution, one convolution would take as long as three at a quarter of it
+KERNELS = (5, 3, 3, 3, 3, 3)
 
 
 @BACKBONES.register("small")
 def small(settings: schema.Backbone) -> Backbone:
-    """Build six 3x3 convolutions with batch norm and ReLU. Taps conv2, conv4 and conv6 have 32, 64 and 128 channels.
+    """Build six convolutions, 5x5 and then 3x3, with batch norm and ReLU.
+
+    Taps conv2, conv4 and conv6 have 32, 64 and 128 channels.
 
     Raises:
         PipelineError: the output stride is neither 4 nor 8.
@@ -22,9 +25,11 @@ def small(settings: schema.Backbone) -> Backbone:
         raise PipelineError(f"small: output_stride {settings.output_stride} is too large; use 4 or 8")
     blocks = [
         nn.Sequential(
-            nn.Conv2d(before, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+            nn.Conv2d(before, width, kernel, stride, padding=kernel // 2, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
         )
-        for before, width, stride in zip((3, *WIDTHS[:-1]), WIDTHS, STRIDES, strict=True)
+        for before, width, kernel, stride in zip((3, *WIDTHS[:-1]), WIDTHS, KERNELS, STRIDES, strict=True)
     ]
     strides = limit_stride(blocks, 1, settings.output_stride, settings.dilated)
     stages = {f"conv{end}": nn.Sequential(*blocks[end - 2 : end]) for end in (2, 4, 6)}

@@ -29,7 +29,8 @@ HEADER = """\
 """
 RESULTS = "results/${experiment}"
 PARAMS, DVC_YAML = Path("params.yaml"), Path("dvc.yaml")
-EXCLUDED = tuple(stage.name for stage in STAGES.values() if stage.keeps_user_files)  # stages not in dvc.yaml
+# Not in dvc.yaml: users may keep other files in the output folders of some stages; the first report is only a preview.
+EXCLUDED = (*(stage.name for stage in STAGES.values() if stage.keeps_user_files), "first_report")
 # DVC tells a command its stage in this variable. A name in the command itself would be interpreted by the shell.
 CURRENT = "DVC_STAGE"
 ROWS = "rows"  # the stage, and its output folder, through which others depend on ``rows`` of params.yaml
@@ -153,7 +154,7 @@ def write_placeholders(graph: Graph) -> None:
     """Write placeholder outputs of all jobs of params.yaml that no row needs; see ``_write_placeholder``."""
     needed = {(job.stage, job.name) for job in graph.jobs}
     for job in Graph(_unfiltered()).jobs:
-        if (job.stage, job.name) not in needed:
+        if (job.stage, job.name) not in needed and job.stage not in EXCLUDED:
             _write_placeholder(job)
 
 

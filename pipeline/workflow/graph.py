@@ -68,6 +68,11 @@ class Job:
         return cast(dict[str, Any], plain(self.values))
 
     @property
+    def precision(self) -> str:
+        """The precision of the network that the job loads: the one in which it was trained."""
+        return str(self.used_blocks[0].training.precision)
+
+    @property
     def source_files(self) -> tuple[Path, ...]:
         """The files of the stage and of the implementations that its blocks name.
 
@@ -119,11 +124,23 @@ class Graph:
             writers = {name: writer for name, path in job.inputs.items() if (writer := self.writer(path))}
             job = self.jobs[number] = replace(job, leaves=_leaves(job, read), writers=writers)
             self._writers |= {os.path.abspath(path): job for path in job.outputs.values()}
+        self.first: list[Job] = []  # the jobs of the rows to run first; they come first in ``jobs``
+        if (first := references.first_rows(params)) is not None:
+            self._begin_with(Graph(first))
 
     def writer(self, path: Path) -> Job | None:
         """Return the job that writes a file, or the dataset that the file lies in; None if the user supplies it."""
         whole = Path(os.path.abspath(path))
         return next((self._writers[str(each)] for each in (whole, *whole.parents) if str(each) in self._writers), None)
+
+    def _begin_with(self, graph: "Graph") -> None:
+        """Move the jobs of ``graph`` to the front, followed by the report on its rows."""
+        *names, _ = ((job.stage, job.name) for job in graph.jobs)
+        stage, report = STAGES["first_report"], graph.jobs[-1]
+        outputs = {key: self.results / stage.folder / report.outputs[key].name for key in ("report", "table")}
+        preview = replace(report, stage=stage.name, outputs=outputs, leaves=tuple(outputs.values()))
+        self.first = [*(self.find(*name) for name in names), preview]
+        self.jobs = [*self.first, *(job for job in self.jobs if job not in self.first)]
 
     def missing(self) -> list[str]:
         """Return a line for each input that neither exists nor is written by a job, naming its first reader."""

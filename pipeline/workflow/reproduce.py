@@ -2,7 +2,8 @@
 
 It runs ``snakemake --cores all ARGUMENT ...`` and writes the output of Snakemake and the stages to a log. On a terminal
 it shows a status line (jobs done, time left, running jobs) and the scores of each row once they are known. In a file or
-pipe it prints one line per job. If a job fails, it prints the end of the job's log.
+pipe it prints one line per job. It prints the table of the first rows as soon as they are done. If a job fails, it
+prints the end of the job's log.
 """
 
 import os
@@ -32,6 +33,7 @@ class Watch:
         self.total = self.done = 0
         self.left: Counter[str] = Counter()  # remaining jobs by rule
         self.names: dict[str, tuple[str, str]] = {}  # rule and name of a job by its id
+        self.first: dict[str, Path] = {}  # output and log of the report on the first rows
         self.began: dict[str, float] = {}  # start times of the running jobs by id
         self.took: dict[str, list[float]] = defaultdict(list)  # seconds of the finished jobs by rule
         self.failed: list[tuple[str, list[str]]] = []  # rule, and the lines that Snakemake prints about it
@@ -69,6 +71,8 @@ class Watch:
 
     def _describe(self, line: str, now: float) -> None:
         key, _, value = line.partition(": ")
+        if self._block[0] == "first_report" and key in ("output", "log"):
+            self.first[key] = Path(value.split(", ")[0])
         if key == "jobid":
             self._block.append(value)
             self.names[value] = (self._block[0], "")
@@ -85,6 +89,10 @@ class Watch:
         self.took[rule].append(seconds)
         if not self.terminal and rule != "all":
             self.print_line(f"[{self.done}/{self.total}] {f'{rule} {name}'.strip()}: done in {seconds:.1f} s")
+        if rule == "first_report" and self.first["log"].exists():
+            for text in self.first["log"].read_text().splitlines():
+                self.print_line(text)
+            self.print_line(f"Report on these rows: {self.first['output']}; the other rows follow")
 
     def print_line(self, text: str) -> None:
         """Print a permanent line in place of the status line."""

@@ -43,6 +43,7 @@ class Plan:
 
     graph: Graph
     options: list[str]  # arguments that pass this run's params files and overrides to the stages
+    outdated: list[Job]  # the jobs that are not up to date
     full_threads: bool  # there is a GPU or a cluster, so stages get all their threads
     unset: set[str]  # labels of jobs whose inputs' times Snakemake must ignore: see ``_set_times``
 
@@ -53,8 +54,10 @@ class Plan:
 
     @property
     def targets(self) -> list[str]:
-        """The manifest of every job."""
-        return [str(declared_outputs(job)[-1]) for job in self.graph.jobs]
+        """The manifest of every job. The first report is not needed once the report on all rows is up to date."""
+        done = self.graph.find("report") not in self.outdated
+        jobs = (job for job in self.graph.jobs if not (done and job.stage == "first_report"))
+        return [str(declared_outputs(job)[-1]) for job in jobs]
 
     def inputs(self, stage: Stage) -> Any:
         """Return the input function of a rule."""
@@ -85,6 +88,11 @@ class Plan:
         """
         return stage.threads if self.full_threads else stage.local_threads
 
+    def priority(self, stage: Stage) -> Any:
+        """Return the function that gives the jobs of the first rows priority over all others."""
+        first = {job.name for job in self.graph.first if job.stage == stage.name}
+        return lambda wildcards: int(getattr(wildcards, "name", "") in first)
+
     def command(self, stage: Stage) -> Any:
         """Return the function that builds the command of a rule from its wildcards and threads."""
 
@@ -101,7 +109,7 @@ class Plan:
         """
         if _interrupts or self.options or not Path(".dvc").is_dir() or not shutil.which("dvc"):
             return
-        outdated = stale(self.graph)
+        outdated = [job for job in stale(self.graph) if job.stage not in dvc.EXCLUDED]
         fresh = [job for job in self.graph.jobs if job not in outdated]
         names = [dvc.name_of(job) for job in fresh if job.stage not in dvc.EXCLUDED]
         if not names:
@@ -169,19 +177,20 @@ def plan(workflow: Any) -> Plan:
     # Snakemake would not suggest a fix, and with --quiet it would print nothing.
     if faults := graph.missing():
         _refuse(faults)
+    outdated = stale(graph)
     cards = runtime.gpus()
     unset: set[str] = set()
     if workflow.is_main_process:
         _note_interrupts()
         if not workflow.output_settings.dryrun:
             _drop_dead_locks(Path(".snakemake"))
-        unset = _set_times(graph)
+        unset = _set_times(graph, outdated)
         if cards and workflow.resource_settings.nodes is None:
             workflow.global_resources.setdefault("gpu", cards)
     customised = files != [PARAMS] or overrides
     options = ["--params", *files, "--set", json.dumps(overrides)] if customised else []
     full_threads = bool(cards or workflow.remote_exec or workflow.resource_settings.nodes is not None)
-    return Plan(graph, options, full_threads, unset)
+    return Plan(graph, options, outdated, full_threads, unset)
 
 
 def _note_interrupts() -> None:
@@ -209,7 +218,7 @@ def _params_sources(settings: Any) -> tuple[list[str], dict[str, Any]]:
     return [*base, *(name for name in configfiles if name != PARAMS)], dict(settings.config)
 
 
-def _set_times(graph: Graph) -> set[str]:
+def _set_times(graph: Graph, outdated: list[Job]) -> set[str]:
     """Set the times of outputs: at least as new as the inputs for up-to-date jobs, older for stale jobs.
 
     No output or stage's file stays in the future, where a clock that is ahead may have put it: Snakemake dates the
@@ -219,7 +228,6 @@ def _set_times(graph: Graph) -> set[str]:
     Returns:
         The labels of up-to-date jobs whose outputs look older than their inputs, since the results are read-only.
     """
-    outdated = stale(graph)
     unset: set[str] = set()
     now = time.time_ns()
     for job in graph.jobs:
