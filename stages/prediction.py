@@ -1,9 +1,12 @@
-"""Segment the evaluation images with a trained segmentation network."""
+"""Segment the evaluation images with a trained segmentation network, and write its model file for new photos."""
 
 from functools import partial
+from typing import Any
 
 from pipeline.data.index import Index
+from pipeline.inference import model_file
 from pipeline.inference.segment import segmentations
+from pipeline.stores import manifest
 from pipeline.stores.blocks import parallel, write_blocks
 from pipeline.stores.raster import RasterWriter
 from pipeline.training import models
@@ -27,6 +30,17 @@ def main(work: Work) -> None:
         )
         shown = partial(progress, label=work.job.label)
         write_blocks(index.images("evaluation"), compute, writer, work.checkpoint, progress=shown)
+    megapixels = work.job.params["dataset.working_megapixels"]
+    model_file.write(
+        work.outputs["model"], work.inputs["model"], index.classes, work.job.block, megapixels, _provenance(work)
+    )
+
+
+def _provenance(work: Work) -> dict[str, Any]:
+    """Where the network comes from. Code and versions are those of its training."""
+    training = manifest.read(work.inputs["model"].parent) or {}
+    origin = {"row": work.job.name, **{key: work.job.params[key] for key in ("experiment", "seed")}}
+    return origin | {key: training.get(key) for key in ("code", "versions")}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import pytest
 import stages  # noqa: F401  # its settings of OpenMP and malloc must come before torch is imported
 from pipeline import arithmetic
 
+pytest_plugins = ["tests.trained"]  # fixtures
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
 
 

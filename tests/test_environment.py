@@ -1,4 +1,4 @@
-"""One list of pinned packages, whichever way the environment is made."""
+"""One list of pinned packages, whichever way the environment is made; and the ranges of the library's dependencies."""
 
 import re
 import sys
@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PINS = (ROOT / "requirements.txt").read_text().split()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+RANGES = [
+    Requirement(text)
+    for text in (
+        *PROJECT["dependencies"],
+        *(text for extra in PROJECT["optional-dependencies"].values() for text in extra),
+    )
+]
 
 
 def test_every_requirement_is_pinned_once() -> None:
@@ -19,10 +29,21 @@ def test_every_requirement_is_pinned_once() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_pyproject_reads_the_pins() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["dynamic"] == ["dependencies"]
-    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+def test_each_pin_lies_in_a_range_of_pyproject_and_each_range_has_a_pin() -> None:
+    pins = {canonicalize_name(name): version for name, version in (pin.split("==") for pin in PINS)}
+    ranges = {canonicalize_name(requirement.name): requirement for requirement in RANGES}
+    assert len(ranges) == len(RANGES)
+    assert ranges.keys() == pins.keys()
+    assert [name for name, requirement in ranges.items() if not requirement.specifier.contains(pins[name])] == []
+
+
+def test_the_extras() -> None:
+    extras = {
+        name: {Requirement(text).name for text in texts} for name, texts in PROJECT["optional-dependencies"].items()
+    }
+    assert {"snakemake", "dvc", "pydensecrf2", "h5py"} <= extras["workflow"]
+    assert extras["photos"] == {"pillow-heif"}
+    assert "pytest" in extras["dev"]
 
 
 def test_environment_yml_repeats_the_pins() -> None:
@@ -31,13 +52,11 @@ def test_environment_yml_repeats_the_pins() -> None:
     assert dependencies[-1] == {"pip": PINS}
     assert "pip" in dependencies
     (python,) = [entry for entry in dependencies if str(entry).startswith("python=")]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == f">={python.removeprefix('python=')}"
+    assert PROJECT["requires-python"] == f">={python.removeprefix('python=')}"
 
 
 def test_this_python_is_supported() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert sys.version_info >= tuple(map(int, project["requires-python"].removeprefix(">=").split(".")))
+    assert sys.version_info >= tuple(map(int, PROJECT["requires-python"].removeprefix(">=").split(".")))
 
 
 @pytest.mark.parametrize("pin", PINS)

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stages.export
 import yaml
 
-import stages.export
 from pipeline.config.params import load
 from pipeline.config.stage_table import SECTIONS, STAGES
 from pipeline.errors import PipelineError

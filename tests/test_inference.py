@@ -366,8 +366,9 @@ class TestStages:
     def work(self, folder: Path, index: Path, block: Any, settings: Any, output: str) -> Work:
         file_of(block, folder / "model.pt")
         inputs = {"index": index, "model": folder / "model.pt"}
-        outputs = {output: folder / f"{output}.h5"}
-        job = Job("test", "x", inputs, outputs, {}, settings, used_blocks=(block,))
+        outputs = {output: folder / f"{output}.h5", "model": folder / "model.safetensors"}
+        values = {"experiment": "test", "seed": 0, "dataset.working_megapixels": 2.5}
+        job = Job("test", "x", inputs, outputs, values, settings, used_blocks=(block,))
         return Work(job, inputs, outputs, Runtime(device="cpu", threads=1), "", folder / "checkpoint")
 
     def test_localization_covers_the_training_images(self, tmp_path: Path, index: Path) -> None:

@@ -1,6 +1,5 @@
 """Label rules on hand-worked cases, and the stages around them: pseudo labels, mixture, export."""
 
-import errno
 import json
 import sys
 from collections.abc import Callable
@@ -12,14 +11,12 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image as Pillow
 
-import stages.export
 import stages.mixture
 import stages.pseudo_labels
 from pipeline.config.schema import Crf, Mixture
 from pipeline.errors import PipelineError
-from pipeline.labels import base, export
+from pipeline.labels import base
 from pipeline.labels.background import Power
 from pipeline.labels.base import LabelCrf, Rule
 from pipeline.labels.labelling import class_score, label_image
@@ -377,68 +374,6 @@ def test_mixture_draws_among_the_images_with_masks(tmp_path: Path, two_kinds: di
         PipelineError, match=r"some\.h5: has masks of 8 training images, but .* 0\.9 of all 10 is 9; add masks"
     ):
         annotated(tmp_path, two_kinds, 0.9, 1)
-
-
-# --- export ---------------------------------------------------------------------------------------------------------
-
-
-def test_an_export_to_a_full_disk_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "text")
-
-    monkeypatch.setattr("pipeline.labels.export.write_png", full)
-    path = write_store(tmp_path / "labels.h5", "labels", {"few": {0: raster([0, 1], [1, 255])}})
-    with pytest.raises(SystemExit) as caught:
-        stages.export.main([str(path), str(tmp_path / "png")])
-    assert caught.value.code == 1
-    text = "No space left on device; free some space or raise the quota there, then run it again"
-    assert capsys.readouterr().err == f"error: {tmp_path}/png: {text}\n"
-
-
-def test_labels_are_exported_in_vocs_palette(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few, all_ids = raster([0, 1], [1, 255]), np.arange(256, dtype=np.uint8).reshape(16, 16)
-    path = write_store(tmp_path / "labels.h5", "labels", {"few": {0: few}, "folder/all": {0: all_ids}, "none": {}})
-    stages.export.main([str(path), str(tmp_path / "png")])
-    assert capsys.readouterr().out == f"{tmp_path}/png: 2 PNG files of 3 images; 1 images have none\n"
-    for name, values in [("few", few), ("folder/all", all_ids)]:
-        with Pillow.open(tmp_path / f"png/{name}.png") as picture:
-            assert picture.mode == "P"
-            assert np.array_equal(np.asarray(picture), values)
-            palette = np.array(picture.getpalette()).reshape(-1, 3)
-            shown = np.asarray(picture.convert("RGB"))
-    assert palette[[0, 1, 2, 15, 20, 255]].tolist() == [
-        [0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192],
-    ]  # fmt: skip
-    assert shown[15, 15].tolist() == [224, 224, 192]
-    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == ["few.png", "folder"]
-
-
-def test_maps_are_exported_grey(tmp_path: Path) -> None:
-    maps = {"i": {3: raster([0, 90]), 12: raster([255, 1])}}
-    stages.export.main([str(write_store(tmp_path / "maps.h5", "localization", maps)), str(tmp_path / "png")])
-    for class_id, values in maps["i"].items():
-        with Pillow.open(tmp_path / f"png/i_{class_id}.png") as picture:
-            assert picture.mode == "L"
-            assert np.array_equal(np.asarray(picture), values)
-
-
-def test_export_detects_values_that_change_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pillow.Image, "putpalette", lambda image, palette: image.paste(1, (0, 0, 1, 1)))
-    with pytest.raises(PipelineError, match=r"i\.png: the values read back differ"):
-        export.write_png(tmp_path / "i.png", raster([0, 2]), np.zeros((256, 3), np.uint8))
-    assert not (tmp_path / "i.png").exists()
-
-
-def test_export_reports_errors_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text.h5").write_text("no store")
-    for name, message in [("missing.h5", "no such file"), ("text.h5", "not a raster store")]:
-        with pytest.raises(SystemExit, match="1"):
-            stages.export.main([str(tmp_path / name), str(tmp_path / "png")])
-        error = capsys.readouterr().err
-        assert error.startswith(f"error: {tmp_path / name}: {message}")
-        assert error.count("\n") == 1
 
 
 def test_label_stages_start_without_the_crf_library(monkeypatch: pytest.MonkeyPatch, maps: Path) -> None:

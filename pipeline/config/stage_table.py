@@ -217,10 +217,11 @@ _TABLE = (
         Stage(
             "prediction",
             "predictions",
-            writes=("labels.h5",),
+            writes=("labels.h5", "model.safetensors"),
             targets=("segmentations", "one_step"),
             target_files=("model",),
             settings="test",
+            params=("experiment", "seed", "dataset.working_megapixels"),
             thread_use="both",
         )
     ),

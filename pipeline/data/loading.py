@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,13 +18,21 @@ from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
 from pipeline.data.streams import Purpose, rng
 from pipeline.errors import PipelineError
-from pipeline.stores.raster import Raster, RasterStore
+
+if TYPE_CHECKING:  # the library runs without h5py
+    from pipeline.stores.raster import Raster, RasterStore
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet, RGB
 STD = np.array([0.229, 0.224, 0.225], np.float32)
-NORMALISED = (
-    (np.arange(256, dtype=np.float32)[:, None] / 255 - MEAN) / STD
-).T.copy()  # 3 x 256: normalised value of each grey level
+
+
+def normalisation(mean: NDArray[np.float32], std: NDArray[np.float32]) -> NDArray[np.float32]:
+    """3 x 256: the normalised value of each grey level."""
+    levels = (np.arange(256, dtype=np.float32)[:, None] / 255 - mean) / std
+    return np.ascontiguousarray(levels.T, np.float32)
+
+
+NORMALISED = normalisation(MEAN, STD)
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma weights of R, G, B
 IGNORE = 255
 
@@ -45,10 +53,10 @@ class Batch:
         return Batch(images, self.tags.to(device, non_blocking=True), self.ids, self.windows, labels)
 
 
-def normalise(rgb: NDArray[np.uint8]) -> Tensor:
-    """Normalise H x W x 3 uint8 by ImageNet mean and standard deviation: 3 x H x W float32."""
+def normalise(rgb: NDArray[np.uint8], tables: NDArray[np.float32] = NORMALISED) -> Tensor:
+    """Normalise H x W x 3 uint8, by default by ImageNet mean and standard deviation: 3 x H x W float32."""
     out = np.empty((3, *rgb.shape[:2]), np.float32)
-    for channel, table in enumerate(NORMALISED):
+    for channel, table in enumerate(tables):
         np.take(
             table, rgb[..., channel], out=out[channel], mode="clip"
         )  # uint8 indices are always valid; "clip" avoids a buffer
@@ -80,7 +88,7 @@ def _resample(rgb: NDArray[np.uint8], size: tuple[int, int], interpolation: int)
 
 
 def augment(
-    rgb: NDArray[np.uint8], label: Raster | None, settings: Augmentation, random: np.random.Generator
+    rgb: NDArray[np.uint8], label: "Raster | None", settings: Augmentation, random: np.random.Generator
 ) -> tuple[Tensor, Tensor | None, Window]:
     """Resize, scale, flip, jitter and crop an image together with its label map.
 
@@ -190,7 +198,7 @@ class TrainingSet(Dataset[tuple[Any, ...]]):
         num_classes: int,
         settings: Augmentation,
         seed: int,
-        labels: RasterStore | None = None,
+        labels: "RasterStore | None" = None,
         group: int = 1,
     ) -> None:
         self.images = list(images)

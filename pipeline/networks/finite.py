@@ -1,12 +1,17 @@
 """Checks that tensors contain neither NaN nor infinity."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline.data.index import Image
 from pipeline.errors import PipelineError
+
+
+class Identified(Protocol):
+    @property
+    def id(self) -> str: ...
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -25,7 +30,7 @@ def listed(names: Sequence[str]) -> str:
     return f"{names[0]}{more} NaN or infinity"
 
 
-def check_outputs(outputs: Tensor, images: Sequence[Image]) -> None:
+def check_outputs(outputs: Tensor, images: Sequence[Identified]) -> None:
     """Check the outputs of a network before they become integers, which have no NaN.
 
     Args:

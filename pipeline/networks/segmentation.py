@@ -4,6 +4,7 @@ Each head has its own file and is registered there, for example with ``@SEGMENTA
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -64,7 +65,7 @@ class SegmentationNetwork(nn.Module):
         if not self.head.extra_scales:
             return logits
         for scale in self.head.extra_scales:
-            logits.append(self._logits(_resized(x, [max(1, round(side * scale)) for side in x.shape[2:]])))
+            logits.append(self._logits(_resized(x, [max(1, _rounded(side * scale)) for side in x.shape[2:]])))
         first, *others = logits
         aligned = (_resized(other, first.shape[2:]) for other in others)
         return [*logits, functools.reduce(torch.maximum, aligned, first)]
@@ -83,6 +84,11 @@ def build_segmentation(settings: schema.Segmentation, num_classes: int) -> Segme
     backbone = build_backbone(settings.backbone)
     network = settings.network
     return SegmentationNetwork(backbone, network.entry(backbone, network.settings, num_classes + 1))
+
+
+def _rounded(value: float) -> int:
+    """``round``, half to even, in operations that ONNX has for sizes."""
+    return math.floor(value / 2 + 0.25) + math.ceil(value / 2 - 0.25)
 
 
 def _resized(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -61,7 +61,11 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path and rename it to ``path`` if the block ends without an exception."""
+    """Yield a temporary path and rename it to ``path`` if the block ends without an exception; else remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield partial(path)
-    publish(path)
+    try:
+        yield partial(path)
+        publish(path)
+    except BaseException:
+        partial(path).unlink(missing_ok=True)
+        raise

@@ -1,5 +1,6 @@
 """Builds networks from blocks of params.yaml, and saves and loads trained networks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -46,10 +47,22 @@ def load(path: Path, num_classes: int, device: torch.device) -> nn.Module:
     model = load_model(path)
     if model["num_classes"] != num_classes:
         raise PipelineError(f"{path}: was trained on {model['num_classes']} classes, the dataset has {num_classes}")
+    return rebuild(model, str(path), device)
+
+
+def rebuild(model: Mapping[str, Any], origin: str, device: torch.device) -> nn.Module:
+    """Build the network that the fields of ``save`` describe, with its trained weights, in evaluation mode.
+
+    Args:
+        origin: the file of the model; it starts each message.
+
+    Raises:
+        PipelineError: this version of the code does not know the network or a setting, or weights are not finite.
+    """
     if bad := not_finite(model["state"]):
-        raise PipelineError(f"{path}: {listed(bad)}; delete it and train the network again with a lower training.lr")
-    block: Block = params.read_block(_BLOCKS[model["block"]], model["settings"], str(path))
-    network = build(without_weights(block), num_classes)
+        raise PipelineError(f"{origin}: {listed(bad)}; delete it and train the network again with a lower training.lr")
+    block: Block = params.read_block(_BLOCKS[model["block"]], model["settings"], origin)
+    network = build(without_weights(block), model["num_classes"])
     network.load_state_dict(model["state"])
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval()

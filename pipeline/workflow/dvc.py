@@ -89,7 +89,8 @@ def _stage(stage: Stage, folder: str, section: str, user_files: list[str]) -> di
     key = "${key}" if section else ""
     name = f"{folder}/{key}" if stage.qualified_names else key
     output_folder = "/".join(filter(None, (RESULTS, stage.folder, name)))
-    keys = [*filter(None, [stage.settings]), *stage.params]
+    # DVC fails if a key is missing, so it gets the mapping that a key such as dataset.working_megapixels lies in.
+    keys = [*filter(None, [stage.settings]), *(key.split(".")[0] for key in stage.params)]
     if stage.section:
         keys += [f"defaults.{section}", f"{section}.{key}"]
     if stage.name == "report":

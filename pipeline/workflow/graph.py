@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -256,7 +257,8 @@ class Graph:
         models: tuple[Any, ...] = (),
     ) -> Job:
         """Build a job. ``inputs`` are its inputs except outputs of jobs that run once and user-supplied files."""
-        values = {key: getattr(self.params, key) for key in stage.params} | ({} if block is None else {"block": block})
+        values = {key: attrgetter(key)(self.params) for key in stage.params}
+        values |= {} if block is None else {"block": block}
         more = dict(inputs or {})
         read = {key: self.results / x.job / x.file if x.job else more.pop(key) for key, x in stage.reads.items()}
         folder = self.results / stage.folder / name

@@ -1,0 +1,96 @@
+"""``wsss export``: the masks of a row, and the content of stores."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import wsss
+from pipeline.config.schema import Dataset
+from pipeline.data.build_index import build_index
+from pipeline.stores.raster import RasterStore, RasterWriter
+from tests.trained import MODEL, ROW, command, mask
+from tests.voc_tree import CLASSES
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("target", [f"test/{ROW}", f"results/test/{ROW}", f"results/test/predictions/{ROW}"])
+def test_export_of_a_row(folder: Path, model: wsss.Model, target: str) -> None:
+    assert command("export", target, "--out", "out", "--formats", "png,csv,labelstudio") == 0
+    store = RasterStore(MODEL.parent / "labels.h5")
+    tags = json.loads(Path("data/tags.json").read_text())
+    for name, ids in tags.items():
+        exported = mask(Path(f"out/masks/{name}.png"))
+        if name in store:  # an evaluation photo: the mask that was scored
+            assert np.array_equal(exported, store.get(name))
+        else:
+            names = [CLASSES[number - 1] for number in ids]
+            assert np.array_equal(exported, model.predict(f"data/JPEGImages/{name}.jpg", names).mask)
+    assert len(json.loads(Path("out/labelstudio.json").read_text())) == len(tags)
+
+
+def test_export_of_a_split_and_tags(folder: Path) -> None:
+    arguments = ("export", f"test/{ROW}", "--split", "evaluation", "--formats", "png")
+    assert command(*arguments, "--out", "out", "--use-tags", "all") == 0
+    tags = json.loads(Path("data/tags.json").read_text())
+    names = {path.stem for path in Path("out/masks").iterdir()}
+    assert names == {f"img_0{number}" for number in range(10, 15)}
+    assert all(set(np.unique(mask(Path(f"out/masks/{name}.png")))) <= {0, *tags[name]} for name in names)
+
+
+def test_export_of_an_experiment_takes_the_row_of_its_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from wsss.export import find_row
+
+    Path("results").unlink()
+    row = Path("results/mine/predictions/best")
+    row.mkdir(parents=True)
+    (row / "model.safetensors").touch()
+    assert command("export", "mine") == 1
+    assert "name one of its rows, results/mine/ROW: best" in capsys.readouterr().err
+    Path("results/mine/manifest.json").write_text(json.dumps({"params": {"method": "best"}}))
+    assert find_row("mine") == (Path("results/mine"), "best")
+    for wrong in ("mine/other", "no", "no/best"):
+        assert command("export", wrong) == 1
+        assert capsys.readouterr().err.startswith(f"error: {wrong}: no such experiment or row")
+
+
+def test_export_of_a_label_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = "results/test/ground_truth/labels.h5"
+    assert command("export", path, "--out", "out", "--formats", "png,overlay,coco,cvat,labelstudio,csv") == 0
+    store = RasterStore(Path(path))
+    assert all(np.array_equal(mask(Path(f"out/masks/{name}.png")), store.get(name)) for name in store)
+    assert (mask(Path("out/masks/img_000.png")) == 255).any()
+    assert "15 images exported" in capsys.readouterr().out
+    assert command("export", path, "--out", "out", "--formats", "png") == 0
+    assert "0 images exported, 15 up to date" in capsys.readouterr().out
+    assert command("export", path, "--out", "out", "--formats", "probabilities") == 1
+    assert "has no probabilities; choose from png, overlay" in capsys.readouterr().err
+
+
+def test_export_of_maps_and_what_is_no_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("results").unlink()
+    Path("results/mine/maps").mkdir(parents=True)
+    Path("results/mine/index").mkdir()
+    survey = build_index(Dataset(root="data", classes="classes.txt", masks="SegmentationClass"))
+    Path("results/mine/index/index.json").write_text(json.dumps(survey.index))
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    with RasterWriter(Path("results/mine/maps/maps.h5"), "localization") as writer:
+        writer.append("img_000", values, 2)
+        writer.append("img_000", values[:2], 3)
+    path = "results/mine/maps/maps.h5"
+    assert command("export", path, "--formats", "probabilities") == 0
+    out = Path("results/mine/export/maps/probabilities/img_000")
+    assert np.array_equal(mask(out / "2_dog.png"), values)
+    assert np.array_equal(mask(out / "3_bird.png"), values[:2])
+    Path("results/mine/text.h5").write_text("no store")
+    for wrong, message in {
+        path: "--formats png",
+        "results/mine/no.h5": "results/mine/no.h5: no such file",
+        "results/mine/text.h5": "results/mine/text.h5: not a raster store",
+    }.items():
+        assert command("export", wrong, "--formats", "png") == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {message}")
+        assert error.count("\n") == 1
