@@ -1,6 +1,7 @@
 """What all tests share: a single arithmetic thread in each process, since pytest-xdist starts a process per core."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -12,11 +13,17 @@ from pipeline import arithmetic
 pytest_plugins = ["tests.trained"]  # fixtures
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in a shell's background, which all that tests start would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Undo what a stage run in this process does: threads that wait for each other on busy cores are slow.
+    """Undo what a stage run in this process does.
+
+    Threads that wait for each other on busy cores are slow, and hypothesis draws denormal numbers.
 
     The arithmetic of one test is not that of the next.
     """
@@ -24,3 +31,4 @@ def one_thread() -> Iterator[None]:
         yield
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)
+        torch.set_flush_denormal(False)

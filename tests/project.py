@@ -46,7 +46,7 @@ def copy(folder: Path, git: bool) -> Path:
 
 def link_code(folder: Path) -> None:
     """Link the project's code into ``folder``, so that stages can be started there."""
-    for part in ("pipeline", "stages"):
+    for part in ("pipeline", "stages", "wsss"):
         (folder / part).symlink_to(ROOT / part)
 
 

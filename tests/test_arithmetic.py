@@ -185,12 +185,13 @@ def test_snakemake_dvc_and_a_start_by_hand_use_the_same_threads(
     )
     graph = Graph(load([Path("params.yaml")]))
     plan = Plan(graph, [], full_threads=bool(cards))
-    names = {job.stage: job.name for job in graph.jobs if STAGES[job.stage].gpu}
-    assert {"classifier", "segmentation", "prediction"} <= names.keys()
-    for stage, name in names.items():
+    jobs = {job.stage: job for job in graph.jobs if STAGES[job.stage].gpu}
+    assert {"classifier", "segmentation", "prediction"} <= jobs.keys()
+    for stage, job in jobs.items():
+        name = job.name
         threads = min(cores, plan.threads(STAGES[stage]))
         snakemake = plan.command(STAGES[stage])(SimpleNamespace(name=name), threads)
-        dvc.run(stage, name)
+        dvc.run(dvc.name_of(job))
         run(stage, lambda _: None, [name])
         assert commands[-1][1:] == snakemake.split()[1:]
         assert by_hand[-1] == threads

@@ -197,7 +197,7 @@ def test_the_first_rows_come_first_and_have_a_report(graph: Graph) -> None:
 
 
 def test_snakemake_prefers_the_first_rows(graph: Graph) -> None:
-    plan = Plan(graph, [], graph.jobs, full_threads=False)
+    plan = Plan(graph, [], outdated=graph.jobs)
     preferred = {job.label for job in graph.jobs if plan.priority(STAGES[job.stage])(SimpleNamespace(name=job.name))}
     assert preferred == {job.label for job in graph.first}
     assert "segmentation supervised" in preferred
@@ -206,15 +206,13 @@ def test_snakemake_prefers_the_first_rows(graph: Graph) -> None:
 
 def test_the_first_report_is_planned_only_before_the_last(graph: Graph) -> None:
     first, last = (str(declared_outputs(graph.find(name))[-1]) for name in ("first_report", "report"))
-    fresh, running = (
-        Plan(graph, [], outdated, full_threads=False).targets for outdated in ([], [graph.find("report")])
-    )
+    fresh, running = (Plan(graph, [], outdated=outdated).targets for outdated in ([], [graph.find("report")]))
     assert set(running) - set(fresh) == {first}
     assert last in fresh
 
 
 def test_every_gpu_stage_gets_its_threads_where_there_are_enough(graph: Graph) -> None:
-    plan = Plan(graph, [], [], full_threads=True)
+    plan = Plan(graph, [], full_threads=True)
     shown = {
         stage.name: plan.command(stage)(SimpleNamespace(name="base"), plan.threads(stage)).split("base ")[1]
         for stage in plan.stages
@@ -225,7 +223,7 @@ def test_every_gpu_stage_gets_its_threads_where_there_are_enough(graph: Graph) -
     trained = {FOLDERS[section].name for section in TRAINED}
     assert shown.keys() == {*trained, "localization", "walk", "features", "prediction"}
     assert plan.threads(STAGES["pseudo_labels"]) == 16
-    assert {Plan(graph, [], [], full_threads=False).threads(stage) for stage in plan.stages if stage.gpu} == {1}
+    assert {Plan(graph, []).threads(stage) for stage in plan.stages if stage.gpu} == {1}
 
 
 def test_the_table_agrees_with_itself() -> None:

@@ -201,10 +201,10 @@ def test_killed_between_the_renames_of_another_run_nothing_counts_as_this_runs(l
     for published in range(len(job.outputs) + 1):
         done: list[Path] = []
 
-        def dying(path: Path, done: list[Path] = done, published: int = published) -> None:
+        def dying(path: Path, temporary: Path, done: list[Path] = done, published: int = published) -> None:
             if len(done) == published:
                 raise KeyboardInterrupt
-            publish(path)
+            publish(path, temporary)
             done.append(path)
 
         def dead(*_: Any, **__: Any) -> None:
@@ -252,7 +252,7 @@ def test_every_output_is_either_verified_by_a_reader_or_compared() -> None:
     read = {path for job in jobs for path in job.inputs.values()}
     for job in jobs:
         assert set(job.outputs.values()) - read == set(job.leaves)
-    assert {job.label for job in jobs if job.leaves} == {"report"}
+    assert {job.stage for job in jobs if job.leaves} == {"prediction", "report"}
 
 
 ABSENT = object()
@@ -381,9 +381,10 @@ def test_results_that_are_read_only_are_used() -> None:
         for name in STAGES:
             done = command("-m", f"stages.{name[0]}", *name[1:])
             assert (done.returncode, done.stdout, done.stderr) == (0, f"{' '.join(name)}: up to date\n", "")
-        done = command("-m", "stages.export", str(RESULTS / "saliency/maps.h5"), "exported")
+        store = str(RESULTS / "saliency/maps.h5")
+        done = command("-m", "wsss", "export", store, "--out", "exported", "--formats", "probabilities")
         assert done.returncode == 0, done.stderr
-        assert len(list(Path("exported").iterdir())) == 7
+        assert len(list(Path("exported/probabilities").iterdir())) == 7
         done = command("-m", "stages.classifier", "base", "--set", '{"seed": 9}')
         file = RESULTS / "classifiers/base/.lock-classifier"
         text = "cannot be written to (Permission denied), and classifier base is not up to date"
@@ -405,11 +406,12 @@ def test_snakemake_ignores_times_that_it_cannot_set(monkeypatch: pytest.MonkeyPa
     perform(index)
     os.utime(index.outputs["index"], (1, 1))
     monkeypatch.setattr(os, "utime", refuse)
-    unset = _set_times(graph())
+    whole = graph()
+    unset = _set_times(whole, stale(whole))
     assert "index" in unset
     assert "saliency" not in unset  # it is stale
     for job in (index, maps):
-        paths = Plan(graph(), [], False, unset).inputs(STAGE_TABLE[job.stage])({})
+        paths = Plan(graph(), [], unset=unset).inputs(STAGE_TABLE[job.stage])({})
         assert all(is_flagged(path, "ancient") == (job is index) for path in paths)
 
 

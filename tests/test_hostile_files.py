@@ -156,7 +156,10 @@ def test_an_index_of_names_with_spaces(tmp_path: Path) -> None:
                 .replace("img_001", "IMG (001 b)")
                 .replace("img_002", "IMG (002 b)")
             )
-    assert build_index(dataset)["splits"] == {"train": ["IMG (000 b)", "IMG (001 b)"], "evaluation": ["IMG (002 b)"]}
+    assert build_index(dataset).index["splits"] == {
+        "train": ["IMG (000 b)", "IMG (001 b)"],
+        "evaluation": ["IMG (002 b)"],
+    }
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.memory import is_shortage
+from pipeline.stores import manifest
+from pipeline.stores.files import sha256
 from pipeline.workflow import stage
 from pipeline.workflow.stage import Work
 from tests.voc_tree import make_tree, minimal_params
@@ -40,6 +42,8 @@ def test_a_stage_without_memory_ends_with_one_line(
     Path("params.json").write_text(json.dumps(minimal_params(dataset)))
     Path("results/test/index").mkdir(parents=True)
     Path("results/test/index/index.json").write_text("{}")
+    index = Path("results/test/index/index.json")
+    manifest.write(index.parent, outputs={index.name: sha256(index)})
     with pytest.raises(SystemExit) as caught:
         stage.run(name, fail, [*block, "--params", "params.json"])
     assert caught.value.code == 1

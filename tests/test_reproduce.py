@@ -162,6 +162,16 @@ def test_an_error_comes_out_whole_and_last(project: Path) -> None:
     assert log == f"the whole output is in {LOG}"
 
 
+def test_a_full_disk_ends_the_log_and_not_the_run(project: Path) -> None:
+    (project / LOG).parent.mkdir(parents=True)
+    (project / LOG).symlink_to("/dev/full")
+    done = subprocess.run(COMMAND, cwd=project, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    warning = f"warning: {LOG}: No space left on device; the rest of the output is not logged"
+    assert done.stdout.splitlines().count(warning) == 1
+    assert "[2/2] index: done" in done.stdout
+
+
 def test_wrong_params_come_out_whole(project: Path) -> None:
     with (project / "params.yaml").open("a") as file:
         file.write("sede: 1\n")
@@ -174,13 +184,13 @@ def test_wrong_params_come_out_whole(project: Path) -> None:
 def test_a_stopped_run_leaves_no_process(project: Path, number: signal.Signals, status: int) -> None:
     (project / "stages/demo.py").write_text("import pathlib, time\npathlib.Path('began').touch()\ntime.sleep(600)\n")
     process = subprocess.Popen(COMMAND, cwd=project, env=environment(), stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (project / "began").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == status
     assert out.splitlines() == ["stopped, 0 of 2 jobs done; to resume, run the same command again"]
     assert "stopping on SIGINT; to resume" in (project / LOG).read_text()

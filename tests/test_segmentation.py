@@ -296,7 +296,7 @@ class TestParams:
                 {"deeplab_v2": {"rates": [6, 0, -1]}},
                 ["rates[1]: 0 must be at least 1", "rates[2]: -1 must be at least 1"],
             ),
-            ({"deeplab_v2": {"extra_scales": [0.5, 0]}}, ["extra_scales[1]: 0.0 must be above 0"]),
+            ({"deeplab_v2": {"extra_scales": [0.5, 0]}}, ["extra_scales[1]: 0.0 must be at least 0.05 and at most 10"]),
         ],
     )
     def test_a_fault_is_one_line_that_names_the_key(

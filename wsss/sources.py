@@ -121,8 +121,13 @@ def output_name(source: Source, taken: Collection[str]) -> str:
         path,
         *(Path(*parents[-count:], path.name) for count in range(1, len(parents) + 1)),
     ]
-    names = ["/".join(map(_shortened, candidate.parts)) for candidate in candidates]
+    names = [name for candidate in candidates if (name := _inside(candidate))]
     return next((name for name in names if folded(name) not in taken), names[-1])
+
+
+def _inside(path: Path) -> str:
+    """The path without the parts that would leave the output folder. A photo's relative path may begin with '..'."""
+    return "/".join(_shortened(part) for part in path.parts if part not in (path.anchor, os.pardir))
 
 
 def _shortened(part: str) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from pipeline.config import params
@@ -90,7 +90,8 @@ def write(
         "provenance": provenance,
     }
     state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in trained["state"].items()}
-    save_file(state, path, {KEY: json.dumps(metadata, sort_keys=True, ensure_ascii=False)})
+    # Not save_file: on a full disk it raises an error of its own and leaves a temporary file.
+    path.write_bytes(save(state, {KEY: json.dumps(metadata, sort_keys=True, ensure_ascii=False)}))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

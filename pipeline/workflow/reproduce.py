@@ -169,10 +169,15 @@ def run(arguments: list[str], out: TextIO) -> int:
             signal.signal(number, forward)
     watch, tail = Watch(out, time.monotonic()), deque[str](maxlen=TAIL)
     assert process.stdout is not None
-    with LOG.open("w") as log:
+    with LOG.open("wb", buffering=0) as log:
+        logged = True
         for line in _lines(process, watch):
-            log.write(line)
-            log.flush()
+            try:
+                if logged:
+                    log.write(line.encode())
+            except OSError as error:  # the stages report a full disk themselves
+                logged = False
+                watch.print_line(f"warning: {LOG}: {error.strerror}; the rest of the output is not logged")
             tail.append(line.rstrip())
             watch.read(line.rstrip("\n"), time.monotonic())
     status = process.wait()

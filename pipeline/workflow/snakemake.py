@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -43,9 +43,9 @@ class Plan:
 
     graph: Graph
     options: list[str]  # arguments that pass this run's params files and overrides to the stages
-    outdated: list[Job]  # the jobs that are not up to date
-    full_threads: bool  # there is a GPU or a cluster, so stages get all their threads
-    unset: set[str]  # labels of jobs whose inputs' times Snakemake must ignore: see ``_set_times``
+    full_threads: bool = False  # there is a GPU or a cluster, so stages get all their threads
+    outdated: Sequence[Job] = ()  # the jobs that are not up to date
+    unset: Set[str] = frozenset()  # labels of jobs whose inputs' times Snakemake must ignore: see ``_set_times``
 
     @property
     def stages(self) -> list[Stage]:
@@ -190,7 +190,7 @@ def plan(workflow: Any) -> Plan:
     customised = files != [PARAMS] or overrides
     options = ["--params", *files, "--set", json.dumps(overrides)] if customised else []
     full_threads = bool(cards or workflow.remote_exec or workflow.resource_settings.nodes is not None)
-    return Plan(graph, options, outdated, full_threads, unset)
+    return Plan(graph, options, full_threads, outdated, unset)
 
 
 def _note_interrupts() -> None:

@@ -185,7 +185,7 @@ def _check_inputs(job: Job) -> dict[str, str]:
         except PipelineError as error:
             faults.extend(error.lines)
     if faults:
-        raise PipelineError(*faults)
+        raise PipelineError(*dict.fromkeys(faults))
     return hashes
 
 
