@@ -38,10 +38,10 @@ for stage in PLAN.stages:
             PLAN.outputs(stage),
         log:
             PLAN.log(stage),
+        priority: PLAN.priority(stage)
         conda:
             "environment.yml"
         threads: PLAN.threads(stage)
-        priority: PLAN.priority(stage)
         resources:
             gpu=int(stage.gpu),
         params:

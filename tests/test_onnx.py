@@ -40,7 +40,7 @@ def build(name: str, flip: bool) -> wsss.Model:
         raw = {"backbones": {"classification": SMALL, "segmentation": SMALL}, **raw}
     network = models.build(params.read_block(kind, raw, name), 3).eval()
     metadata = {"normalisation": {"mean": MEAN.tolist(), "std": STD.tolist()}}
-    content = ModelFile(network, ("cat", "dog", "bird"), NORMALISED, Test(flip=flip), 100, metadata)
+    content = ModelFile(network, ("cat", "dog", "bird"), NORMALISED, Test(flip=flip), 100, "fp32", metadata)
     return wsss.Model(content, torch.device("cpu"), content.test, content.megapixels)
 
 
