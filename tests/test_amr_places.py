@@ -153,8 +153,8 @@ class TestSuppression:
         image = Image("a", tmp_path / "a.png", 32, 40, (1,), None, None)
         method = made(amr()).eval()
         found = {number: raster for _, number, raster in feature_maps(method, [image], torch.device("cpu"))}
-        assert [found[number].shape for number in (1, 2, 3, 4)] == [(16, 20), (8, 10), (4, 5), (4, 5)]
-        assert [found[number].shape for number in (5, 6, 7, 8)] == [(16, 20), (8, 10), (4, 5), (4, 5)]
+        assert [found[number].shape for number in (1, 2, 3, 4)] == [(8, 10), (8, 10), (4, 5), (4, 5)]
+        assert [found[number].shape for number in (5, 6, 7, 8)] == [(8, 10), (8, 10), (4, 5), (4, 5)]
         with torch.no_grad():
             features = method.compensation.backbone(normalise(read_rgb(image))[None])[0].mean(0)
         expected = 255 * (features - features.min()) / (features.max() - features.min())

@@ -308,7 +308,7 @@ def test_the_profile_gives_edams_rows_alone() -> None:
     graph = Graph(load(files))
     rows = ("edam_vgg16", "edam_saliency_vgg16", "supervised_vgg16")
     scored = ["classifiers/edam", "localizations/edam", "pseudo_labels/edam", "pseudo_labels/edam_saliency"]
-    wanted = ["coco_stuff", "index", "ground_truth", "saliency", "report"]
+    wanted = ["coco_stuff", "index", "ground_truth", "saliency", "first_report", "report"]
     wanted += ["classifier edam", "features edam", "localization edam"]
     wanted += ["pseudo_labels edam", "pseudo_labels edam_saliency"]
     wanted += [f"{stage} {row}" for stage in ("segmentation", "prediction") for row in rows]

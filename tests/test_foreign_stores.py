@@ -1,6 +1,7 @@
 """User-supplied HDF5 stores: damaged, contradictory, hanging or enormous ones are refused in one line."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from pipeline.stores import isolated
 from pipeline.stores.raster import RasterStore, RasterWriter, open_foreign
 from pipeline.workflow.graph import Job
 from pipeline.workflow.stage import execute
-from stages import export, saliency
+from stages import saliency
+from tests.trained import command
 from tests.voc_tree import make_index
 
 IDS = ("img_000", "img_001")
@@ -122,7 +124,7 @@ def saliency_job(tmp_path: Path, store: Path) -> Job:
 
 
 def test_a_store_that_crashes_the_reader_ends_the_stage_with_one_line(
-    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = saliency_job(tmp_path, store)
     execute(job, saliency.main, Runtime())
@@ -135,8 +137,12 @@ def test_a_store_that_crashes_the_reader_ends_the_stage_with_one_line(
     assert caught.value.lines == (
         f"{store}: damaged: reading it ended the process (SIGSEGV); run its stage again, or copy it again",
     )
-    with pytest.raises(SystemExit):
-        export.main([str(store), str(tmp_path / "png")])
+    files = {job.inputs["index"]: tmp_path / "mine/index/index.json", store: tmp_path / "mine/maps/maps.h5"}
+    for source, copy in files.items():
+        copy.parent.mkdir(parents=True)
+        shutil.copy(source, copy)
+    assert command("export", files[store], "--formats", "probabilities") == 1
+    assert "maps.h5: damaged: reading it ended the process (SIGSEGV)" in capsys.readouterr().err
 
 
 def test_a_store_that_hangs_the_reader_is_one_line(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

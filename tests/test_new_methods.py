@@ -311,7 +311,7 @@ class TestNetworkContract:
 
 
 def test_params_and_the_stages_without_networks_do_not_import_torch() -> None:
-    names = "evaluation, export, ground_truth, index, mixture, pseudo_labels, report, saliency"
+    names = "evaluation, ground_truth, index, mixture, pseudo_labels, report, saliency"
     code = (
         f"import sys; from pathlib import Path; from stages import {names}\n"
         "from pipeline.config import params; from pipeline.workflow import graph\n"
