@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,17 @@ class PipelineError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PipelineError, self.lines  # a worker's error keeps its lines
+
+
+@contextmanager
+def exit_on_faults() -> Iterator[None]:
+    """Print each line of a PipelineError to stderr and exit with status 1."""
+    try:
+        yield
+    except PipelineError as error:
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)
 
 
 @contextmanager

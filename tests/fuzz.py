@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -285,8 +284,7 @@ def main() -> None:
         chosen = [reader(name, folder) for name in options.readers or names()]
         for one in chosen:
             check(one, folder, b"")  # imports what the reader needs
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 30), resource.RLIM_INFINITY))
+        isolated.limit_memory(6 << 30)
         for one in chosen:
             _run(one, folder, options.cases)
 

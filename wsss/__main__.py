@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 from pipeline import interrupts
-from pipeline.errors import PipelineError
+from pipeline.errors import exit_on_faults
 
 # OpenMP reads this when torch loads it; see ``stages``.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -31,12 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_faults():
         sys.exit(options.run(options))
-    except PipelineError as error:
-        for line in error.lines:
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

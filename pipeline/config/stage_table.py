@@ -119,6 +119,13 @@ def _on_gpu(stage: Stage) -> Stage:
     return replace(stage, reads=_INDEX | stage.reads, gpu=True, threads=8, thread_use=stage.thread_use or "loader")
 
 
+_REPORT = Stage(
+    "report",
+    "",
+    _INDEX | {"census": Input("dataset.json", job="index")},
+    ("report.html", "metrics.json"),
+    params=("method", "gallery"),
+)
 _TABLE = (
     Stage("demo", "dataset", settings="dataset.demo"),
     Stage("download", "dataset", settings="dataset.download", keeps_user_files=True),
@@ -234,20 +241,8 @@ _TABLE = (
         target_files=("maps", "snapshots", "labels"),
         qualified_names=True,
     ),
-    Stage(
-        "first_report",
-        "first",
-        _INDEX | {"census": Input("dataset.json", job="index")},
-        ("report.html", "metrics.json"),
-        params=("method", "gallery"),
-    ),
-    Stage(
-        "report",
-        "",
-        _INDEX | {"census": Input("dataset.json", job="index")},
-        ("report.html", "metrics.json"),
-        params=("method", "gallery"),
-    ),
+    replace(_REPORT, name="first_report", folder="first"),
+    _REPORT,
 )
 STAGES = {stage.name: stage for stage in _TABLE}
 FOLDERS = {stage.folder: stage for stage in _TABLE if stage.has_many_jobs}

@@ -55,10 +55,15 @@ def call(function: Callable[[Path], _T], path: Path) -> _T:
     return value
 
 
+def limit_memory(size: int) -> None:
+    """Let this process use ``size`` more bytes of address space than it does."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
 def _compute(sender: Connection, function: Callable[[Path], object], path: Path) -> None:
     faulthandler.disable()  # the parent reports a crash
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    limit_memory(MEMORY)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         answer = True, function(path)

@@ -18,7 +18,7 @@ from pipeline import runtime
 from pipeline.config import params as parameters
 from pipeline.config.schema import Params
 from pipeline.config.stage_table import EXTERNAL, FOLDERS, SECTIONS, STAGES, Stage, sections
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, exit_on_faults
 from pipeline.stores import manifest
 from pipeline.workflow.graph import Graph, Job, is_fresh
 
@@ -217,17 +217,13 @@ def main(arguments: list[str] | None = None) -> None:
     current = os.environ.get(CURRENT, "").rpartition(":")[2]  # FILE:NAME if DVC runs in another folder
     job.add_argument("name", nargs="?", default=current, help="name in dvc.yaml, such as classifier@base")
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_faults():
         if options.command is None:
             print(document(), end="")
         elif options.command == ROWS:
             write_rows()
         else:
             run(options.name)
-    except PipelineError as error:
-        for line in error.lines:
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

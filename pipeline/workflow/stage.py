@@ -17,7 +17,7 @@ from pipeline.config import params as parameters
 from pipeline.config.reader import quoted
 from pipeline.config.registry import plain
 from pipeline.config.stage_table import STAGES
-from pipeline.errors import PipelineError, disk_faults
+from pipeline.errors import PipelineError, disk_faults, exit_on_faults
 from pipeline.memory import shortage
 from pipeline.runtime import Runtime, default_threads
 from pipeline.stores import locks, manifest
@@ -45,7 +45,7 @@ class Work:
 def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = None) -> None:
     """Run one job of ``stage`` from the command line. Faults in the input are printed, and the exit status is 1."""
     options = _parser(stage).parse_args(arguments)
-    try:
+    with exit_on_faults():
         files = [Path(name) for name in options.params]
         graph = Graph(parameters.load(files, _overrides(options.set)))
         job = graph.find(stage, options.name)
@@ -55,10 +55,6 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
         folder = job.outputs["root"] if job.manifest_folder else job.folder
         with disk_faults(folder), shortage(job.label, _less_memory(job)):
             execute(job, work, runtime, options.force)
-    except PipelineError as error:
-        for line in error.lines:
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
 
 
 def _less_memory(job: Job) -> str:
