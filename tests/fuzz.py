@@ -33,7 +33,8 @@ from pipeline.data.checks import InvalidFile, image_size, mask_values, saliency_
 from pipeline.data.class_file import read_classes
 from pipeline.data.faults import Faults
 from pipeline.data.index import Index
-from pipeline.data.tags import read_list, read_tags
+from pipeline.data.lists import read_list
+from pipeline.data.tags import read_tags
 from pipeline.errors import PipelineError
 from pipeline.stores import isolated, manifest
 from pipeline.stores.raster import RasterWriter, open_foreign

@@ -14,7 +14,8 @@ from pipeline.data.build_index import build_index
 from pipeline.data.class_file import read_classes
 from pipeline.data.faults import LENGTH, Faults
 from pipeline.data.index import Index
-from pipeline.data.tags import read_list, read_tags
+from pipeline.data.lists import read_list
+from pipeline.data.tags import read_tags
 from pipeline.errors import PipelineError
 from tests.voc_tree import make_index, make_tree
 

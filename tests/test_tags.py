@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.data import cls_labels
 from pipeline.data.faults import LIMIT, Faults
-from pipeline.data.tags import Tags, read_list, read_tags
+from pipeline.data.lists import read_list
+from pipeline.data.tags import Tags, read_tags
 from pipeline.data.voc import CLASSES as VOC
 from pipeline.errors import PipelineError
 

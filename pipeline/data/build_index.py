@@ -20,7 +20,8 @@ from pipeline.data.class_file import read_classes
 from pipeline.data.duplicates import Fingerprint, fingerprint
 from pipeline.data.faults import Faults, hint
 from pipeline.data.images import working_size
-from pipeline.data.tags import IMAGE_SUFFIXES, Tags, read_list, read_tags
+from pipeline.data.lists import IMAGE_SUFFIXES, read_list
+from pipeline.data.tags import Tags, read_tags
 from pipeline.stores.files import read_regular
 from pipeline.stores.raster import Raster
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from pipeline.data import matlab
 from pipeline.data.checks import IGNORE, MEGAPIXEL, InvalidFile, image_size
 from pipeline.data.faults import Faults
+from pipeline.data.lists import read_list
 from pipeline.data.palette import write_mask
-from pipeline.data.tags import read_list
 from pipeline.data.voc import CLASSES
 from pipeline.errors import PipelineError
 from pipeline.stores import isolated

@@ -1,4 +1,4 @@
-"""Readers of image lists and image-level tags, in common formats and those of the field's public code."""
+"""Readers of image-level tags, in common formats and those of the field's public code."""
 
 import codecs
 import csv
@@ -7,16 +7,16 @@ import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from pipeline.data import cls_labels
 from pipeline.data.faults import Faults, hint
+from pipeline.data.lists import image_id, name_end
+from pipeline.data.text import read_text
 from pipeline.stores import isolated
 from pipeline.stores.files import read_regular
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
@@ -25,53 +25,6 @@ class Tags:
 
     by_image: dict[str, tuple[int, ...]]
     source: str
-
-
-def image_id(name: str) -> str:
-    """Strip folders, also those of Windows, and an image suffix: 'a/b/x.jpg' -> 'x'. Other names keep their dots."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
-
-
-def read_list(path: Path, faults: Faults, images: Collection[str] = ()) -> list[str]:
-    """Read image ids in list order: each line starts with an id or a path.
-
-    This covers plain VOC lists, psa's '/JPEGImages/ID.jpg /SegmentationClassAug/ID.png', and 'ID c1 c2 ...'. Faults are
-    added to ``faults``.
-
-    Args:
-        images: ids of the image files. An id that contains spaces is recognized if it is among them.
-    """
-    text = _read_text(path, "image list", faults)
-    seen: dict[str, int] = {}
-    for number, line in enumerate((text or "").split("\n"), 1):
-        if line := line.strip():
-            end = _name_end(line, images)
-            name = image_id(line[:end])
-            if images and name not in images and any(map(_WORD.fullmatch, line[end:].split())):
-                name = image_id(line)  # not a class id or a mask: the missing file's name contains spaces
-            if name in seen:
-                where = f"lines {seen[name]} and {number}"
-                faults.add("image listed twice", f"{path}: {name} is listed twice ({where}); remove one")
-            seen.setdefault(name, number)
-    if text is not None and not seen:
-        faults.add("empty list", f"{path}: names no image; write one image id a line")
-    return list(seen)
-
-
-_MOST_WORDS = 64  # of a file name
-_WORD = re.compile(r"(?!-?[0-9]+$)[^/\\]+")
-
-
-def _name_end(line: str, images: Collection[str]) -> int:
-    """Position at which the name of an image ends in a line of a list; the first field unless ``images`` has more.
-
-    A name ends with an image suffix, or with the last field at which it is one of ``images``.
-    """
-    ends = [match.end() for match, _ in zip(re.finditer(r"\S+", line), range(_MOST_WORDS), strict=False)]
-    files = [end for end in ends if line[:end].lower().endswith(IMAGE_SUFFIXES)]
-    known = (end for end in (*files, *reversed(ends)) if image_id(line[:end]) in images)
-    return next(known, (files or ends)[0])
 
 
 def read_tags(path: Path, classes: Sequence[str], ids: Collection[str], faults: Faults) -> Tags:
@@ -97,7 +50,7 @@ def read_tags(path: Path, classes: Sequence[str], ids: Collection[str], faults: 
         _read_npy(path, ids, resolver)
         source = f"{path.name} (pickled dict of class vectors)"
     elif path.suffix in _READERS:
-        text = _read_text(path, "tag file", faults)
+        text = read_text(path, "tag file", faults)
         if text is not None:
             _READERS[path.suffix](text, frozenset(ids), resolver)
         source = path.name
@@ -144,20 +97,6 @@ class _Resolver:
         fix = hint(str(tag), self.names, "correct it, or add it to dataset.classes") if known_type else ""
         self.fault("unknown tag", f"{name} has the unknown tag {text}{'; ' if fix else ''}{fix}")
         return 0
-
-
-def _read_text(path: Path, kind: str, faults: Faults) -> str | None:
-    """Decode a UTF-8 file, with '\\n' for any line break."""
-    try:
-        text = read_regular(path).decode("utf-8-sig")
-        return text.replace("\r\n", "\n").replace("\r", "\n")
-    except OSError as error:
-        faults.add(kind, f"{path}: cannot be read as {kind} ({error.strerror}); correct its path in params.yaml")
-    except UnicodeDecodeError:
-        faults.add(kind, f"{path}: is not UTF-8 text; save it as UTF-8")
-    except ValueError as error:  # NUL in the path
-        faults.add(kind, f"{path}: cannot be read as {kind} ({error}); correct its path in params.yaml")
-    return None
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -218,7 +157,7 @@ def _split(cell: str, names: Collection[str]) -> list[str]:
 def _read_txt(text: str, ids: Collection[str], resolver: _Resolver) -> None:
     for line in text.split("\n"):
         if line := line.strip():
-            end = _name_end(line, ids)
+            end = name_end(line, ids)
             resolver.add(image_id(line[:end]), _split(line[end:].strip(), resolver.names), first_id=0)
 
 
