@@ -23,7 +23,7 @@ from typing import Any
 import cv2
 import numpy as np
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
@@ -42,6 +42,7 @@ from tests import damage
 from tests.voc_tree import make_index, minimal_params
 
 PIXELS = 10**6
+ROUND = 500  # cases of a run of hypothesis
 
 Read = Callable[[Path], list[str]]  # returns the lines that report faults; none if the file was read
 
@@ -148,7 +149,9 @@ def reader(name: str, folder: Path) -> Reader:
 
 
 def _cases(name: str, seeds: list[bytes], folder: Path) -> st.SearchStrategy[bytes]:
-    edited = st.builds(damage.damage, st.sampled_from(seeds), damage.edits, st.just(damage.TOKENS[name]))
+    # Hypothesis formats what a strategy holds, which takes gigabytes for a large file; so it holds the file's number.
+    content = st.integers(0, len(seeds) - 1).map(lambda number: seeds[number])
+    edited = st.builds(damage.damage, content, damage.edits, st.just(damage.TOKENS[name]))
     if name in ("json", "index", "manifest"):
         return edited | _trees(json.loads(seeds[0])).map(lambda tree: json.dumps(tree).encode())
     if name == "params":
@@ -291,15 +294,12 @@ def main() -> None:
 
 
 def _run(reader: Reader, folder: Path, cases: int) -> None:
+    """Run the cases in rounds, since hypothesis holds every case of a run in memory."""
     outcomes: Counter[str] = Counter()
     bugs: dict[str, tuple[bytes, str]] = {}
     slowest = 0.0
     start = time.monotonic()
 
-    @settings(
-        max_examples=cases, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-    )
-    @given(reader.cases)
     def run(data: bytes) -> None:
         nonlocal slowest
         before = time.monotonic()
@@ -315,8 +315,11 @@ def _run(reader: Reader, folder: Path, cases: int) -> None:
 
     stderr = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libjpeg and libpng print warnings
+    limits = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
     try:
-        run()
+        for done in range(0, cases, ROUND):
+            round_ = settings(max_examples=min(ROUND, cases - done), **limits)
+            seed(done)(round_(given(reader.cases)(run)))()
     finally:
         os.dup2(stderr, 2)
     seconds = time.monotonic() - start
