@@ -80,7 +80,7 @@ def measure(path: Path) -> dict[str, float]:
     dataset = TrainingSet(images, CLASSES, Augmentation(side="short", length=(224, 224), flip=True), 0)
     figures["accumulator"] = megabytes()
     method = models.build(Classifier(Backbone("small"), Training(1, 0.1), head=Head(0)), CLASSES)
-    batch = next(load(dataset, 1, 0, 0))
+    batch = next(load(dataset, 1, [0])).to(torch.device("cpu"))
     output = method(batch.images)
     method.loss(output, batch.tags).backward()  # type: ignore[no-untyped-call]
     figures["step"] = megabytes()

@@ -1,16 +1,19 @@
 """Execution options and hardware detection.
 
-``workers`` and ``checkpoint_every`` never change a result. ``device`` and ``threads`` choose the arithmetic of the
-networks: a training with another device or number of threads adds in another order, which its many steps amplify.
-Inference and label stages have given the same bytes with one thread and with two. No option is part of a job's key, so
-that results remain valid on other machines; ``pipeline.arithmetic`` records what was used.
+``workers`` and ``checkpoint_every`` never change a result. ``device``, ``threads`` and ``deterministic`` choose the
+arithmetic of the networks: a training with another device or number of threads adds in another order, which its many
+steps amplify. Inference and label stages have given the same bytes with one thread and with two. No option is part of a
+job's key, so that results remain valid on other machines; ``pipeline.arithmetic`` records what was used.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.stage_table import Stage
+from pipeline.errors import PipelineError
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,21 @@ class Runtime:
     workers: int = 0  # extra processes that load and label images; 0: the main process does it
     threads: int = 1  # arithmetic threads
     checkpoint_every: float = 60.0  # seconds between two checkpoints
+    deterministic: bool = False  # on CUDA, use only kernels that give the same bytes in every run
+
+
+@contextmanager
+def deterministic_only(where: str) -> Iterator[None]:
+    """Turn torch's error for an operation without a deterministic kernel into a PipelineError that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        operation = str(error).split()[0]
+        raise PipelineError(
+            f"{where}: --deterministic: {operation} has no deterministic form on CUDA; run without --deterministic"
+        ) from error
 
 
 def gpus() -> int:

@@ -37,6 +37,8 @@ class ClassifierTask:
     def new_layers(self) -> Iterable[nn.Module]:
         return self.network.new_layers()
 
+    is_mean = False
+
     def loss(self, batch: Batch, epoch: int) -> Tensor:
         images, occluded = batch.images, None
         if self.drop is not None:
@@ -49,6 +51,9 @@ class ClassifierTask:
         loss, output = self.network.training_step(images, batch.tags, epoch, occluded)
         self.accumulator.update(output.maps, output.logits, batch.tags, batch.ids, batch.windows, epoch)
         return loss
+
+    def end_batch(self) -> None:
+        pass
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         if self.settings.accumulate.snapshots:

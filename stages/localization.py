@@ -12,7 +12,7 @@ from pipeline.workflow.stage import Work, progress, run
 
 
 def main(work: Work) -> None:
-    device = prepare(work.runtime.device, work.runtime.threads)
+    device = prepare(work.runtime.device, work.runtime.threads, work.runtime.deterministic)
     index = Index(work.inputs["index"])
     network = models.load(work.inputs["model"], index.num_classes, device)
     compute = partial(localization_maps, network, settings=work.job.block, device=device, precision=work.job.precision)

@@ -30,6 +30,8 @@ class OneStepTask:
     def new_layers(self) -> Iterable[nn.Module]:
         return self.network.new_layers()
 
+    is_mean = False
+
     def loss(self, batch: Batch, epoch: int) -> Tensor:
         losses_by_name = self.network.losses(batch.images, batch.tags, epoch, self.mapper)
         self.names = list(losses_by_name)
@@ -37,6 +39,9 @@ class OneStepTask:
         counted = torch.cat([losses.detach().double(), losses.new_ones(1)])
         self.terms = counted if self.terms is None else self.terms + counted
         return losses.sum()
+
+    def end_batch(self) -> None:
+        pass
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         assert self.terms is not None

@@ -12,7 +12,7 @@ from pipeline.workflow.stage import Work, progress, run
 
 
 def main(work: Work) -> None:
-    device = prepare(work.runtime.device, work.runtime.threads)
+    device = prepare(work.runtime.device, work.runtime.threads, work.runtime.deterministic)
     index = Index(work.inputs["index"])
     images, maps = index.images("train"), RasterStore(work.inputs["maps"])
     require(maps, images)

@@ -11,10 +11,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config.schema import Augmentation
+from pipeline.data import loading
 from pipeline.data.geometry import Window
-from pipeline.data.loading import IGNORE, MEAN, STD, augment, normalise, resize, resized
+from pipeline.data.loading import IGNORE, MEAN, STD, Item, collate, normalise, resize, resized
 
 COLOURS = np.array([(10, 200, 30), (220, 40, 90), (60, 60, 240)], np.uint8)  # colours of the classes 0, 1, 2
+
+
+def augment(
+    rgb: NDArray[np.uint8], label: NDArray[np.uint8] | None, settings: Augmentation, random: np.random.Generator
+) -> tuple[Tensor, Tensor | None, Window]:
+    """The input of an image on the CPU: 3 x H x W normalised, H x W labels, window."""
+    sample = loading.augment(rgb, label, settings, random)
+    batch = collate([Item(sample, torch.zeros(1), "a")]).to(torch.device("cpu"))
+    return batch.images[0], None if batch.labels is None else batch.labels[0], batch.windows[0]
 
 
 def blocks(height: int, width: int, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from pipeline.config.schema import Augmentation
 from pipeline.data.geometry import Window, to_image, to_window
-from pipeline.data.loading import augment, normalise
+from pipeline.data.loading import normalise
+from tests.test_augment import augment
 
 any_case = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 sides = st.integers(1, 24)

@@ -277,10 +277,8 @@ class TestResume:
 def cuda() -> Iterator[torch.device]:
     """The device in deterministic mode, for one test."""
     threads = torch.get_num_threads()
-    yield prepare("cuda", 1)
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
-    torch.set_num_threads(threads)
+    yield prepare("cuda", 1, deterministic=True)
+    prepare("cuda", threads)
 
 
 class TestCuda:

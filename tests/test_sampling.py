@@ -148,7 +148,7 @@ def dataset(index: Index, group: int) -> TrainingSet:
 def test_groups_stay_in_one_batch(index: Index) -> None:
     grouped = dataset(index, 2)
     for epoch in range(5):
-        batches = list(load(grouped, 4, epoch, 0))
+        batches = list(load(grouped, 4, [epoch]))
         assert [len(batch.ids) for batch in batches] == [4, 4, 1]
         pairs = [batch.tags[i : i + 2] for batch in batches[:2] for i in (0, 2)]
         assert sum(bool(pair.prod(0).any()) for pair in pairs) >= 3

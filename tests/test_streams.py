@@ -77,8 +77,9 @@ def test_an_image_is_occluded_whether_or_not_it_is_flipped(tmp_path: Path) -> No
     layer = AttentionDropLayer(AttentionDrop(beta=0.5), accumulator, 5)
     both = []
     for epoch, number in product(range(80), range(len(images))):
-        _, tags, name, window, _ = dataset[epoch, number]
-        both.append((window.flip, bool(layer.mask([name], tags[None], [window], (4, 6), epoch).any())))
+        item = dataset[epoch, number]
+        window = item.sample.window
+        both.append((window.flip, bool(layer.mask([item.id], item.tags[None], [window], (4, 6), epoch).any())))
     flipped, occluded = np.array(both).T
     assert 0.4 < flipped.mean() < 0.6
     assert 0.4 < occluded.mean() < 0.6

@@ -1,7 +1,7 @@
 """The training loop: learning rates, parameter groups, accumulated gradients, log, and the checkpoint's file."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +14,10 @@ from pipeline.config.schema import Augmentation, Training
 from pipeline.data.index import Index
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.errors import PipelineError
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, deterministic_only
 from pipeline.training import checkpoint
 from pipeline.training import settings as settings_module
-from pipeline.training.loop import Extent, Loop, extent
+from pipeline.training.loop import Extent, Loop, Stateless, extent
 from pipeline.training.settings import (
     autocast,
     build_optimizer,
@@ -172,6 +172,63 @@ class TestPrecision:
         assert prepare("auto", 1).type == "cpu"
 
 
+class TestCudaSettings:
+    """On any machine: the calls are replaced, the flags are torch's."""
+
+    @pytest.fixture(autouse=True)
+    def two_cards(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
+        chosen: list[torch.device] = []
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+        threads = torch.get_num_threads()
+        yield chosen
+        settings_module._configure_cuda(deterministic=False)
+        torch.set_num_threads(threads)
+
+    @pytest.mark.parametrize("deterministic", [False, True])
+    def test_determinism_is_strict_or_off(self, deterministic: bool) -> None:
+        prepare("cuda", 1, deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.backends.cudnn.deterministic == deterministic
+        fused = (
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
+        )
+        assert fused == (not deterministic,) * 3
+        assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+
+    def test_the_chosen_card_is_the_current_one(self, two_cards: list[torch.device]) -> None:
+        assert prepare("cuda:1", 1) == torch.device("cuda:1")
+        assert prepare("cuda", 1) == torch.device("cuda:0")
+        assert two_cards == [torch.device("cuda:1"), torch.device("cuda:0")]
+        with pytest.raises(PipelineError, match=r"^--device cuda:2: this torch sees 2 CUDA device\(s\)$"):
+            prepare("cuda:2", 1)
+
+    def test_bf16_that_a_card_emulates_does_not_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+        assert not has_bf16(torch.device("cuda"))
+
+    def test_an_operation_without_a_deterministic_kernel_is_named(self) -> None:
+        message = (
+            "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set "
+            "'torch.use_deterministic_algorithms(True)'."
+        )
+        with (
+            pytest.raises(PipelineError) as caught,
+            deterministic_only("affinity cam"),
+        ):
+            raise RuntimeError(message)
+        assert caught.value.lines == (
+            "affinity cam: --deterministic: adaptive_avg_pool2d_backward_cuda has no deterministic form on CUDA; "
+            "run without --deterministic",
+        )
+        with pytest.raises(RuntimeError, match="size mismatch"), deterministic_only("affinity cam"):
+            raise RuntimeError("size mismatch")
+
+
 class TestCards:
     def test_two_stages_take_two_cards(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """And a third shares the first; locks bind the open file, so that calls stand for processes."""
@@ -187,7 +244,7 @@ class TestCards:
             file.close()
 
 
-class TinyTask:
+class TinyTask(Stateless):
     """A linear score of each image's mean colour; what a test wants done at a loss, it overrides."""
 
     def __init__(self) -> None:
@@ -205,12 +262,6 @@ class TinyTask:
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         return {"ended": float(epoch)}
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        pass
 
 
 def loop(task: Any, data: TrainingSet, settings: Training, path: Path | None = None, every: float = 0.0) -> Loop:

@@ -13,7 +13,7 @@ from pipeline.config.schema import Augmentation
 from pipeline.data import loader
 from pipeline.data.index import Index
 from pipeline.data.loader import LoadingPlan, load, loading_plan
-from pipeline.data.loading import TrainingSet
+from pipeline.data.loading import Item, TrainingSet
 from pipeline.errors import PipelineError
 from pipeline.stores import workers
 from pipeline.stores.blocks import parallel
@@ -43,7 +43,7 @@ class Harmed(TrainingSet):
         super().__init__(index.images("train"), 3, Augmentation(side="square", length=(16, 16)), 0)
         self.harm = harm
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         if key[1] == 5:
             self.harm()
         return super().__getitem__(key)
@@ -66,7 +66,7 @@ CASES = [
 def test_a_stalled_loader_ends_with_a_one_line_error(index: Index, harm: Callable[[], object], expected: str) -> None:
     start = time.monotonic()
     with pytest.raises(PipelineError) as caught:
-        list(load(Harmed(index, harm), 2, 0, 0, LoadingPlan(2, label="training")))
+        list(load(Harmed(index, harm), 2, [0], 0, LoadingPlan(2, label="training")))
     assert str(caught.value).startswith(expected)
     assert len(caught.value.lines) == 1
     assert "\n" not in str(caught.value)
@@ -75,19 +75,31 @@ def test_a_stalled_loader_ends_with_a_one_line_error(index: Index, harm: Callabl
 
 def test_an_image_error_is_raised_without_a_workers_traceback(index: Index) -> None:
     with pytest.raises(PipelineError) as caught:
-        list(load(Harmed(index, unreadable), 2, 0, 0, LoadingPlan(2)))
+        list(load(Harmed(index, unreadable), 2, [0], 0, LoadingPlan(2)))
     assert caught.value.lines == ("img_005.jpg: cannot be read",)
 
 
 def test_a_worker_that_computes_is_waited_for(index: Index) -> None:
-    assert sum(len(batch.ids) for batch in load(Harmed(index, compute), 2, 0, 0, LoadingPlan(2))) == 12
+    assert sum(len(batch.ids) for batch in load(Harmed(index, compute), 2, [0], 0, LoadingPlan(2))) == 12
 
 
 def test_workers_end_with_their_epoch_however_it_ends(index: Index) -> None:
-    batches = load(Harmed(index, int), 2, 0, 0, LoadingPlan(2))
+    batches = load(Harmed(index, int), 2, [0], 0, LoadingPlan(2))
     next(batches)
     assert len(active_children()) == 2
     batches.close()
+
+
+def test_the_same_workers_load_all_epochs(index: Index) -> None:
+    """They start once, and the next epoch's first batches do not wait for the end of the epoch before."""
+    batches = load(Harmed(index, int), 2, range(3), 0, LoadingPlan(2))
+    pids = []
+    for batch in batches:
+        pids.append({process.pid for process in active_children()})
+        assert len(batch.ids) == 2
+    assert len(pids) == 3 * 6
+    assert len(pids[0]) == 2
+    assert all(seen == pids[0] for seen in pids[:-6])
 
 
 @pytest.mark.parametrize(("harm", "expected"), CASES)
@@ -107,7 +119,7 @@ def test_a_pools_worker_that_computes_is_waited_for() -> None:
 class TestSharedMemory:
     @pytest.fixture
     def dataset(self, index: Index, tmp_path: Path) -> TrainingSet:
-        """Crops of 500 x 500 pixels and their label maps: 5 MB each."""
+        """Crops of 500 x 500 pixels and their label maps: 1 MB each."""
         with RasterWriter(tmp_path / "labels.h5", "labels") as writer:
             for image in index.images("train"):
                 writer.append(image.id, np.zeros((24, 32), np.uint8))
@@ -137,7 +149,7 @@ class TestSharedMemory:
         expected: LoadingPlan,
     ) -> None:
         monkeypatch.setattr(loader, "_free", lambda folder: megabytes * MEGABYTE)
-        assert loading_plan(dataset, 2, 4, "x") == expected
+        assert loading_plan(dataset, 10, 4, "x") == expected
         said = capsys.readouterr().out
         assert (said == "") == (expected == LoadingPlan(4, 2, "x"))
         assert said.count("\n") <= 1
@@ -148,7 +160,7 @@ class TestSharedMemory:
         self, dataset: TrainingSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(loader, "_free", lambda folder: 0)
-        assert loading_plan(dataset, 2, 0, "x").workers == 0
+        assert loading_plan(dataset, 10, 0, "x").workers == 0
         assert capsys.readouterr().out == ""
 
     def test_without_a_crop_the_largest_image_sets_the_batch_size(self, index: Index) -> None:
@@ -159,7 +171,7 @@ class TestSharedMemory:
         }
         for settings, pixels in of.items():
             dataset = TrainingSet(index.images("train"), 3, settings, 0)
-            assert loader._batch_bytes(dataset, 4) == 4 * pixels * 12
+            assert loader._batch_bytes(dataset, 4) == 4 * pixels * 3
 
     def test_a_batch_that_does_not_fit_is_a_one_line_error(self, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
         """Another program may fill /dev/shm after the plan was computed."""
@@ -169,4 +181,4 @@ class TestSharedMemory:
 
         monkeypatch.setattr("torch.Tensor.share_memory_", full)
         with pytest.raises(PipelineError, match=r"^/dev/shm: no space for another batch .*--shm-size 1g\) or use"):
-            list(load(Harmed(index, int), 2, 0, 0, LoadingPlan(2)))
+            list(load(Harmed(index, int), 2, [0], 0, LoadingPlan(2)))

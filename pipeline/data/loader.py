@@ -1,17 +1,21 @@
-"""Batch loading by worker processes, limited to the free shared memory; batches do not depend on the workers."""
+"""Batch loading by worker processes, limited to the free shared memory; batches do not depend on the workers.
+
+The workers live as long as the training. They ship bytes; the training device turns these into inputs
+(``LoadedBatch.to``). A training on the CPU leaves the colour jitter to its workers as well.
+"""
 
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.data.loading import Batch, TrainingSet, collate, resized
+from pipeline.data.loading import Item, LoadedBatch, TrainingSet, collate, resized
 from pipeline.data.sampling import epoch_order
 from pipeline.errors import PipelineError
 from pipeline.stores.workers import Workers
@@ -28,17 +32,19 @@ class LoadingPlan:
     workers: int = 0
     prefetch: int = PREFETCH
     label: str = "loader"  # name of the stage in messages
+    gpu: bool = False  # the batches go to a GPU: pin them, and leave the colour jitter to it
 
 
-def loading_plan(dataset: TrainingSet, batch_size: int, workers: int, label: str) -> LoadingPlan:
+def loading_plan(dataset: TrainingSet, batch_size: int, workers: int, label: str, gpu: bool = False) -> LoadingPlan:
     """Plan with as many of ``workers`` as fit into /dev/shm; prints one line if these are fewer than requested.
 
     Space is reserved for the prefetched batches and for the one in training.
     """
     size = _batch_bytes(dataset, batch_size)
     free = _free(SHM)
-    plan = _largest_plan(workers, int(SHM_SHARE * free / size) - 1, label)
-    if plan != LoadingPlan(workers, PREFETCH, label):
+    full = LoadingPlan(workers, PREFETCH, label, gpu)
+    plan = _largest_plan(full, int(SHM_SHARE * free / size) - 1)
+    if plan != full:
         need = (workers * PREFETCH + 1) * size / SHM_SHARE
         loads = f"using {plan.workers}, each one batch ahead" if plan.workers else "the main process loads"
         print(
@@ -49,11 +55,11 @@ def loading_plan(dataset: TrainingSet, batch_size: int, workers: int, label: str
     return plan
 
 
-def _largest_plan(workers: int, capacity: int, label: str) -> LoadingPlan:
+def _largest_plan(full: LoadingPlan, capacity: int) -> LoadingPlan:
     """Fit the plan into ``capacity`` batches: first reduce prefetching to one batch, then the number of workers."""
-    if workers * PREFETCH <= max(0, capacity):
-        return LoadingPlan(workers, PREFETCH, label)
-    return LoadingPlan(max(0, min(workers, capacity)), 1, label)
+    if full.workers * PREFETCH <= max(0, capacity):
+        return full
+    return replace(full, workers=max(0, min(full.workers, capacity)), prefetch=1)
 
 
 def _batch_bytes(dataset: TrainingSet, batch_size: int) -> int:
@@ -66,7 +72,7 @@ def _batch_bytes(dataset: TrainingSet, batch_size: int) -> int:
         sizes = (resized(image.height, image.width, settings.side, length) for image in dataset.images)
         scale = 1.0 if settings.scale is None else settings.scale[1]
         pixels = int(scale**2 * max((height * width for height, width in sizes), default=1))
-    return batch_size * pixels * (3 * 4 + (0 if dataset.labels is None else 8))
+    return batch_size * pixels * (3 + (0 if dataset.labels is None else 1))
 
 
 def _free(folder: str) -> int:
@@ -96,32 +102,42 @@ class Batches:
         return len(self.batches)
 
 
-class _BatchDataset(Dataset[Batch]):
+class _Epochs:
+    """Batch sampler: the keys of consecutive epochs' batches; the first epoch starts at batch number ``start``."""
+
+    def __init__(self, dataset: TrainingSet, batch_size: int, epochs: Sequence[int], start: int) -> None:
+        self.dataset, self.batch_size, self.epochs, self.start = dataset, batch_size, epochs, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for number, epoch in enumerate(self.epochs):
+            yield from Batches(self.dataset, self.batch_size, epoch, 0 if number else self.start)
+
+
+class _BatchDataset(Dataset[LoadedBatch]):
     """Collated batches of a training set. Errors are returned, since PyTorch would add a traceback to a raised one."""
 
-    def __init__(self, dataset: TrainingSet) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: TrainingSet, gpu: bool) -> None:
+        self.dataset, self.gpu = dataset, gpu
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | PipelineError:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> LoadedBatch | PipelineError:
         try:
-            batch = collate([self.dataset[key] for key in keys])
-            return batch if get_worker_info() is None else _to_shared_memory(batch)
+            items = [self.dataset[key] for key in keys]
+            batch = self._collated(items, shared=get_worker_info() is not None)
+            if not self.gpu:
+                batch.jitter_in_place()
+            return batch
         except PipelineError as error:
             return error
 
-
-def _to_shared_memory(batch: Batch) -> Batch:
-    """Move the batch to shared memory here: PyTorch would do it in a thread whose failure goes unnoticed."""
-    try:
-        for tensor in (batch.images, batch.tags, batch.labels):
-            if tensor is not None:
-                tensor.share_memory_()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise PipelineError(
-            f"{SHM}: no space for another batch ({error}); enlarge it (e.g. docker run --shm-size 1g) "
-            "or use fewer --workers"
-        ) from None
-    return batch
+    def _collated(self, items: list[Item], shared: bool) -> LoadedBatch:
+        """Collate in shared memory: PyTorch would move the batch there in a thread whose failure goes unnoticed."""
+        try:
+            return collate(items, shared)
+        except RuntimeError as error:
+            raise PipelineError(
+                f"{SHM}: no space for another batch ({error}); enlarge it (e.g. docker run --shm-size 1g) "
+                "or use fewer --workers"
+            ) from None
 
 
 def _init_worker(worker: int) -> None:
@@ -130,41 +146,44 @@ def _init_worker(worker: int) -> None:
 
 
 def data_loader(
-    dataset: TrainingSet, batch_size: int, epoch: int, start: int, plan: LoadingPlan
-) -> DataLoader[Batch | PipelineError]:
-    """Create PyTorch's loader of an epoch's batches, starting at batch number ``start``."""
+    dataset: TrainingSet, batch_size: int, epochs: Sequence[int], start: int, plan: LoadingPlan
+) -> DataLoader[LoadedBatch | PipelineError]:
+    """Create PyTorch's loader of all batches of consecutive epochs, from batch number ``start`` of the first one."""
     return DataLoader(
-        _BatchDataset(dataset),
-        batch_sampler=Batches(dataset, batch_size, epoch, start),
+        _BatchDataset(dataset, plan.gpu),
+        batch_sampler=_Epochs(dataset, batch_size, epochs, start),
         collate_fn=_identity,  # type: ignore[arg-type]  # _BatchDataset collates
         num_workers=plan.workers,
         prefetch_factor=plan.prefetch if plan.workers else None,
         worker_init_fn=_init_worker,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=plan.gpu,
         generator=torch.Generator(),  # the global generator would advance, so that a resumed run would differ
     )
 
 
 def load(
-    dataset: TrainingSet, batch_size: int, epoch: int, start: int, plan: LoadingPlan = LoadingPlan()
-) -> Generator[Batch, None, None]:
-    """Load an epoch's batches, starting at batch number ``start``. They do not depend on ``plan``.
+    dataset: TrainingSet, batch_size: int, epochs: Sequence[int], start: int = 0, plan: LoadingPlan = LoadingPlan()
+) -> Generator[LoadedBatch, None, None]:
+    """Load the batches of consecutive epochs, from batch number ``start`` of the first one.
+
+    The same worker processes load all epochs, so that the first batches of an epoch are ready when the epoch before
+    ends. The batches do not depend on ``plan``.
 
     Raises:
         PipelineError: an image cannot be read, or the workers died or stalled.
     """
-    loader = data_loader(dataset, batch_size, epoch, start, plan)
+    loader = data_loader(dataset, batch_size, epochs, start, plan)
     for batch in _from_workers(loader, plan) if plan.workers else loader:
         if isinstance(batch, PipelineError):
             raise batch
         yield batch
 
 
-def _identity(batch: Batch | PipelineError) -> Batch | PipelineError:
+def _identity(batch: LoadedBatch | PipelineError) -> LoadedBatch | PipelineError:
     return batch
 
 
-def _from_workers(loader: DataLoader[Any], plan: LoadingPlan) -> Iterator[Batch | PipelineError]:
+def _from_workers(loader: DataLoader[Any], plan: LoadingPlan) -> Iterator[LoadedBatch | PipelineError]:
     """Yield the loader's batches while ``Workers`` watches its processes."""
     workers = Workers(plan.label)
     before = signal.getsignal(signal.SIGCHLD)

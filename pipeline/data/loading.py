@@ -1,7 +1,8 @@
 """Network inputs from files: decoding, augmentation and collation, reproducible whatever process loads them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
@@ -9,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import Dataset
 
 from pipeline.config.schema import Augmentation
+from pipeline.data import jitter
 from pipeline.data.geometry import Window
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
@@ -33,24 +34,89 @@ def normalisation(mean: NDArray[np.float32], std: NDArray[np.float32]) -> NDArra
 
 
 NORMALISED = normalisation(MEAN, STD)
-GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma weights of R, G, B
 IGNORE = 255
 
 
 @dataclass
 class Batch:
-    """B images of one size. ``labels`` is B x H x W class ids (255: ignore), or None without label maps."""
+    """B images of one size on the training device.
 
-    images: Tensor  # B x 3 x H x W, normalised; padding is 0, the mean colour
+    ``labels`` is B x H x W class ids (255: ignore), or None without label maps.
+    """
+
+    images: Tensor  # B x 3 x H x W, normalised, channels-last; padding is 0, the mean colour
     tags: Tensor  # B x K, 0 or 1
     ids: list[str]
     windows: list[Window]
     labels: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Batch":
-        images = self.images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return Batch(images, self.tags.to(device, non_blocking=True), self.ids, self.windows, labels)
+
+@dataclass
+class LoadedBatch:
+    """B images of one size as they are loaded: bytes on the CPU, which ``to`` turns into the network's inputs."""
+
+    pixels: Tensor  # B x H x W x 3 uint8
+    tags: Tensor  # B x K, 0 or 1
+    ids: list[str]
+    windows: list[Window]
+    insets: Tensor | None  # B x 4 int32: top, left, bottom and right of the image in the input; None without padding
+    factors: Tensor | None  # factors of a colour jitter that is still to be applied (``jitter.draw``)
+    labels: Tensor | None = None  # B x H x W uint8
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by attribute."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def pin_memory(self) -> "LoadedBatch":
+        """Copy to pinned memory, from which a GPU copies without waiting. The loader's thread calls this."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "LoadedBatch":
+        tensors: dict[str, Any] = {name: function(value) for name, value in self.tensors().items()}
+        return replace(self, **tensors)
+
+    def jitter_in_place(self) -> None:
+        """Apply the colour jitter to ``pixels`` if it is still to be applied."""
+        if self.factors is not None:
+            self.pixels.copy_(jitter.apply(self.pixels, self.factors))
+            self.factors = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Move the bytes to the device; jitter and normalise them there."""
+        there = self._mapped(lambda values: values.to(device, non_blocking=True))
+        pixels = there.pixels if there.factors is None else jitter.apply(there.pixels, there.factors)
+        images = _normalised(pixels)
+        if there.insets is not None:
+            images.masked_fill_(_padding(there.insets, *images.shape[2:]), 0)
+        labels = None if there.labels is None else there.labels.long()
+        return Batch(images, there.tags, self.ids, self.windows, labels)
+
+
+def _normalised(pixels: Tensor) -> Tensor:
+    """Normalise B x H x W x 3 uint8 by ImageNet mean and standard deviation: B x 3 x H x W float32, channels-last.
+
+    The values are those of ``NORMALISED`` to the bit on every device. A GPU would multiply by the reciprocal of a
+    number, hence the divisors are tensors.
+    """
+    count, height, width, _ = pixels.shape
+    rows = pixels.reshape(count * height, width * 3).float()  # whole rows: much faster on a CPU than three columns
+    most, mean, std = _rows(width, pixels.device)
+    return rows.div_(most).sub_(mean).div_(std).view(count, height, width, 3).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=256)
+def _rows(width: int, device: torch.device) -> tuple[Tensor, ...]:
+    """255, mean and standard deviation of each value of a row of pixels."""
+    rows = (np.full(width * 3, 255, np.float32), np.tile(MEAN, width), np.tile(STD, width))
+    return tuple(torch.from_numpy(row).to(device) for row in rows)
+
+
+def _padding(insets: Tensor, height: int, width: int) -> Tensor:
+    """B x 1 x H x W: whether a pixel lies outside of its image's inset."""
+    top, left, bottom, right = (insets[:, side, None] for side in range(4))
+    rows, columns = (torch.arange(extent, device=insets.device) for extent in (height, width))
+    above_or_below, beside = (rows < top) | (rows >= bottom), (columns < left) | (columns >= right)
+    return (above_or_below[:, :, None] | beside[:, None, :])[:, None]
 
 
 def normalise(rgb: NDArray[np.uint8], tables: NDArray[np.float32] = NORMALISED) -> Tensor:
@@ -87,19 +153,24 @@ def _resample(rgb: NDArray[np.uint8], size: tuple[int, int], interpolation: int)
     return rgb if rgb.shape[:2] == size else cv2.resize(rgb, size[::-1], interpolation=interpolation).astype(np.uint8)
 
 
+class Sample(NamedTuple):
+    """An augmented image."""
+
+    pixels: NDArray[np.uint8]  # H x W x 3; padding is 0
+    window: Window
+    inset: tuple[int, int, int, int]  # top, left, bottom and right of the image in the input; the rest is padding
+    factors: NDArray[np.float32] | None  # of a colour jitter that is still to be applied (``jitter.draw``)
+    label: NDArray[np.uint8] | None  # H x W class ids; 255 in the padding
+
+
 def augment(
     rgb: NDArray[np.uint8], label: "Raster | None", settings: Augmentation, random: np.random.Generator
-) -> tuple[Tensor, Tensor | None, Window]:
-    """Resize, scale, flip, jitter and crop an image together with its label map.
-
-    For speed, jitter and normalisation run only on the cropped part; the result is identical to the byte.
+) -> Sample:
+    """Resize, scale, flip and crop an image together with its label map, and draw the factors of its colour jitter.
 
     Args:
         rgb: H x W x 3.
         label: class ids at the size of the image or another size; resized by nearest neighbour.
-
-    Returns:
-        3 x H x W normalised image, H x W int64 label map (255 in the padding) or None, and the window.
     """
     length = None if settings.length is None else int(random.integers(settings.length[0], settings.length[1] + 1))
     height, width = resized(rgb.shape[0], rgb.shape[1], settings.side, length)
@@ -107,24 +178,40 @@ def augment(
         factor = random.uniform(*settings.scale)
         height, width = max(1, round(height * factor)), max(1, round(width * factor))
     rgb = resize(rgb, (height, width))
-    if label is not None and label.shape != (height, width):
-        label = cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST_EXACT).astype(np.uint8)
+    if label is not None:
+        label = resize_label(label, (height, width))
     flip = settings.flip and bool(random.random() < 0.5)
     if flip:
         rgb, label = cv2.flip(rgb, 1).astype(np.uint8, copy=False), None if label is None else label[:, ::-1]
-    jitter = None if settings.jitter is None else Jitter.draw(settings.jitter, rgb, random)
+    factors = None if settings.jitter is None else jitter.draw(settings.jitter, rgb, random)
     rows, columns = settings.crop or height, settings.crop or width
     top, left = _offset(height, rows, random), _offset(width, columns, random)
     window = Window(top / height, left / width, (top + rows) / height, (left + columns) / width, flip)
-    down, across = slice(max(0, top), top + rows), slice(max(0, left), left + columns)
-    rgb = (rgb[down] if jitter is None else jitter.apply(rgb[down]))[:, across]
+    cropped = np.s_[max(0, top) : top + rows, max(0, left) : left + columns]
     above, before = max(0, -top), max(0, -left)
-    padding = (before, columns - before - rgb.shape[1], above, rows - above - rgb.shape[0])
-    tensor = functional.pad(normalise(rgb), padding)
-    if label is None:
-        return tensor, None, window
-    classes = torch.from_numpy(label[down, across].astype(np.int64))
-    return tensor, functional.pad(classes, padding, value=IGNORE), window
+    inset = (above, before, above + min(height, rows), before + min(width, columns))
+    pixels = _padded(rgb[cropped], inset, (rows, columns, 3), 0)
+    classes = None if label is None else _padded(label[cropped], inset, (rows, columns), IGNORE)
+    return Sample(pixels, window, inset, factors, classes)
+
+
+def resize_label(label: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize an H x W label map to ``size`` (height, width) by nearest neighbour."""
+    if label.shape == size:
+        return label
+    return cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT).astype(np.uint8, copy=False)
+
+
+def _padded(
+    values: NDArray[np.uint8], inset: tuple[int, int, int, int], shape: tuple[int, ...], fill: int
+) -> NDArray[np.uint8]:
+    """Put values at ``inset`` (see ``Sample``) of an array that is otherwise ``fill``."""
+    if values.shape == shape:
+        return values
+    top, left, bottom, right = inset
+    out = np.full(shape, fill, np.uint8)
+    out[top:bottom, left:right] = values
+    return out
 
 
 def _offset(extent: int, crop: int, random: np.random.Generator) -> int:
@@ -133,53 +220,15 @@ def _offset(extent: int, crop: int, random: np.random.Generator) -> int:
     return int(random.integers(low, high + 1))
 
 
-class Jitter(NamedTuple):
-    """Colour jitter: brightness, then contrast, saturation and hue."""
+class Item(NamedTuple):
+    """A training image and what is known of it."""
 
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: int | None  # rotation in units of 2 degrees, as in OpenCV
-    mean: np.float32  # mean grey level of the whole image after the brightness change; fixed point of the contrast
-
-    @classmethod
-    def draw(
-        cls, strength: tuple[float, float, float, float], rgb: NDArray[np.uint8], random: np.random.Generator
-    ) -> "Jitter":
-        """Draw factors from 1 +- strength, and the hue rotation from +- ``strength[3]`` of the colour circle.
-
-        Args:
-            strength: strengths of brightness, contrast, saturation and hue.
-            rgb: the whole H x W x 3 image.
-        """
-        brightness, contrast, saturation = (random.uniform(max(0, 1 - s), 1 + s) for s in strength[:3])
-        hue = round(180 * random.uniform(-strength[3], strength[3])) if strength[3] > 0 else None
-        return cls(brightness, contrast, saturation, hue, _grey(rgb.astype(np.float32) * brightness).mean())
-
-    def apply(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Apply the jitter to complete rows of the image.
-
-        Rows must not be cropped: OpenCV converts hues in blocks and rounds differently in a smaller last block.
-        """
-        values = rgb.astype(np.float32) * self.brightness
-        values = (values - self.mean) * self.contrast + self.mean
-        grey = _grey(values)[..., None]
-        values = (values - grey) * self.saturation + grey
-        out = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
-        if self.hue is not None:
-            hsv = cv2.cvtColor(out, cv2.COLOR_RGB2HSV)
-            hsv[..., 0] = (hsv[..., 0].astype(np.int16) + self.hue) % 180
-            out = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(np.uint8)
-        return out
+    sample: Sample
+    tags: Tensor  # K, 0 or 1
+    id: str
 
 
-def _grey(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """H x W grey levels. A matrix product could round each pixel differently depending on its position."""
-    red, green, blue = (values[..., channel] * GREY[channel] for channel in range(3))
-    return red + green + blue
-
-
-class TrainingSet(Dataset[tuple[Any, ...]]):
+class TrainingSet(Dataset[Item]):
     """Augmented training images; item (epoch, number) does not depend on the loading process or order.
 
     Args:
@@ -219,30 +268,45 @@ class TrainingSet(Dataset[tuple[Any, ...]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, number = key
         image = self.images[number]
         random = rng(self.seed, Purpose.AUGMENTATION, epoch, number)
         label = None if self.labels is None else self.labels.get(image.id)
-        tensor, classes, window = augment(read_rgb(image), label, self.settings, random)
-        return tensor, self.tags[number], image.id, window, classes
+        return Item(augment(read_rgb(image), label, self.settings, random), self.tags[number], image.id)
 
 
-def collate(items: list[tuple[Any, ...]]) -> Batch:
-    """Stack items of equal size into a batch.
+def collate(items: Sequence[Item], shared: bool = False) -> LoadedBatch:
+    """Stack items of equal size into a batch, in shared memory if it is ``shared`` with another process.
 
     Raises:
         PipelineError: the sizes differ.
+        RuntimeError: there is no space in shared memory.
     """
-    images, tags, ids, windows, labels = zip(*items, strict=True)
-    if len({image.shape for image in images}) > 1:
+    samples = [item.sample for item in items]
+    shapes = {sample.pixels.shape for sample in samples}
+    if len(shapes) > 1:
         raise PipelineError(
             "augmentation: the images of a batch differ in size; set crop, side: square, or batch_size: 1"
         )
-    return Batch(
-        torch.stack(images),
-        torch.stack(tags),
-        list(ids),
-        list(windows),
-        None if labels[0] is None else torch.stack(labels),
+    height, width, _ = shapes.pop()
+    is_padded = any(sample.inset != (0, 0, height, width) for sample in samples)
+    factors = [sample.factors for sample in samples if sample.factors is not None]
+    labels = [sample.label for sample in samples if sample.label is not None]
+    return LoadedBatch(
+        _stacked([sample.pixels for sample in samples], shared),
+        torch.stack([item.tags for item in items]),
+        [item.id for item in items],
+        [sample.window for sample in samples],
+        torch.tensor([sample.inset for sample in samples], dtype=torch.int32) if is_padded else None,
+        torch.from_numpy(np.stack(factors)) if factors else None,
+        _stacked(labels, shared) if labels else None,
     )
+
+
+def _stacked(arrays: Sequence[NDArray[np.uint8]], shared: bool) -> Tensor:
+    out = torch.empty(len(arrays), *arrays[0].shape, dtype=torch.uint8)
+    if shared:
+        out.share_memory_()  # type: ignore[no-untyped-call]
+    np.stack(arrays, out=out.numpy())
+    return out

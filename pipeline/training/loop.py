@@ -1,15 +1,18 @@
 """The training loop of all networks. A ``Task`` provides the network and its loss.
 
 A training that was killed resumes from its last checkpoint. On the same kind of CPU and with as many threads, it ends
-with exactly the same bytes as an uninterrupted one: augmentation depends only on seed, epoch and image, the order of
-batches only on seed and epoch, and checkpoints include the state of torch's random generators (dropout). On CUDA the
-loop restores the same state, but some networks use kernels that are not deterministic. In another arithmetic
-(``pipeline.arithmetic``) a training goes on, says so, and records both.
+with exactly the same bytes as an uninterrupted one: augmentation depends only on seed, epoch and image, the batches of
+an optimizer step only on seed, epoch and step, and checkpoints include the state of torch's random generators
+(dropout). On CUDA the loop restores the same state, but many kernels add in any order, unless the stage runs with
+``--deterministic``. In another arithmetic (``pipeline.arithmetic``) a training goes on, says so, and records both.
+
+On CUDA the loop never waits for the device, except to log a loss, to read the maps that OAA accumulates, and at the end
+of an epoch.
 """
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from pipeline import arithmetic, interrupts
 from pipeline.config.schema import Training
 from pipeline.data.loader import load, loading_plan
-from pipeline.data.loading import Batch, TrainingSet
+from pipeline.data.loading import Batch, LoadedBatch, TrainingSet
 from pipeline.errors import PipelineError
 from pipeline.networks.finite import listed, not_finite
 from pipeline.runtime import Runtime
@@ -49,8 +52,15 @@ class Task(Protocol):
     def new_layers(self) -> Iterable[nn.Module]:
         """The layers added to the backbone, whose learning rate is ``lr_new`` times the base rate."""
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether the loss of a batch is the mean of its images' losses, for a network that treats them separately."""
+
     def loss(self, batch: Batch, epoch: int) -> Tensor:
         """Compute the scalar loss of a batch on the training device."""
+
+    def end_batch(self) -> None:
+        """Called once after the backward pass of each loss, which a GPU may still be computing."""
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         """Called once after each epoch; returns values to log."""
@@ -64,6 +74,11 @@ class Task(Protocol):
 
 class Stateless:
     """No-op state hooks for tasks without state of their own."""
+
+    is_mean = False
+
+    def end_batch(self) -> None:
+        pass
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         return {}
@@ -108,7 +123,7 @@ class Loop:
     ) -> None:
         self.task, self.dataset, self.settings, self.device = task, dataset, settings, device
         self.every, self.path, self.label = runtime.checkpoint_every, path, label
-        self.plan = loading_plan(dataset, settings.batch_size, runtime.workers, label)
+        self.plan = loading_plan(dataset, settings.batch_size, runtime.workers, label, device.type == "cuda")
         self.batches, self.steps_per_epoch, self.steps, self.epochs = extent(settings, len(dataset))
         task.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = parameter_groups(task.network, task.new_layers(), settings)
@@ -117,6 +132,7 @@ class Loop:
         self.batches_done = 0  # in this epoch
         self.log: dict[str, list[dict[str, float]]] = {"steps": [], "epochs": []}
         self.sum = torch.zeros((), dtype=torch.float64, device=device)  # sum of this epoch's losses
+        self.waited = 0.0  # seconds of this epoch in which the loop waited for batches
 
     def run(self) -> dict[str, Any]:
         """Train until the end and return the log.
@@ -130,22 +146,18 @@ class Loop:
         with interrupts.deferred():
             self._resume()
             self.task.network.train()
-            saved_at, saved_step = time.monotonic(), self.step
-            while self.step < self.steps:
-                batches = load(self.dataset, self.settings.batch_size, self.epoch, self.batches_done, self.plan)
-                with closing(batches):
-                    for batch in batches:
-                        self.batches_done += 1
-                        ends = self.batches_done == self.batches
-                        stepped = self._train(batch, ends or self.batches_done % self.settings.accumulation == 0)
-                        if ends or self.step == self.steps:
-                            self._end_epoch()
-                        if stepped and (interrupts.requested() or time.monotonic() - saved_at >= self.every):
-                            self._save()
-                            self._stop_if_asked()
-                            saved_at, saved_step = time.monotonic(), self.step
-                        if self.batches_done == 0:
-                            break
+            saved_at, saved_step, begun = time.monotonic(), self.step, time.monotonic()
+            epochs = range(self.epoch, self.epochs)
+            with closing(load(self.dataset, self.settings.batch_size, epochs, self.batches_done, self.plan)) as batches:
+                while self.step < self.steps:
+                    self._train(self._next_group(batches))
+                    if self.batches_done == self.batches or self.step == self.steps:
+                        self._end_epoch(time.monotonic() - begun)
+                        begun = time.monotonic()
+                    if interrupts.requested() or time.monotonic() - saved_at >= self.every:
+                        self._save()
+                        self._stop_if_asked()
+                        saved_at, saved_step = time.monotonic(), self.step
             if self.step > saved_step:  # the stage's next steps, such as writing maps, may be interrupted as well
                 self._save()
         return self.log
@@ -155,32 +167,35 @@ class Loop:
             interrupts.say(f"{self.label}: state saved at epoch {self.epoch + 1}, step {self.step}")
             interrupts.check()
 
-    def _train(self, batch: Batch, update: bool) -> bool:
-        """Train on a batch; with ``update``, also step the optimizer. Return ``update``."""
-        with autocast(self.device, self.settings.precision):
-            loss = self.task.loss(batch.to(self.device), self.epoch)
-        logged = update and self.step % max(1, self.steps_per_epoch // LOGGED) == 0
-        # On a GPU, each check waits for the device, so that losses between logged steps are checked by their sum.
-        value = self._finite(float(loss.detach()), self.step) if logged or self.device.type == "cpu" else 0.0
-        (loss / self._group_size()).backward()  # type: ignore[no-untyped-call]
-        self.sum += loss.detach().double()
-        if not update:
-            return False
+    def _next_group(self, batches: Iterator[LoadedBatch]) -> list[LoadedBatch]:
+        """Load the batches of the next optimizer step; the last group of an epoch may be smaller."""
+        start = time.monotonic()
+        size = min(self.settings.accumulation, self.batches - self.batches_done)
+        group = [next(batches) for _ in range(size)]
+        self.waited += time.monotonic() - start
+        self.batches_done += size
+        return group
+
+    def _train(self, group: Sequence[LoadedBatch]) -> None:
+        """Run an optimizer step on the mean loss of these batches."""
+        for batch in group:
+            with autocast(self.device, self.settings.precision):
+                loss = self.task.loss(batch.to(self.device), self.epoch)
+            if self.device.type == "cpu":
+                self._finite(float(loss.detach()), self.step)
+            (loss / len(group)).backward()  # type: ignore[no-untyped-call]
+            self.sum += loss.detach().double()
+            self.task.end_batch()
         rate = learning_rate(self.settings, self.step, self.steps_per_epoch, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["multiplier"]
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate * parameters["multiplier"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if logged:
-            self.log["steps"].append({"step": self.step, "epoch": self.epoch, "loss": round(value, 6), "lr": rate})
+        # On a GPU, reading a loss waits for the device, so that losses between logged steps are checked by their sum.
+        if self.step % max(1, self.steps_per_epoch // LOGGED) == 0:
+            value = round(self._finite(float(loss.detach()), self.step), 6)
+            self.log["steps"].append({"step": self.step, "epoch": self.epoch, "loss": value, "lr": rate})
         self.step += 1
-        return True
-
-    def _group_size(self) -> int:
-        """Number of batches in the current accumulation group; the last group of an epoch may be smaller."""
-        size = self.settings.accumulation
-        start = (self.batches_done - 1) // size * size
-        return min(size, self.batches - start)
 
     def _finite(self, loss: float, step: int) -> float:
         if not math.isfinite(loss):
@@ -191,7 +206,7 @@ class Loop:
         if bad := not_finite(self.task.network.state_dict()):
             raise PipelineError(f"{self.label}: {listed(bad)} after step {self.step - 1}; lower training.lr")
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, seconds: float) -> None:
         mean = self._finite(float(self.sum) / self.batches_done, self.step - 1)
         self._check_weights()
         if mean == 0:
@@ -205,7 +220,9 @@ class Loop:
         self.epoch += 1
         self.batches_done = 0
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in entry.items() if key != "epoch")
-        interrupts.say(f"{self.label}: epoch {self.epoch}/{self.epochs}: {numbers}")
+        waited, self.waited = self.waited, 0.0
+        speed = f"{seconds:.1f} s, of which {waited / max(seconds, 1e-9):.0%} loading"
+        interrupts.say(f"{self.label}: epoch {self.epoch}/{self.epochs}: {numbers}; {speed}")
 
     def _save(self) -> None:
         if self.path is None:

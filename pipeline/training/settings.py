@@ -18,14 +18,14 @@ from pipeline.stores import locks
 _held: list[IO[str]] = []  # open lock files of the GPUs that this process uses
 
 
-def prepare(device: str, threads: int) -> torch.device:
+def prepare(device: str, threads: int, deterministic: bool = False) -> torch.device:
     """Choose the device and configure its arithmetic.
-
-    On CUDA, torch uses deterministic algorithms where it has them.
 
     Args:
         device: 'auto' (a free GPU if there is one, else the CPU), 'cpu', 'cuda' or 'cuda:N'.
         threads: number of CPU threads.
+        deterministic: on CUDA, use kernels that give the same bytes in every run, which are slower. An operation
+            without such a kernel raises an error (``runtime.deterministic_only``). A CPU has only such kernels.
 
     Raises:
         PipelineError: the device does not exist.
@@ -34,16 +34,33 @@ def prepare(device: str, threads: int) -> torch.device:
     torch.set_flush_denormal(True)  # denormal numbers slow a CPU several times and do not affect results
     if device == "auto":
         device = _free_card() if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise PipelineError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.deterministic = True
-        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        return torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError:
         raise PipelineError(f"--device {device}: no such device; use auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise PipelineError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+        if (chosen.index or 0) >= torch.cuda.device_count():
+            raise PipelineError(f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA device(s)")
+        chosen = torch.device("cuda", chosen.index or 0)
+        torch.cuda.set_device(chosen)  # else the loader's thread would open a context on card 0
+        _configure_cuda(deterministic)
+    return chosen
+
+
+def _configure_cuda(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = deterministic
+    for enable in (  # fused attention adds gradients in any order
+        torch.backends.cuda.enable_flash_sdp,
+        torch.backends.cuda.enable_mem_efficient_sdp,
+        torch.backends.cuda.enable_cudnn_sdp,
+    ):
+        enable(not deterministic)
 
 
 @functools.cache
@@ -67,7 +84,7 @@ def _free_card() -> str:
 def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(_bf16_instructions())
 
 

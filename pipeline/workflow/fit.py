@@ -40,7 +40,7 @@ def fit(
         PipelineError: the block does not fit the data, or the training diverged.
     """
     settings, seed, runtime = work.job.block, work.job.params["seed"], work.runtime
-    device = prepare(runtime.device, runtime.threads)
+    device = prepare(runtime.device, runtime.threads, runtime.deterministic)
     index = Index(work.inputs["index"])
     images = index.images("train")
     if labels is not None and skip_unlabelled:

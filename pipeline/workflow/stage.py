@@ -19,7 +19,7 @@ from pipeline.config.registry import plain
 from pipeline.config.stage_table import STAGES
 from pipeline.errors import PipelineError, disk_faults, exit_on_faults
 from pipeline.memory import shortage
-from pipeline.runtime import Runtime, default_threads
+from pipeline.runtime import Runtime, default_threads, deterministic_only
 from pipeline.stores import locks, manifest
 from pipeline.stores.files import partial, publish
 from pipeline.stores.hashes import fingerprint
@@ -51,9 +51,9 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
         job = graph.find(stage, options.name)
         parameters.check(job.block, " + ".join(options.params))
         threads = options.threads or default_threads(STAGES[stage])
-        runtime = Runtime(options.device, options.workers, threads, options.checkpoint_every)
+        runtime = Runtime(options.device, options.workers, threads, options.checkpoint_every, options.deterministic)
         folder = job.outputs["root"] if job.manifest_folder else job.folder
-        with disk_faults(folder), shortage(job.label, _less_memory(job)):
+        with disk_faults(folder), shortage(job.label, _less_memory(job)), deterministic_only(job.label):
             execute(job, work, runtime, options.force)
 
 
@@ -86,6 +86,12 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
     parser.add_argument("--threads", type=int, default=0, help="arithmetic threads; 0: as under Snakemake and DVC")
     parser.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=bool(os.environ.get("WSSS_DETERMINISTIC")),
+        help="on CUDA, compute the same bytes in every run, more slowly; also if WSSS_DETERMINISTIC is set",
+    )
     parser.add_argument("--force", action="store_true", help="run even if the outputs are up to date")
     return parser
 
