@@ -1,4 +1,7 @@
-"""Convert the masks in the index to labels.h5. Images without a mask are absent. No other stage reads mask files."""
+"""Convert the masks in the index to masks.h5, and those of training images to labels.h5, which trainings read.
+
+Images without a mask are absent. No other stage reads mask files.
+"""
 
 from pipeline.data.checks import read_mask
 from pipeline.data.faults import Faults
@@ -9,14 +12,23 @@ from pipeline.workflow.stage import Work, progress, run
 
 
 def main(work: Work) -> None:
-    images = [image for image in Index(work.inputs["index"]).images() if image.mask]
+    index = Index(work.inputs["index"])
+    training = set(index.splits["train"])
+    images = [image for image in index.images() if image.mask]
     faults = Faults()
-    with RasterWriter(work.outputs["labels"], kind="labels") as writer:
+    with (
+        RasterWriter(work.outputs["masks"], "labels") as masks,
+        RasterWriter(work.outputs["labels"], "labels") as labels,
+    ):
         for image in progress(images, work.job.label):
             try:
-                writer.append(image.id, read_mask(image))
+                mask = read_mask(image)
             except PipelineError as error:
                 faults.add("changed mask", str(error))
+                continue
+            masks.append(image.id, mask)
+            if image.id in training:
+                labels.append(image.id, mask)
         faults.check()
 
 

@@ -1,10 +1,15 @@
-"""Check the dataset in full; write index.json, which later stages read, and dataset.json, its census for the report."""
+"""Check the dataset in full, and write its index and its census.
+
+index.json describes all images. train.json is the part that trainings depend on, saliency.json that of the stage
+saliency. Only the report reads dataset.json.
+"""
 
 import json
 import os
 from pathlib import Path
 
 from pipeline.data.build_index import build_index
+from pipeline.data.index import training_part
 from pipeline.workflow.stage import Work, progress, run
 
 
@@ -12,7 +17,10 @@ def main(work: Work) -> None:
     folder = work.job.params["saliency"]
     threads = work.runtime.threads or len(os.sched_getaffinity(0))
     survey = build_index(work.job.block, Path(folder) if folder else None, threads, progress)
-    work.outputs["index"].write_text(json.dumps(survey.index, indent=1) + "\n")
+    parts = {"index": survey.index, "train": training_part(survey.index)}
+    parts["saliency"] = training_part(survey.index, maps=True)
+    for name, part in parts.items():
+        work.outputs[name].write_text(json.dumps(part, indent=1) + "\n")
     work.outputs["dataset"].write_text(survey.census.dump())
     print(survey.census.text(), flush=True)
 

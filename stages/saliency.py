@@ -1,4 +1,4 @@
-"""Compute or copy the saliency map of every image in the index, at the size of the image."""
+"""Compute or copy the saliency map of every training image, at the size of the image."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,7 +19,7 @@ Source = Callable[[Image], Raster]
 
 def main(work: Work) -> None:
     settings: Saliency = work.job.block
-    images = Index(work.inputs["index"]).images()
+    images = Index(work.inputs["index"]).images("train")
     with RasterWriter(work.outputs["maps"], "saliency") as writer:
         if settings.kind == "none":
             for image in images:

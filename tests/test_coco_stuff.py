@@ -243,7 +243,7 @@ def test_the_stages_up_to_the_scores(raw: dict[str, Any], capsys: pytest.Capture
     assert not stages_behind() & {"coco_stuff", "index", "ground_truth"}
     images = Index(Path("results/test/index/index.json")).images("evaluation")
     assert [image.tags for image in images] == [(), (18,)]
-    masks = Path("results/test/ground_truth/labels.h5")
+    masks = Path("results/test/ground_truth/masks.h5")
     assert RasterStore(masks).ids == [*TRAIN[:2], *TEST]
     predictions = Path("results/test/predictions/cam/labels.h5")
     predictions.parent.mkdir(parents=True)

@@ -57,7 +57,7 @@ def test_export_of_an_experiment_takes_the_row_of_its_report(folder: Path, capsy
 
 
 def test_export_of_a_label_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = "results/test/ground_truth/labels.h5"
+    path = "results/test/ground_truth/masks.h5"
     assert command("export", path, "--out", "out", "--formats", "png,overlay,coco,cvat,labelstudio,csv") == 0
     store = RasterStore(Path(path))
     assert all(np.array_equal(mask(Path(f"out/masks/{name}.png")), store.get(name)) for name in store)

@@ -118,7 +118,7 @@ def test_damaged_pixels_are_found_before_the_store_is_used(store: Path) -> None:
 
 
 def saliency_job(tmp_path: Path, store: Path) -> Job:
-    index = make_index(tmp_path / "voc", saliency=False, train=1, evaluation=1)
+    index = make_index(tmp_path / "voc", saliency=False, train=2, evaluation=1)
     block = Saliency("store", str(store))
     return Job("saliency", "", {"index": index, "store": store}, {"maps": tmp_path / "out/maps.h5"}, {}, block)
 

@@ -144,6 +144,67 @@ def test_running_the_index_again_settles_it(edit: str) -> None:
     assert "index" not in outdated()
 
 
+TRAINED = {"saliency", "classifier base", "localization cam", "pseudo_labels cam", "segmentation cam", "features base"}
+
+
+def add_image(split: str) -> None:
+    """Another image, with its mask, saliency map and tags, at the end of a list."""
+    for path in (IMAGE, MASK, MAP):
+        new = path.with_name(f"new{path.suffix}")
+        shutil.copy(path, new)
+        repaint(new)
+    tags = json.loads((DATA / "tags.json").read_text())
+    (DATA / "tags.json").write_text(json.dumps(tags | {"new": [1]}))
+    with (LISTS / f"{split}.txt").open("a") as file:
+        file.write("new\n")
+
+
+def settled() -> set[str]:
+    """What is stale once the index and the ground truth, which are quick, have been brought up to date."""
+    for name in ("index", "ground_truth"):
+        perform(graph().find(name))
+    return outdated()
+
+
+def test_another_evaluation_image_retrains_nothing() -> None:
+    add_image("val")
+    stale_now = settled()
+    assert stale_now >= {"prediction cam", "report"}
+    assert not stale_now & TRAINED
+    assert "new" in (RESULTS / "index/index.json").read_text()
+
+
+def test_another_training_image_retrains_all() -> None:
+    add_image("train")
+    assert settled() >= TRAINED
+
+
+def test_an_evaluation_image_without_a_mask_and_no_more_masks_retrain_nothing() -> None:
+    add_image("val")
+    (DATA / "SegmentationClass/new.png").unlink()
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["dataset"]["masks"] = None
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    assert not settled() & TRAINED
+
+
+def test_an_unlisted_image_runs_at_most_the_index_again() -> None:
+    shutil.copy(IMAGE, IMAGE.with_name("unlisted.jpg"))
+    perform(graph().find("index"))
+    assert outdated() == set()
+
+
+def test_a_training_on_masks_depends_on_those_of_training_images_only() -> None:
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["segmentations"]["upper"] = {**params["segmentations"]["cam"], "labels": "ground_truth"}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    perform(graph().find("segmentation", "upper"))
+    for split, stale_too in (("val", False), ("train", True)):
+        mask = DATA / "SegmentationClass" / ("img_005.png" if split == "val" else "img_001.png")
+        repaint(mask)
+        assert ("segmentation upper" in settled()) is stale_too
+
+
 def test_files_that_the_index_does_not_read_do_not_count() -> None:
     (DATA / "README").write_text("notes")
     (DATA / "JPEGImages/.hidden.jpg").write_text("not an image")
@@ -252,7 +313,7 @@ def test_every_output_is_either_verified_by_a_reader_or_compared() -> None:
     read = {path for job in jobs for path in job.inputs.values()}
     for job in jobs:
         assert set(job.outputs.values()) - read == set(job.leaves)
-    assert {job.stage for job in jobs if job.leaves} == {"prediction", "report"}
+    assert {job.stage for job in jobs if job.leaves} == {"ground_truth", "prediction", "report"}
 
 
 ABSENT = object()
@@ -384,7 +445,7 @@ def test_results_that_are_read_only_are_used() -> None:
         store = str(RESULTS / "saliency/maps.h5")
         done = command("-m", "wsss", "export", store, "--out", "exported", "--formats", "probabilities")
         assert done.returncode == 0, done.stderr
-        assert len(list(Path("exported/probabilities").iterdir())) == 7
+        assert len(list(Path("exported/probabilities").iterdir())) == 5
         done = command("-m", "stages.classifier", "base", "--set", '{"seed": 9}')
         file = RESULTS / "classifiers/base/.lock-classifier"
         text = "cannot be written to (Permission denied), and classifier base is not up to date"

@@ -292,7 +292,13 @@ def test_the_stages_as_commands(tmp_path: Path) -> None:
 
 
 def truth(index: Path) -> Job:
-    return Job("ground_truth", "", {"index": index}, {"labels": index.parent / "truth/labels.h5"}, {})
+    return Job(
+        "ground_truth",
+        "",
+        {"index": index},
+        {name: index.parent / f"truth/{name}.h5" for name in ("labels", "masks")},
+        {},
+    )
 
 
 def test_ground_truth_holds_exactly_the_masks(tmp_path: Path) -> None:
@@ -302,12 +308,14 @@ def test_ground_truth_holds_exactly_the_masks(tmp_path: Path) -> None:
     index.write_text(json.dumps(build_index(dataset).index))
     job = truth(index)
     execute(job, ground_truth.main, Runtime())
-    store = RasterStore(job.outputs["labels"])
-    assert store.kind == "labels"
-    assert store.ids == ["img_000", "img_002", "img_003", "img_004", "img_005"]
-    for name in store.ids:
-        with Image.open(tmp_path / f"SegmentationClass/{name}.png") as mask:
-            assert np.array_equal(store.get(name), np.asarray(mask))
+    masked = ["img_000", "img_002", "img_003", "img_004", "img_005"]
+    for output, names in (("labels", masked[:3]), ("masks", masked)):  # labels.h5 holds those of training images
+        store = RasterStore(job.outputs[output])
+        assert store.kind == "labels"
+        assert store.ids == names
+        for name in names:
+            with Image.open(tmp_path / f"SegmentationClass/{name}.png") as mask:
+                assert np.array_equal(store.get(name), np.asarray(mask))
 
 
 def test_ground_truth_refuses_masks_that_changed(tmp_path: Path) -> None:

@@ -41,9 +41,10 @@ def test_a_stage_without_memory_ends_with_one_line(
     dataset = make_tree(Path("voc"))
     Path("params.json").write_text(json.dumps(minimal_params(dataset)))
     Path("results/test/index").mkdir(parents=True)
-    Path("results/test/index/index.json").write_text("{}")
-    index = Path("results/test/index/index.json")
-    manifest.write(index.parent, outputs={index.name: sha256(index)})
+    files = [Path(f"results/test/index/{part}.json") for part in ("index", "train", "saliency")]
+    for file in files:
+        file.write_text("{}")
+    manifest.write(files[0].parent, outputs={file.name: sha256(file) for file in files})
     with pytest.raises(SystemExit) as caught:
         stage.run(name, fail, [*block, "--params", "params.json"])
     assert caught.value.code == 1

@@ -18,6 +18,7 @@ from pipeline.config import references
 from pipeline.data import census
 from pipeline.data.duplicates import fingerprint
 from pipeline.data.faults import Faults
+from pipeline.data.index import training_part
 from pipeline.data.sample import choose
 from pipeline.report import metrics, pictures, protocol
 from pipeline.runtime import Runtime
@@ -123,6 +124,8 @@ def experiment(raw: dict[str, Any], train: int = 8, held: int = 5, masks: bool =
             path.parent.mkdir(parents=True, exist_ok=True)
             if key == "index":
                 path.write_text(json.dumps(index))
+            elif key in ("train", "saliency"):
+                path.write_text(json.dumps(training_part(index)))
             elif key == "dataset":
                 path.write_text(counted(drawn, splits["train"], masks).dump())
             elif key == "log":
@@ -202,7 +205,7 @@ def fill(writer: RasterWriter, kind: str, name: str, drawn: Any, splits: Any, ma
     elif kind == "saliency maps":
         for key, (_, mask, _) in drawn.items():
             writer.append(key, cv2.GaussianBlur(255 * (mask > 0).astype(np.uint8), (0, 0), 2))
-    elif kind == "ground_truth labels":
+    elif kind in ("ground_truth labels", "ground_truth masks"):
         for key, (_, mask, _) in drawn.items() if masks else ():
             writer.append(key, mask)
     else:

@@ -124,6 +124,7 @@ def test_store_of_other_sizes_is_refused(dataset: Path) -> None:
 def test_store_names_twenty_of_the_missing(dataset: Path) -> None:
     index = json.loads((dataset / "index.json").read_text())
     index["images"] |= {f"x{number:02d}": index["images"]["a"] for number in range(25)}
+    index["splits"]["train"] = list(index["images"])
     (dataset / "index.json").write_text(json.dumps(index))
     with pytest.raises(PipelineError, match=r"no saliency map of 25 images: x00, x01, .*, x19 and 5 more;"):
         run(dataset, users_store(dataset / "own.h5", SIZES))

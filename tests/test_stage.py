@@ -262,7 +262,7 @@ class TestPublishing:
         assert found is not None
         assert found["stage"] == "classifier base"
         assert found["outputs"] == {name: hashlib.sha256((BASE / name).read_bytes()).hexdigest() for name in names}
-        assert found["inputs"] == {"index": hashlib.sha256((RESULTS / "index/index.json").read_bytes()).hexdigest()}
+        assert found["inputs"] == {"index": hashlib.sha256((RESULTS / "index/train.json").read_bytes()).hexdigest()}
         assert found["params"]["seed"] == 0
         assert found["params"]["block"]["training"]["lr"] == 0.1
 

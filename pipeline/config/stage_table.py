@@ -102,11 +102,13 @@ REPORTED = (
     "layers",
     "log",
     "scores",
-    "dataset",
-)  # stems of the outputs that the report reads
+)  # stems of the outputs that the report reads of all jobs; its own ``reads`` name the others
 
+# A stage reads as little of the index as it needs, so that an image in the evaluation list retrains nothing.
 _INDEX = {"index": Input("index.json", job="index")}
-_MASKS = {"ground_truth": Input("labels.h5", job="ground_truth")}
+_TRAINING = {"index": Input("train.json", job="index")}  # the training images, without masks and saliency maps
+_MASKS = {"ground_truth": Input("masks.h5", job="ground_truth")}
+_TRAINING_MASKS = {"ground_truth": Input("labels.h5", job="ground_truth")}
 _MAPS = ("classifiers", "localizations", "walks")
 
 
@@ -116,13 +118,13 @@ def _training(stage: Stage) -> Stage:
 
 
 def _on_gpu(stage: Stage) -> Stage:
-    return replace(stage, reads=_INDEX | stage.reads, gpu=True, threads=8, thread_use=stage.thread_use or "loader")
+    return replace(stage, reads=_TRAINING | stage.reads, gpu=True, threads=8, thread_use=stage.thread_use or "loader")
 
 
 _REPORT = Stage(
     "report",
     "",
-    _INDEX | {"census": Input("dataset.json", job="index")},
+    _INDEX | _MASKS | {"census": Input("dataset.json", job="index")},
     ("report.html", "metrics.json"),
     params=("method", "gallery"),
 )
@@ -133,15 +135,15 @@ _TABLE = (
     Stage(
         "index",
         "index",
-        writes=("index.json", "dataset.json"),
+        writes=("index.json", "train.json", "saliency.json", "dataset.json"),
         params=("dataset", "saliency"),
         external=("root", "extra", "maps of saliency"),
     ),
-    Stage("ground_truth", "ground_truth", _INDEX, ("labels.h5",)),
+    Stage("ground_truth", "ground_truth", _INDEX, ("labels.h5", "masks.h5")),
     Stage(
         "saliency",
         "saliency",
-        _INDEX,
+        {"index": Input("saliency.json", job="index")},  # the training images with their saliency maps
         ("maps.h5",),
         settings="saliency",
         external=("store",),
@@ -168,7 +170,8 @@ _TABLE = (
     Stage(
         "pseudo_labels",
         "pseudo_labels",
-        _INDEX | {"maps": Input("maps.h5", key="source", allowed=_MAPS), "saliency": Input("maps.h5", job="saliency")},
+        _TRAINING
+        | {"maps": Input("maps.h5", key="source", allowed=_MAPS), "saliency": Input("maps.h5", job="saliency")},
         ("labels.h5",),
         section="pseudo_labels",
         threads=16,
@@ -197,7 +200,7 @@ _TABLE = (
     Stage(
         "mixture",
         "mixtures",
-        _INDEX | _MASKS | {"labels": Input("labels.h5", key="labels", allowed=("pseudo_labels",))},
+        _TRAINING | _TRAINING_MASKS | {"labels": Input("labels.h5", key="labels", allowed=("pseudo_labels",))},
         ("labels.h5",),
         section="mixtures",
         params=("seed",),
@@ -224,6 +227,7 @@ _TABLE = (
         Stage(
             "prediction",
             "predictions",
+            _INDEX,
             writes=("labels.h5", "model.safetensors"),
             targets=("segmentations", "one_step"),
             target_files=("model",),

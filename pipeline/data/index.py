@@ -57,7 +57,7 @@ class Index:
 
     def _parse(self, raw: dict[str, Any]) -> None:
         self.classes: list[str] = raw["classes"]
-        self.tag_source: str = raw["tag_source"]
+        self.tag_source: str = raw.get("tag_source", "")  # train.json has none
         self.splits: dict[str, list[str]] = {split: raw["splits"][split] for split in ("train", "evaluation")}
         root = Path(raw["root"])
         self._images = {
@@ -96,3 +96,18 @@ class Index:
     def num_classes(self) -> int:
         """K, without background."""
         return len(self.classes)
+
+
+def training_part(raw: dict[str, Any], maps: bool = False) -> dict[str, Any]:
+    """The part of an index that trainings depend on: the training images without their masks and saliency maps.
+
+    The masks reach a training through the ground truth, the maps through the pseudo labels.
+
+    Args:
+        maps: keep the saliency maps.
+    """
+    training = raw["splits"]["train"]
+    hidden = dict.fromkeys(("mask", "mask_sha256") if maps else ("mask", "mask_sha256", "saliency", "saliency_sha256"))
+    images = {name: {**raw["images"][name], **hidden} for name in training}
+    splits = {"train": training, "evaluation": []}
+    return {"root": raw["root"], "classes": raw["classes"], "splits": splits, "images": images}

@@ -135,7 +135,7 @@ def _data(stage: Stage, folder: str, section: str, key: str) -> Iterator[str]:
     if stage.name == "report":
         # DVC cannot express one dependency per block, so these are folders, and only those that always exist. The
         # manifests of the evaluations contain the hashes of all maps and labels and thus cover all models indirectly.
-        folders = (ROWS, "ground_truth", "saliency", "features", "predictions", "evaluation")
+        folders = (ROWS, "saliency", "features", "predictions", "evaluation")
         yield from (f"{RESULTS}/{name}" for name in folders)
 
 

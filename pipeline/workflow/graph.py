@@ -219,7 +219,10 @@ class Graph:
         A store is keyed by its reference, a JSON file by 'KEY of REFERENCE'.
         """
         inputs: dict[str, Path] = {}
+        named = {read.job for read in STAGES["report"].reads.values()}
         for job in self.jobs:
+            if job.stage in named:
+                continue
             reference = (
                 job.name if STAGES[job.stage].qualified_names else f"{STAGES[job.stage].folder}/{job.name}".rstrip("/")
             )
