@@ -1,5 +1,6 @@
 """Localization maps and segmentations of whole images, by networks whose output is known at every pixel."""
 
+import queue
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
 from pipeline.data.loading import normalise
 from pipeline.errors import PipelineError
-from pipeline.inference import segment
+from pipeline.inference import batching, segment
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.inference.localize import localization_maps
 from pipeline.inference.segment import segmentations
@@ -266,7 +267,8 @@ class TestSegmentation:
             return probabilities
 
         monkeypatch.setattr(segment, "dense_crf", unchanged)
-        label = segment._refined((image, values, Crf()))
+        monkeypatch.setattr(segment, "class_probabilities", lambda *_: torch.from_numpy(values)[None])
+        ((_, _, label),) = segmentations(Scores(), [image], schema.Test(crf=Crf()), CPU, map)
         assert np.array_equal(seen[0], values[[0, 1, 4]])
         assert label.dtype == np.uint8
         assert label[5, 7] == 4
@@ -304,6 +306,24 @@ class TestBatches:
         square = [len(part) for part, _ in batches(images, lambda image: (20, 20), 3 * 400)]
         assert square == [3, 1]
         assert [len(part) for part, _ in batches(images, lambda image: (20, 20), 10)] == [1, 1, 1, 1]
+
+    def test_the_next_batch_is_read_meanwhile_and_its_fault_comes_in_its_turn(
+        self, images: list[Image], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: queue.Queue[str] = queue.Queue()
+
+        def recorded(image: Image) -> NDArray[np.uint8]:
+            read.put(image.id)
+            if image.id == "image1":
+                raise PipelineError("image1: changed")
+            return read_rgb(image)
+
+        monkeypatch.setattr(batching, "read_rgb", recorded)
+        found = batches(images, lambda image: (20, 20), 10)
+        assert [image.id for image in next(found)[0]] == ["image0"]
+        assert [read.get(timeout=60) for _ in range(2)] == ["image0", "image1"]
+        with pytest.raises(PipelineError, match="image1: changed"):
+            next(found)
 
     def test_a_card_takes_more(self) -> None:
         assert pixels_per_batch(torch.device("cuda")) > pixels_per_batch(CPU) > 0

@@ -192,7 +192,7 @@ class Model:
             kept[allowed] = probabilities[allowed]
             probabilities = kept / kept.sum(0).clamp_min(torch.finfo(kept.dtype).tiny)
         if self.test.crf is not None:
-            probabilities = torch.from_numpy(refine(rgb, probabilities.cpu().numpy(), self.test.crf))
+            probabilities = refine(rgb, probabilities, self.test.crf)
         mask, best = label_map(probabilities, size)
         counts = np.bincount(mask.reshape(-1))
         sums = np.bincount(mask.reshape(-1), weights=best.reshape(-1))

@@ -49,26 +49,31 @@ def localization_maps(
             present = [[tag - 1 for tag in image.tags] for image in part]
             localize = partial(climb, network, present=present, settings=settings.climbing, precision=precision)
         views = _views(localize, inputs.to(device), settings)
-        for number, (image, grid) in enumerate(zip(part, grids, strict=True)):
-            tags = torch.tensor([tag - 1 for tag in image.tags], device=device)
-            fused: Tensor | None = None
-            for maps in views:
-                resampled = functional.interpolate(
-                    maps[number, tags][None], size=grid, mode="bilinear", align_corners=False
-                )[0]
-                if fused is None:
-                    fused = resampled
-                else:
-                    fused = torch.maximum(fused, resampled) if settings.fusion == "max" else fused + resampled
-            assert fused is not None
-            check_outputs(fused[None], [image])
-            if settings.fusion == "mean":
-                fused = fused / len(views)
+        for grid in dict.fromkeys(grids):  # images of equal input may have grids of their own
+            pairs = [(n, tag) for n, image in enumerate(part) if grids[n] == grid for tag in image.tags]
+            if not pairs:
+                continue
+            samples, tags = torch.tensor(pairs, device=device).unbind(1)
+            fused = _fused([maps[samples, tags - 1] for maps in views], grid, settings.fusion)
+            check_outputs(fused, [part[n] for n, _ in pairs])
             if settings.normalise == "max":
                 fused = fused / fused.amax((1, 2), keepdim=True).clamp_min(1e-5)
             levels = (fused.clamp_max(1) * 255).round().to(torch.uint8).cpu().numpy()
-            for tag, level in zip(image.tags, levels, strict=True):
-                yield image.id, tag, np.ascontiguousarray(level)
+            for (n, tag), level in zip(pairs, levels, strict=True):
+                yield part[n].id, tag, np.ascontiguousarray(level)
+
+
+def _fused(views: Sequence[Tensor], grid: tuple[int, int], fusion: str) -> Tensor:
+    """Resize the N x h x w maps of each view to the grid, and fuse them."""
+    fused: Tensor | None = None
+    for maps in views:
+        resampled = functional.interpolate(maps[None], size=grid, mode="bilinear", align_corners=False)[0]
+        if fused is None:
+            fused = resampled
+        else:
+            fused = torch.maximum(fused, resampled) if fusion == "max" else fused + resampled
+    assert fused is not None
+    return fused / len(views) if fusion == "mean" else fused
 
 
 @torch.inference_mode()

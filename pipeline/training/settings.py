@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
+import cv2
 import torch
 from torch import nn
 
@@ -31,6 +32,7 @@ def prepare(device: str, threads: int, deterministic: bool = False) -> torch.dev
         PipelineError: the device does not exist.
     """
     torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
     torch.set_flush_denormal(True)  # denormal numbers slow a CPU several times and do not affect results
     if device == "auto":
         device = _free_card() if torch.cuda.is_available() else "cpu"
