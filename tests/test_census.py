@@ -84,14 +84,15 @@ def test_counts_by_class_and_split(dataset: Dataset) -> None:
 
 def test_the_table_as_text(dataset: Dataset) -> None:
     lines = build_index(dataset).census.text().splitlines()
-    assert lines[:3] == [
+    assert lines[:4] == [
         "train: 9 images of 32x24 pixels",
         "evaluation: 6 images of 32x24 pixels",
+        "tags: tags.json (JSON {id: [class]})",
         "tags and masks: equal in 15 of 15 images (100.0 %)",
     ]
-    assert lines[4].split() == [word for heading in census.HEADINGS for word in heading.split()]
-    assert lines[5].split() == ["all", "images", "9", "9", "6", "6", "15"]
-    assert [line.split()[:8] for line in lines[6:]] == [
+    assert lines[5].split() == [word for heading in census.HEADINGS for word in heading.split()]
+    assert lines[6].split() == ["all", "images", "9", "9", "6", "6", "15"]
+    assert [line.split()[:8] for line in lines[7:]] == [
         ["cat", "4", "4", "3", "3", "7", "0", "0"],
         ["dog", "4", "4", "3", "3", "7", "0", "0"],
         ["bird", "5", "5", "3", "3", "8", "0", "0"],

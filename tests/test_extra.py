@@ -62,13 +62,13 @@ def test_extra_images_follow_the_training_list_with_their_folders_tag(dataset: D
     assert entries["a_bird"]["file"] == "../more/bird/a_bird.jpeg"
     assert entries["a_bird"]["saliency"] == "data/Saliency/a_bird.png"
     assert {(entry["height"], entry["width"], entry["mask"]) for entry in entries.values()} == {(20, 28, None)}
-    assert found["tag_source"] == "tags.json; 3 images with single tags: more"
+    assert found["tag_source"] == "tags.json (JSON {id: [class]}); 3 images with single tags: more"
 
 
 def test_without_extra_images_the_index_is_unchanged(dataset: Dataset) -> None:
     found = build_index(replace(dataset, extra=None)).index
     assert found["splits"]["train"] == LISTED
-    assert found["tag_source"] == "tags.json"
+    assert found["tag_source"] == "tags.json (JSON {id: [class]})"
 
 
 def test_extra_images_are_read_where_root_is_a_link(dataset: Dataset, tmp_path: Path) -> None:
@@ -254,5 +254,5 @@ def test_the_report_says_where_the_tags_come_from(params: dict[str, Any]) -> Non
     run("index", index.main, [])
     found = Index(Path("results/test/index/index.json"))
     facts = dict(protocol.facts(graph().params, found, {"train": 4, "evaluation": 2}))
-    assert facts["Image-level labels"] == "tags.json; 3 images with single tags: more"
+    assert facts["Image-level labels"] == "tags.json (JSON {id: [class]}); 3 images with single tags: more"
     assert facts["Splits"] == "train: 7 images, 4 with masks; evaluation: 2 images, 2 with masks"

@@ -54,7 +54,7 @@ def test_a_valid_dataset(tmp_path: Path) -> None:
     root = tmp_path / "voc"
     index = Index(make_index(root, train=3, evaluation=2, size=(20, 30)))
     assert index.classes == list(CLASSES)
-    assert index.tag_source == "tags.json"
+    assert index.tag_source == "tags.json (JSON {id: [class]})"
     assert index.splits == {"train": ["img_000", "img_001", "img_002"], "evaluation": ["img_003", "img_004"]}
     assert len(index.images()) == 5
     image = index["img_001"]
@@ -151,7 +151,6 @@ FAULTS: list[tuple[Callable[[Path], Any], str, str]] = [
     (lambda root: write_mask(root / MAP, np.zeros((24, 32))), MAP, "palette indices; save it as a grey 8-bit PNG"),
     (replaced("tags.json", '"img_001": [2, 3]', '"img_001": ["dgo"]'), "tags.json", "tag 'dgo'; did you mean dog?"),
     (replaced("tags.json", '"img_001": [2, 3]', '"img_001": [2, 4]'), "tags.json", "class id 4, but ids are 1..3 here"),
-    (replaced("tags.json", "[2, 3]", "[]"), "tags.json", "training image img_001 has no tag; tag it or unlist it"),
     (lambda root: (root / "tags.json").write_text("{}"), "tags.json", "tags no listed image; correct dataset.tags"),
     (replaced("tags.json", '"img_001"', '"other"'), "tags.json", "has no entry for img_001; tag it or unlist it"),
     (replaced("tags.json", '"img_005"', '"other"'), "tags.json", "has no entry for img_005; tag it or unlist it"),
@@ -276,7 +275,8 @@ def test_the_stages_as_commands(tmp_path: Path) -> None:
     failed = stage("index", tmp_path, "--params", "params.json")
     assert failed.returncode == 1
     assert failed.stderr.splitlines() == [
-        "error: voc/tags.json: img_001 has the unknown tag 'zebra'; correct it, or add it to dataset.classes",
+        "error: voc/tags.json: img_001 has the unknown tag 'zebra'; correct it, add it to dataset.classes, or set "
+        "dataset.other_classes to leave_out",
         f"error: voc/{MAP}: missing; add it, or choose another saliency.kind",
         f"error: voc/{IMAGE}: truncated JPEG; copy or download it again",
     ]

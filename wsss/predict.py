@@ -82,11 +82,6 @@ def read_tags(path: Path, classes: Sequence[str], sources: Sequence[Source]) -> 
     from pipeline.data.tags import read_tags as read
 
     faults = Faults()
-    tags = read(path, classes[1:], {source.file.stem for source in sources}, faults).by_image
+    tags = read(path, classes[1:], {source.key: source.relative for source in sources}, faults).by_image
     faults.check()
-    result = {}
-    for source in sources:
-        for name in (source.file.stem, source.file.name):
-            if name in tags:
-                result[source.key] = tuple(classes[number] for number in tags[name])
-    return result
+    return {key: tuple(classes[number] for number in ids) for key, ids in tags.items()}

@@ -47,7 +47,11 @@ class Dataset:
 
     root: FilePath
     classes: FilePath = "voc"  # 'voc', or a text file with one class name per line
-    tags: FilePath = "tags.json"  # .json, .csv, .npy, .txt, or a folder of XML annotations
+    tags: FilePath = "tags.json"  # a file or folder of any kind in data/README.md, which is recognized by its content
+    # Tags that name a class that ``classes`` does not list; without it, their images are negatives of the others
+    other_classes: Literal["refuse", "leave_out"] = "refuse"
+    # Listed images without an entry in the tags. An entry without a class always makes a negative
+    untagged: Literal["refuse", "negative"] = "refuse"
     images: FilePath = "JPEGImages"
     masks: FilePath | None = None  # used only for evaluation and supervised rows
     train: FilePath = "ImageSets/Segmentation/train.txt"

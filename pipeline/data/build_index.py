@@ -18,10 +18,11 @@ from pipeline.data.census import Census, Sight
 from pipeline.data.checks import IGNORE, InvalidFile, image_pixels, mask_values, saliency_values
 from pipeline.data.class_file import read_classes
 from pipeline.data.duplicates import Fingerprint, fingerprint
-from pipeline.data.faults import Faults, hint
+from pipeline.data.faults import LIMIT, Faults, hint
 from pipeline.data.images import working_size
 from pipeline.data.lists import IMAGE_SUFFIXES, read_list
-from pipeline.data.tags import Tags, read_tags
+from pipeline.data.tags import SHOWN, Tags, read_tags
+from pipeline.data.tags.matching import Nearest
 from pipeline.stores.files import read_regular
 from pipeline.stores.raster import Raster
 
@@ -78,10 +79,10 @@ def build_index(
 ) -> Survey:
     """Check a dataset in VOC layout, decoding every file, and return its index and its census.
 
-    Every training image needs tags. Every evaluation image needs a mask if ``dataset.masks`` is set. Tags and saliency
-    maps of evaluation images are optional, but each must exist for all of them or for none. Images of
-    ``dataset.extra`` are appended to the training list, sorted by class and id; each has the tag of its folder and no
-    mask.
+    Every training image needs an entry in the tags, which may be without a class. Every evaluation image needs a mask
+    if ``dataset.masks`` is set. Tags and saliency maps of evaluation images are optional, but each must exist for all
+    of them or for none. Images of ``dataset.extra`` are appended to the training list, sorted by class and id; each has
+    the tag of its folder and no mask.
 
     Args:
         saliency: folder of grey PNG files with the images' stems and sizes.
@@ -102,7 +103,7 @@ def build_index(
             line = f"{lists['train']}: {name} is also in {lists['evaluation']}; take it out of one"
             faults.add("image in both lists", line)
     ids = list(dict.fromkeys(splits["train"] + splits["evaluation"]))
-    tags = _checked_tags(root / dataset.tags, classes, splits, faults)
+    tags = _checked_tags(dataset, classes, splits, images, faults)
     extra = _read_extra(Path(dataset.extra), classes, faults) if dataset.extra and classes else ExtraImages()
     splits["train"] += extra.files
     files_of_images = _match_files(dataset, ids, images, extra, splits, saliency, faults)
@@ -111,6 +112,7 @@ def build_index(
         for kind, line in result.faults:
             faults.add(kind, line)
     counts = _count(dataset, classes, splits, {**tags.by_image, **extra.tags}, files_of_images, results, faults)
+    counts = replace(counts, remarks=[*counts.remarks, *tags.remarks], source=tags.source)
     faults.check()
     entries = {}
     for files, result in zip(files_of_images, results, strict=True):
@@ -161,20 +163,42 @@ def _count(
     return replace(counts, remarks=[*counts.remarks, reduced])
 
 
-def _checked_tags(path: Path, classes: Sequence[str], splits: dict[str, list[str]], faults: Faults) -> Tags:
+def _checked_tags(
+    dataset: Dataset,
+    classes: Sequence[str],
+    splits: dict[str, list[str]],
+    images: dict[str, list[Path]] | None,
+    faults: Faults,
+) -> Tags:
+    """Read the tags of the listed images; images without an entry become faults or negatives."""
+    path = Path(dataset.root) / dataset.tags
     if not classes:
         return Tags({}, path.name)
+    photos = {name: files[0].name for name, files in (images or {}).items()}
+    listed = dict.fromkeys([*splits["train"], *splits["evaluation"]])
+    photos |= {name: name for name in listed if name not in photos}
     faults_before = len(faults)
-    tags = read_tags(path, classes, [*splits["train"], *splits["evaluation"]], faults)
-    if not tags.by_image and len(faults) == faults_before:
-        faults.add("tag file", f"{path}: tags no listed image; correct dataset.tags, or tag the images")
-    if tags.by_image:
-        for name in _images_without(tags.by_image, splits):
-            faults.add("image not in the tags", f"{path}: has no entry for {name}; tag it or unlist it")
-        for name in splits["train"]:
-            if tags.by_image.get(name) == ():
-                faults.add("image without tags", f"{path}: training image {name} has no tag; tag it or unlist it")
-    return tags
+    tags = read_tags(path, classes, photos, faults, listed, dataset.other_classes)
+    if not tags.by_image and len(faults) == faults_before and dataset.untagged == "refuse":
+        some = f"; its entries name {', '.join(map(str, tags.unmatched[:3]))}" if tags.unmatched else ""
+        line = f"{path}: read as {tags.source}, tags no listed image{some}"
+        faults.add("tag file", f"{line}; correct dataset.tags, or tag the images")
+    lacking = _images_without(tags.by_image, splits) if tags.by_image or dataset.untagged == "negative" else []
+    remarks = [*tags.remarks]
+    if tags.unmatched:
+        some = ", ".join(map(str, tags.unmatched[:SHOWN]))
+        more = f" and {len(tags.unmatched) - SHOWN} more" if len(tags.unmatched) > SHOWN else ""
+        remarks.append(f"{len(tags.unmatched)} entries of {path.name} fit no image: {some}{more}")
+    if dataset.untagged == "negative" and lacking:
+        remarks.append(f"{len(lacking)} listed images have no entry in {path.name} and count as without a class")
+        return replace(tags, by_image=tags.by_image | dict.fromkeys(lacking, ()), remarks=remarks)
+    near = Nearest(map(str, tags.unmatched)) if lacking and tags.unmatched else None
+    for number, name in enumerate(lacking):
+        similar = near.like(name) if near and number < LIMIT else []
+        fix = f"is it {similar[0]!r} there? Otherwise tag" if similar else "tag"
+        line = f"{path}: has no entry for {name}; {fix} it or unlist it"
+        faults.add("image not in the tags", f"{line}, or set dataset.untagged to negative")
+    return replace(tags, remarks=remarks)
 
 
 def _read_extra(folder: Path, classes: Sequence[str], faults: Faults) -> ExtraImages:

@@ -45,10 +45,16 @@ class Sight:
 
 @dataclass(frozen=True)
 class Split:
-    """Counts of a split. Sizes are [width, height]; the median is that of the images ordered by their pixels."""
+    """Counts of a split. Sizes are [width, height]; the median is that of the images ordered by their pixels.
+
+    Attributes:
+        tagged: images whose tags are known.
+        negatives: those of them that are known to show no class.
+    """
 
     images: int
     tagged: int
+    negatives: int
     masked: int
     smallest: Sequence[int]
     median: Sequence[int]
@@ -76,6 +82,7 @@ class Census:
         compared: images that have tags and a mask.
         agreeing: those whose tags are the classes of their mask.
         pixels: pixels of all masks, without those of value 255.
+        source: where the tags were read, and the kind of file that was recognized.
     """
 
     splits: Mapping[str, Split]
@@ -84,6 +91,7 @@ class Census:
     agreeing: int
     pixels: int
     remarks: Sequence[str]
+    source: str = ""
 
     @property
     def untaught(self) -> list[str]:
@@ -120,7 +128,10 @@ class Census:
         for name, split in self.splits.items():
             low, middle, high = (f"{size[0]}x{size[1]}" for size in (split.smallest, split.median, split.largest))
             sizes = f"{middle} pixels" if low == high else f"{low} to {high} pixels, median {middle}"
-            facts.append((name, f"{split.images} images of {sizes}"))
+            negatives = f", {split.negatives} without a class" if split.negatives else ""
+            facts.append((name, f"{split.images} images of {sizes}{negatives}"))
+        if self.source:
+            facts.append(("tags", self.source))
         if self.compared:
             share = f"{100 * self.agreeing / self.compared:.1f} %"
             facts.append(("tags and masks", f"equal in {self.agreeing} of {self.compared} images ({share})"))
@@ -160,7 +171,7 @@ def read(path: Path) -> Census:
         return Census(
             {name: Split(**split) for name, split in raw["splits"].items()},
             [Class(**entry) for entry in raw["classes"]],
-            *(raw[key] for key in ("compared", "agreeing", "pixels", "remarks")),
+            *(raw[key] for key in ("compared", "agreeing", "pixels", "remarks", "source")),
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise PipelineError(f"{path}: not a census ({error}); run the index stage again") from error
@@ -224,7 +235,8 @@ def _split(sights: Sequence[Sight]) -> Split:
     sizes = sizes or [(0, 0)]
     masked = sum(sight.mask is not None for sight in sights)
     tagged = sum(sight.tags is not None for sight in sights)
-    return Split(len(sights), tagged, masked, sizes[0], sizes[len(sizes) // 2], sizes[-1])
+    negatives = sum(sight.tags == () for sight in sights)
+    return Split(len(sights), tagged, negatives, masked, sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 
 def _class(sights: Sequence[Sight], agreement: Agreement, k: int, name: str) -> Class:

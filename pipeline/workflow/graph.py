@@ -323,8 +323,7 @@ def missing(job: Job) -> dict[Path, str]:
             os.stat(path)
         except OSError as error:
             if name.startswith("weights of "):
-                key = f"{name.removeprefix('weights of ')}.weights"
-                fix = f"put the file there, or correct {key}: 'imagenet' downloads torchvision's, null starts at random"
+                fix = "put the file there"
             else:
                 fix = EXTERNAL[name].fix if name in EXTERNAL else "run the stage that writes it"
             fault = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"

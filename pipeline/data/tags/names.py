@@ -1,0 +1,108 @@
+"""Class names: spellings that differ only in case, blanks, '_' or '-' are one name."""
+
+import difflib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from pipeline.data.tags.annotations import Field
+
+# Tags that stand for no class, unless a class has that name
+_NOTHING = re.compile(r"background|negatives?|none|null|nothing|no (?:objects?|class)|unlabell?ed")
+SEPARATORS = ";,|"
+
+
+def tidy(name: str) -> str:
+    """A name in NFC, without blanks at its ends and with single ones within."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
+def folded(name: str) -> str:
+    """A name as it is compared: in one case, with one blank for each run of blanks, '_' and '-'."""
+    text = unicodedata.normalize("NFKC", name).casefold()
+    text = re.sub(r"\s*([;,|])\s*", r"\1", re.sub(r"[\s_-]+", " ", text))
+    return " ".join(text.split()) or tidy(name)
+
+
+def means_nothing(name: str) -> bool:
+    """Whether a tag stands for no class, unless a class has that name."""
+    return bool(_NOTHING.fullmatch(folded(name)))
+
+
+class ClassNames:
+    """Finds classes by name."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._exact = {name: number for number, name in enumerate(names, 1)}
+        self._levels: list[dict[str, list[int]]] = []
+        for fold in (tidy, lambda name: tidy(name).casefold(), folded):
+            level: dict[str, list[int]] = {}
+            for number, name in enumerate(names, 1):
+                level.setdefault(fold(name), []).append(number)
+            self._levels.append(level)
+        self.most_words = max((len(re.split(r"[\s_;,|-]+", name.strip())) for name in names), default=1)
+
+    def ids(self, name: str) -> list[int]:
+        """The class ids in 1..K that a name may mean: one, none, or several if it is ambiguous."""
+        if name in self._exact:
+            return [self._exact[name]]
+        for level, fold in zip(self._levels, (tidy, lambda text: tidy(text).casefold(), folded), strict=True):
+            if found := level.get(fold(name)):
+                return found
+        return []
+
+    def split(self, field: str) -> list[str]:
+        """Split a field at ';', ',' and '|', or at blanks without these. A class name may contain them itself."""
+        if self.ids(field):
+            return [field]
+        parts = re.split(r"([;,|])", field) if re.search(r"[;,|]", field) else re.split(r"(\s+)", field)
+        tags: list[str] = []
+        at = 0
+        while at < len(parts):
+            ends = range(min(len(parts), at + 2 * self.most_words - 1), at, -1)  # parts and separators alternate
+            end = next((end for end in ends if self.ids("".join(parts[at:end]).strip())), at + 1)
+            tag = "".join(parts[at:end]).strip()
+            tags += [tag] if tag else []
+            at = end if end % 2 == 0 else end + 1
+        return tags
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
+    """The choices most like a name, compared as ``folded``."""
+    by_fold: dict[str, str] = {}
+    for choice in choices:
+        by_fold.setdefault(folded(choice), choice)
+    return [by_fold[close] for close in difflib.get_close_matches(folded(word[:200]), list(by_fold), count)]
+
+
+def split_without_classes(fields: Sequence[Field], separator: str | None) -> tuple[dict[Field, list[str]], str]:
+    """Split all fields of a file before its classes are known.
+
+    ';', ',' and '|' separate tags. A blank does only if each word of each field that has blanks is a whole tag
+    elsewhere: 'cat dog' beside 'cat' and 'dog' holds two tags, 'traffic light' is one.
+
+    Args:
+        separator: what separates tags, if the user says so.
+
+    Returns:
+        The tags of each field, and a remark if blanks had to be interpreted.
+    """
+    if separator is not None:
+        pattern = r"\s+" if separator == " " else re.escape(separator)
+        return {field: _parts(pattern, field) for field in fields}, ""
+    split = {field: _parts(f"[{SEPARATORS}]", field) for field in fields}
+    whole = {folded(part) for parts in split.values() for part in parts if len(part.split()) == 1}
+    several = Counter(part for parts in split.values() for part in parts if len(part.split()) > 1)
+    if not several:
+        return split, ""
+    numbers = all(word.isdecimal() for part in several for word in part.split())
+    if numbers or all(folded(word) in whole for part in several for word in part.split()):
+        return {field: [tag for part in parts for tag in part.split()] for field, parts in split.items()}, ""
+    example = several.most_common(1)[0][0]
+    return split, f"blanks belong to class names, such as '{example}'; separate several tags by ';'"
+
+
+def _parts(pattern: str, field: str) -> list[str]:
+    return [tidy(part) for part in re.split(pattern, field) if part.strip()]
