@@ -1,3 +1,4 @@
+# make install     install the tested versions of all packages, and the command wsss, in .venv
 # make reproduce   install the environment, run the demo, print the table of its rows; the report is results/demo/report.html
 #                  (that on the first rows, which are done much earlier, is results/demo/first/report.html)
 # make test        run everything that CI runs: linters, then the whole test suite
@@ -13,7 +14,9 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: reproduce test lint audit clean
+.PHONY: install reproduce test lint audit clean
+
+install: $(INSTALLED)
 
 reproduce: $(INSTALLED)
 	python -m pipeline.workflow.reproduce
@@ -35,8 +38,9 @@ audit: $(INSTALLED)
 clean:
 	rm -rf data/demo data/.lock-demo results/demo results/.hashes metrics.json .lock-metrics.json .snakemake
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 with venv on the PATH; install one or set PYTHON"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --requirement requirements.txt
+	python -m pip install --no-deps --editable .
 	touch $@

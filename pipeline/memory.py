@@ -1,7 +1,9 @@
-"""Shortage of memory, on the CPU or a GPU, as a fault that names the cause and the parameters that reduce it."""
+"""Free memory; and its shortage, on the CPU or a GPU, as a fault that names the cause and the fix."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from pipeline.errors import PipelineError
 
@@ -34,3 +36,40 @@ def shortage(where: str, fix: str) -> Iterator[None]:
         if not is_shortage(error):
             raise
         raise PipelineError(f"{where}: out of memory; {fix}") from error
+
+
+def available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that this process and its children can still use.
+
+    This is what the machine has free, or what is left within the limit of a control group (of a container or a SLURM
+    job), whichever is less. Cached files count as free. Without /proc, memory is unlimited.
+    """
+    free = [sys.maxsize]
+    with suppress(OSError, StopIteration, ValueError):
+        lines = (proc / "meminfo").read_text().splitlines()
+        free.append(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
+    with suppress(OSError):
+        for line in (proc / "self/cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0":
+                free += _left(cgroups, path, "memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+                free += _left(cgroups / "memory", path, limit, usage, "total_inactive_file")
+    return max(0, min(free))
+
+
+def _left(root: Path, path: str, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
+    """Bytes left in a control group and in those that contain it. A container may see its own group as the root."""
+    folder = root / path.lstrip("/")
+    for group in (folder, *folder.parents):
+        if not group.is_relative_to(root):
+            return
+        with suppress(OSError, ValueError):  # no such group here; 'max' is no number
+            most = int((group / limit).read_text())
+            cached = [
+                int(line.split()[1])
+                for line in (group / "memory.stat").read_text().splitlines()
+                if line.startswith(f"{reclaimable} ")
+            ]
+            yield most - int((group / usage).read_text()) + sum(cached)

@@ -1,9 +1,9 @@
 """Execution options and hardware detection.
 
-``workers`` and ``checkpoint_every`` never change a result. ``device``, ``threads`` and ``deterministic`` choose the
-arithmetic of the networks: a training with another device or number of threads adds in another order, which its many
-steps amplify. Inference and label stages have given the same bytes with one thread and with two. No option is part of a
-job's key, so that results remain valid on other machines; ``pipeline.arithmetic`` records what was used.
+``workers``, ``checkpoint_every`` and ``cache`` never change a result. ``device``, ``threads`` and ``deterministic``
+choose the arithmetic of the networks: a training with another device or number of threads adds in another order, which
+its many steps amplify. Inference and label stages have given the same bytes with one thread and with two. No option is
+part of a job's key, so that results remain valid on other machines; ``pipeline.arithmetic`` records what was used.
 """
 
 import os
@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import memory
 from pipeline.config.stage_table import Stage
 from pipeline.errors import PipelineError
+
+CACHE_SHARE = 0.5  # of the free memory, for the decoded images of the trainings that use all cores
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Runtime:
     workers: int = 0  # extra processes that load and label images; 0: the main process does it
     threads: int = 1  # arithmetic threads
     checkpoint_every: float = 60.0  # seconds between two checkpoints
+    cache: float | None = None  # GB of memory for decoded training images; None: a share of the free memory
     deterministic: bool = False  # on CUDA, use only kernels that give the same bytes in every run
 
 
@@ -44,6 +48,18 @@ def deterministic_only(where: str) -> Iterator[None]:
 def gpus() -> int:
     """Count the NVIDIA cards without loading CUDA."""
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def cache_budget(runtime: Runtime) -> int:
+    """Return the bytes of memory that a training may use for decoded images.
+
+    By default they are a share of the free memory: that of the processor cores which the training uses, so that
+    several trainings at a time do not exceed it together.
+    """
+    if runtime.cache is not None:
+        return int(runtime.cache * 1e9)
+    cores = len(os.sched_getaffinity(0))
+    return int(CACHE_SHARE * memory.available() * min(1, (runtime.threads + runtime.workers) / cores))
 
 
 def default_threads(stage: Stage) -> int:

@@ -111,9 +111,11 @@ def test_snakemake_names_each_file_that_the_user_must_supply(tmp_path: Path) -> 
     )
     command = ["snakemake", "--quiet", "all", "--configfile", "lacking.yaml"]
     assert project.run(folder, *command, check=False).splitlines()[-3:] == [
-        "error: data/none: missing (root of index); put the dataset there, or correct dataset.root",
+        "error: data/none: missing (root of index); put the dataset there (data/README.md has the layout), or correct"
+        " dataset.root",
         "error: data/none.h5: missing (store of saliency); put the file there, or correct saliency.path",
-        "error: data/none.pth: missing (weights of backbone of classifier base); put the file there",
+        "error: data/none.pth: missing (weights of backbone of classifier base); put the file there, or correct"
+        " backbone.weights: 'imagenet' downloads torchvision's, null starts at random",
     ]
 
 

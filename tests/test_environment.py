@@ -44,6 +44,35 @@ def test_the_extras() -> None:
     assert {"snakemake", "dvc", "pydensecrf2", "h5py"} <= extras["workflow"]
     assert extras["photos"] == {"pillow-heif"}
     assert "pytest" in extras["dev"]
+    assert extras["bench"] == {"torchmetrics"}
+
+
+def test_the_library_needs_few_packages() -> None:
+    """A new one is a decision: it is installed by everyone who segments photos."""
+    assert {Requirement(text).name for text in PROJECT["dependencies"]} == {
+        "torch",
+        "torchvision",  # the backbones of torchvision
+        "numpy",
+        "opencv-contrib-python-headless",
+        "pillow",
+        "safetensors",
+        "pycocotools",  # masks in COCO's format
+        "PyYAML",
+        "tqdm",
+    }
+
+
+def test_license_and_citation_agree_with_the_project() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation.keys() >= {"cff-version", "message", "title", "authors"}  # those that the format requires
+    assert (citation["cff-version"], citation["type"]) == ("1.2.0", "software")
+    assert citation["license"] == PROJECT["license"] == "MIT"
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+    names = [author["name"] for author in PROJECT["authors"]]
+    assert [author["name"] for author in citation["authors"]] == names
+    assert all(name in (ROOT / "LICENSE").read_text() for name in names)
+    assert str(citation["version"]) == PROJECT["version"]
+    assert f"## [Unreleased] - {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_environment_yml_repeats_the_pins() -> None:

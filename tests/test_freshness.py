@@ -4,12 +4,7 @@ import errno
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +14,16 @@ import pytest
 import yaml
 from snakemake.io import is_flagged
 
-from pipeline.config.params import load
 from pipeline.config.stage_table import STAGES as STAGE_TABLE
-from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
 from pipeline.stores import manifest
-from pipeline.stores.files import partial, publish, sha256
-from pipeline.workflow.graph import Graph, Job, stale
+from pipeline.stores.files import partial, sha256
+from pipeline.workflow.graph import stale
 from pipeline.workflow.snakemake import Plan, _set_times
 from pipeline.workflow.stage import Work, execute
-from tests.project import environment, link_code, respect_modes, run_stages
+from tests.harm import ODD, killed_while_publishing
+from tests.jobs import command, graph, outdated, perform, refused
+from tests.project import link_code, run_stages
 from tests.voc_tree import make_tree, minimal_params, write_mask
 
 DATA, SALIENCY, EXTRA = Path("data"), Path("maps"), Path("more")
@@ -65,24 +60,6 @@ def project(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copytree(finished, tmp_path / "project", symlinks=True)
     monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "project"
-
-
-def graph(**overrides: Any) -> Graph:
-    return Graph(load([Path("params.yaml")], overrides))
-
-
-def outdated(**overrides: Any) -> set[str]:
-    return {job.label for job in stale(graph(**overrides))}
-
-
-def perform(job: Job, force: bool = False) -> None:
-    execute(job, import_module(f"stages.{job.stage}").main, Runtime(device="cpu", threads=1), force)
-
-
-def refused(job: Job, force: bool = True) -> tuple[str, ...]:
-    with pytest.raises(PipelineError) as caught:
-        perform(job, force)
-    return caught.value.lines
 
 
 def test_all_is_up_to_date() -> None:
@@ -260,22 +237,8 @@ def test_killed_between_the_renames_of_another_run_nothing_counts_as_this_runs(l
             path.write_text("of the other run")
 
     for published in range(len(job.outputs) + 1):
-        done: list[Path] = []
-
-        def dying(path: Path, temporary: Path, done: list[Path] = done, published: int = published) -> None:
-            if len(done) == published:
-                raise KeyboardInterrupt
-            publish(path, temporary)
-            done.append(path)
-
-        def dead(*_: Any, **__: Any) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pipeline.workflow.stage.publish", dying)
-            patch.setattr("pipeline.workflow.stage.manifest.write", dead)
-            with pytest.raises(KeyboardInterrupt):
-                execute(other, write, Runtime(), force=True)
+        with killed_while_publishing(published):
+            execute(other, write, Runtime(), force=True)
         assert label in outdated()
         perform(job)
         assert {path: path.read_bytes() for path in job.outputs.values()} == before
@@ -342,31 +305,18 @@ def test_a_damaged_manifest_is_stale(content: bytes) -> None:
     assert outdated() == {job.label for job in graph().jobs}
 
 
-def listen(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-
-
-ODD: dict[str, Callable[[Path], Any]] = {
-    "a dangling link": lambda path: path.symlink_to("nowhere"),
-    "a link to itself": lambda path: path.symlink_to(path.name),
-    "a link to the folder above": lambda path: path.symlink_to(".."),
-    "a FIFO": os.mkfifo,
-    "a socket": listen,
-    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
-    "a folder": Path.mkdir,
-}
+PLACED: dict[str, Callable[[Path], Any]] = {**ODD, "a folder": Path.mkdir}
 FOLDERS = [DATA, DATA / "JPEGImages", DATA / "SegmentationClass", LISTS, SALIENCY, EXTRA]
 
 
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("kind", PLACED)
 def test_what_is_not_listed_is_ignored_whatever_it_is(kind: str) -> None:
     """It makes the index stale at most, and the next index equals the last."""
     before = (RESULTS / "index/index.json").read_bytes()
     for folder in FOLDERS:
         for name in ("odd.jpg", "odd.png", "odd") if folder != EXTRA else ("odd.jpg",):
             if folder != EXTRA or kind not in ("a folder", "a link to the folder above"):  # these are class folders
-                ODD[kind](folder / name)
+                PLACED[kind](folder / name)
         if folder != EXTRA:
             Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.jpg")).touch()
     assert not graph().missing()
@@ -379,14 +329,14 @@ def test_what_is_not_listed_is_ignored_whatever_it_is(kind: str) -> None:
 REPLACED = [IMAGE, MASK, MAP, OWN, LISTS / "train.txt", DATA / "tags.json", DATA / "classes.txt", DATA / "JPEGImages"]
 
 
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("kind", PLACED)
 @pytest.mark.parametrize("path", REPLACED, ids=str)
 def test_what_is_listed_is_refused_in_a_line(path: Path, kind: str) -> None:
     if path.is_dir():
         path.rename("old")
     else:
         path.unlink()
-    ODD[kind](path)
+    PLACED[kind](path)
     assert "index" in outdated()
     lines = refused(graph().find("index"), force=False)
     named = [line for line in lines if line.startswith(str(path.with_suffix("")))]
@@ -408,7 +358,7 @@ def test_extra_images_need_printable_names() -> None:
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a link to itself", "a folder"])
 def test_odd_weights_are_refused_in_a_line(kind: str) -> None:
-    ODD[kind](Path("weights.pth"))
+    PLACED[kind](Path("weights.pth"))
     backbone = {"name": "small", "weights": "weights.pth"}
     changed = graph(classifiers={"base": {"backbone": backbone}})
     assert "classifier base" in {job.label for job in stale(changed)}
@@ -417,18 +367,6 @@ def test_odd_weights_are_refused_in_a_line(kind: str) -> None:
 
 
 STAGES = [("index",), ("saliency",), ("classifier", "base"), ("report",)]
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with modes that bind root, too."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=environment(),
-        preexec_fn=respect_modes,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def protect(folder: Path, writable: bool = False) -> None:
@@ -496,108 +434,6 @@ def test_a_folder_that_may_not_be_read_is_a_line(project: Path) -> None:
     (SALIENCY / "private").mkdir(mode=0)
     done = command("-m", "stages.index")
     assert (done.returncode, done.stderr) == (0, "")
-
-
-class TestDemo:
-    """A dataset that a stage generates."""
-
-    @pytest.fixture(autouse=True)
-    def demo(self, project: Path) -> None:
-        shutil.rmtree("data")
-        params = yaml.safe_load(Path("params.yaml").read_text())
-        params["dataset"] = {"root": "data", "classes": "classes.txt", "masks": "SegmentationClass"}
-        params["dataset"]["demo"] = {"train": 3, "evaluation": 2, "size": 48}
-        params["saliency"]["path"] = "data/Saliency"
-        Path("params.yaml").write_text(yaml.safe_dump(params))
-
-    def job(self) -> Job:
-        return graph().find("demo")
-
-    @pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationClass", "Saliency", "."])
-    @pytest.mark.parametrize("harm", ["deleted", "damaged", "added"])
-    def test_a_change_of_the_demo_is_stale_and_undone(self, folder: str, harm: str) -> None:
-        assert not graph().missing()  # the maps are to be generated with the dataset
-        perform(self.job())
-        perform(graph().find("index"))
-        assert not {"demo", "index"} & outdated()
-        content = {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
-        path = sorted(file for file in (DATA / folder).iterdir() if file.is_file())[1]
-        if harm == "deleted":
-            path.unlink()
-        elif harm == "damaged":
-            path.write_bytes(path.read_bytes()[:-1] + b"#")
-        else:
-            path.with_name("added.png").touch()
-        assert {"demo", "index"} <= outdated()
-        perform(self.job())
-        assert content == {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
-        assert not {"demo", "index"} & outdated()
-
-    def test_what_is_right_already_is_left_alone(self) -> None:
-        """Another experiment with the same demo may be reading it."""
-        perform(self.job())
-        times = {path: path.stat().st_mtime_ns for path in DATA.rglob("*") if path.is_file()}
-        perform(self.job(), force=True)
-        assert times == {path: path.stat().st_mtime_ns for path in DATA.rglob("*") if path.is_file()}
-
-    def test_a_failed_write_of_an_image_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cv2, "imencode", lambda *_: (False, None))
-        (line,) = refused(self.job())
-        assert line.startswith("data/JPEGImages/demo_00000.jpg: OpenCV cannot encode it; ")
-        monkeypatch.undo()
-        real = Path.write_bytes
-
-        def full(path: Path, data: bytes) -> int:
-            if path.name == "demo_00002.png":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            return real(path, data)
-
-        os.chdir(DATA.absolute().parent)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Path, "write_bytes", full)
-            with pytest.raises(OSError, match="No space left"):
-                perform(self.job())
-        assert "demo" in outdated()
-
-    @pytest.mark.parametrize("root", ["a mount point", "a link"])
-    def test_the_root_itself_is_never_replaced(self, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A mount point cannot be renamed, nor removed; a rename would replace a link."""
-        if root == "a link":
-            Path("disk").mkdir()
-            DATA.symlink_to("disk")
-
-        def busy(name: str) -> Callable[..., Any]:
-            real = getattr(os, name)
-
-            def call(*paths: Any, **options: Any) -> Any:
-                if any(os.path.basename(str(path)).strip(".").split(".")[0] == "data" for path in paths):
-                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-                return real(*paths, **options)
-
-            return call
-
-        for name in ("rename", "replace", "rmdir", "unlink", "remove"):
-            monkeypatch.setattr(os, name, busy(name))
-        for _ in range(2):
-            perform(self.job(), force=True)
-        assert DATA.is_symlink() == (root == "a link")
-        assert "demo" not in outdated()
-
-    def test_killed_halfway_it_is_generated_again(self) -> None:
-        perform(self.job())
-        content = {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
-        shutil.rmtree(DATA / "JPEGImages")
-        code = "import os, signal, stages.demo as d, pipeline.data.demo as g\n"
-        code += "real, calls = g._put, []\n"
-        code += "def write(*a):\n real(*a); calls.append(1)\n"
-        code += " if len(calls) == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
-        code += "g._put = write\nd.run('demo', d.main, ['--force'])"
-        assert command("-c", code).returncode == -signal.SIGKILL
-        assert "demo" in outdated()
-        (line,) = refused(graph().find("index"))
-        assert line == "data: is not finished; run the stage demo (again)"
-        perform(self.job())
-        assert content == {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
 
 
 def test_no_partial_output_is_left() -> None:

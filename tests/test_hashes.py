@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 
 from pipeline.stores import hashes
 from pipeline.stores.hashes import CACHE, fingerprint
+from tests.harm import ODD
 
 DATA = Path("data")
 
@@ -210,28 +210,18 @@ def test_many_may_save_at_once() -> None:
     assert not list(Path().rglob("*.partial"))
 
 
-def listen(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path.relative_to(Path.cwd()) if path.is_absolute() else path))
-
-
-ODD: dict[str, Callable[[Path], Any]] = {
-    "a dangling link": lambda path: path.symlink_to("nowhere"),
-    "a link to itself": lambda path: path.symlink_to(path.name),
-    "a link to the folder above": lambda path: path.symlink_to(".."),
-    "a FIFO": os.mkfifo,
-    "a socket": listen,
-    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+ENTRIES: dict[str, Callable[[Path], Any]] = {
+    **ODD,
     "a name that is not UTF-8": lambda path: Path(os.fsdecode(os.fsencode(path) + b"\xff\xfe.jpg")).touch(),
     "a name with a line break": lambda path: path.with_name("line\nbreak").touch(),
 }
 
 
 @pytest.mark.parametrize("folder", [DATA, DATA / "sub"])
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("kind", ENTRIES)
 def test_an_odd_entry_counts_by_its_name(kind: str, folder: Path) -> None:
     seen = [fingerprint(DATA)]
-    ODD[kind](folder / "odd")
+    ENTRIES[kind](folder / "odd")
     seen += [fingerprint(DATA), fingerprint(DATA)]
     rewrite(DATA / "a")
     seen.append(fingerprint(DATA))

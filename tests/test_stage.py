@@ -14,10 +14,11 @@ import yaml
 from pipeline.config.params import load
 from pipeline.runtime import Runtime
 from pipeline.stores import manifest
-from pipeline.stores.files import partial, publish
+from pipeline.stores.files import partial
 from pipeline.workflow.graph import Graph, is_fresh
 from pipeline.workflow.stage import Work, execute, progress, run
 from stages import classifier, index, localization, saliency
+from tests.harm import killed_while_publishing
 from tests.project import link_code
 from tests.voc_tree import make_tree, minimal_params
 
@@ -92,7 +93,9 @@ class TestRefusals:
 
     def test_missing_weights_are_named(self, capsys: pytest.CaptureFixture[str]) -> None:
         refused(Fake(), *set_("classifiers", "base", backbone={"name": "small", "weights": "none.pth"}))
-        expected = "error: none.pth: missing (weights of backbone of classifier base); put the file there"
+        fix = "put the file there, or correct backbone.weights"
+        fault = "none.pth: missing (weights of backbone of classifier base)"
+        expected = f"error: {fault}; {fix}: 'imagenet' downloads torchvision's, null starts at random"
         assert lines(capsys.readouterr().err) == [expected]
 
     def test_a_flipped_bit_in_a_store_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,22 +300,8 @@ class TestPublishing:
     ) -> None:
         """By the real stage: its last checkpoint lies at the training's end, so that there is nothing left to train."""
         options = ("base", "--threads", "1", "--checkpoint-every", "0")
-        done: list[Path] = []
-
-        def dying(path: Path, temporary: Path) -> None:
-            if len(done) == published:
-                raise KeyboardInterrupt
-            publish(path, temporary)
-            done.append(path)
-
-        def dead(*_: Any, **__: Any) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pipeline.workflow.stage.publish", dying)
-            patch.setattr("pipeline.workflow.stage.manifest.write", dead)
-            with pytest.raises(KeyboardInterrupt):
-                start(classifier.main, *options)
+        with killed_while_publishing(published) as done:
+            start(classifier.main, *options)
         before = {path: path.read_bytes() for path in done}
         start(classifier.main, *options)
         assert "resumes from epoch" in capsys.readouterr().out

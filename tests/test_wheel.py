@@ -1,18 +1,23 @@
 """The wheel has all that the library needs, and the library needs none of the packages of the extras."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from PIL import Image
 
-from tests.trained import MODEL
+from tests.project import ROOT
+from tests.trained import MODEL, mask, photo
 
-ROOT = Path(__file__).parent.parent
+PHOTOS = ROOT.parent / "shared/data/voc12_mini/JPEGImages"  # real photos; beside the checkout of the project's authors
 MODULES = {  # of packages whose module has another name
     "pydensecrf2": "pydensecrf",
     "snakemake-executor-plugin-slurm": "snakemake_executor_plugin_slurm",
@@ -34,18 +39,23 @@ sys.meta_path.insert(0, Blocker())
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an unpacked wheel, and a sitecustomize.py that makes imports of the extras' packages fail."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for part in ("pyproject.toml", "pipeline", "stages", "wsss", "README.md"):
+    for part in ("pyproject.toml", "pipeline", "stages", "wsss", "README.md", "LICENSE"):
         (source / part).symlink_to(ROOT / part)
     command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run([*command, "--wheel-dir", str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (wheel,) = folder.glob("wsss-*.whl")
-    site = folder / "site"
+    (file,) = folder.glob("wsss-*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path) -> Path:
+    """The folder of an unpacked wheel, and a sitecustomize.py that makes imports of the extras' packages fail."""
+    site = wheel.parent / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -102,3 +112,46 @@ def test_the_wheel_is_typed_and_has_the_command(installed: Path) -> None:
     assert (installed / "pipeline/report/templates").is_dir()
     (entries,) = installed.glob("wsss-*.dist-info/entry_points.txt")
     assert "wsss = wsss.__main__:main" in entries.read_text()
+    (licence,) = installed.glob("wsss-*.dist-info/licenses/LICENSE")
+    assert licence.read_text().startswith("MIT License")
+
+
+@pytest.fixture(scope="module")
+def empty_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A new virtual environment of 1 GB, which is deleted after the tests."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_the_wheel_segments_a_photo_in_an_empty_environment(
+    wheel: Path, empty_environment: Path, folder: Path, tmp_path: Path
+) -> None:
+    """pip resolves the wheel's own dependencies, at the tested versions; no path leads to this project."""
+    bare = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    work = tmp_path / "elsewhere"
+    work.mkdir()
+
+    def start(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [str(empty_environment / "bin" / program), *map(str, arguments)]
+        return subprocess.run(command, cwd=work, env=bare, capture_output=True, text=True)
+
+    done = start("pip", "install", "--quiet", "--constraint", ROOT / "requirements.txt", wheel)
+    assert done.returncode == 0, done.stderr
+    packages = {entry["name"].lower() for entry in json.loads(start("pip", "list", "--format", "json").stdout)}
+    assert packages >= {"wsss", "torch", "safetensors"}
+    assert not packages & {"snakemake", "dvc", "pydensecrf2", "h5py", "scipy", "pytest", "onnx"}
+    assert start("pip", "check").returncode == 0
+
+    shutil.copy(folder / MODEL, work / "model.safetensors")
+    real = next(iter(sorted(PHOTOS.glob("*.jpg"))), None) or photo(tmp_path / "photo.jpg", size=(240, 320))
+    shutil.copy(real, work / "my photo.jpg")
+    formats = "png,overlay,coco,cvat,labelstudio,csv,probabilities"
+    done = start("wsss", "predict", "model.safetensors", "my photo.jpg", "--out", "out", "--formats", formats)
+    assert (done.returncode, done.stdout) == (0, "out: 1 photos segmented, 0 up to date\n"), done.stderr
+    with Image.open(real) as picture:
+        assert mask(work / "out/masks/my photo.png").shape == picture.size[::-1]
+    done = start("python", "-c", "import wsss, pipeline; print(wsss.__file__, pipeline.__file__)")
+    assert all(Path(file).is_relative_to(empty_environment) for file in done.stdout.split())

@@ -1,4 +1,4 @@
-"""The project unpacked from a ZIP, without git: all of it works, DVC after the one command that README names."""
+"""The project unpacked from a ZIP, without git: all of it works, DVC after one documented command."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.project import ROOT, copy, run
 INDEX = "results/demo/index/index.json"
 
 
-def test_without_git_everything_works_and_readme_says_what_dvc_needs(tmp_path: Path) -> None:
+def test_without_git_everything_works_and_the_documents_say_what_dvc_needs(tmp_path: Path) -> None:
     folder = copy(tmp_path / "unpacked", git=True)  # the project's own DVC config, but no repository around it
     params = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(re.sub(r"(train|evaluation): (600|150)\b", r"\1: 9", params))
@@ -16,7 +16,7 @@ def test_without_git_everything_works_and_readme_says_what_dvc_needs(tmp_path: P
     assert (folder / INDEX).exists()
     command = "dvc config --local core.no_scm true"
     assert re.search(rf"^note: DVC did not record this run: .*is not a git repository; run: {command}$", text, re.M)
-    assert f"`{command}`" in (ROOT / "README.md").read_text()
+    assert f"`{command}`" in (ROOT / "docs/COMMANDS.md").read_text()
     run(folder, *command.split())
     assert "note: " not in run(folder, "snakemake", "--cores", "1", "--force", "--", INDEX)
     assert "Data and pipelines are up to date" in run(folder, "dvc", "status", "index", "demo")
@@ -30,4 +30,4 @@ def test_a_home_that_cannot_be_written_needs_one_variable(tmp_path: Path) -> Non
     cache = f"XDG_CACHE_HOME={tmp_path}/cache"
     assert "index" in run(folder, *environment, cache, "snakemake", "--cores", "1", "-n", "--", INDEX)
     run(folder, *environment, cache, "dvc", "status", "index")
-    assert "XDG_CACHE_HOME" in (ROOT / "README.md").read_text()
+    assert "XDG_CACHE_HOME" in (ROOT / "docs/COMMANDS.md").read_text()

@@ -84,7 +84,7 @@ class Stage:
 
 
 EXTERNAL = {
-    "root": External("dataset.root", "put the dataset there, or correct dataset.root"),
+    "root": External("dataset.root", "put the dataset there (data/README.md has the layout), or correct dataset.root"),
     "extra": External("dataset.extra", "put the images there, or correct dataset.extra"),
     "coco_stuff": External("dataset.coco_stuff", "unpack COCO-Stuff 10k v1.1 there, or correct dataset.coco_stuff"),
     "maps of saliency": External("saliency.path", "put the maps there, or correct saliency.path", "folder"),

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from pipeline.config.schema import Augmentation
 from pipeline.data import jitter
+from pipeline.data.cache import Cache
 from pipeline.data.geometry import Window
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image
@@ -255,6 +256,8 @@ class TrainingSet(Dataset[Item]):
         self.seed = seed
         self.labels = labels
         self.group = group
+        self._kept: Cache | None = None
+        self._kept_labels: Cache | None = None
         self.tags = torch.zeros(len(self.images), num_classes)
         for row, image in enumerate(self.images):
             self.tags[row, [tag - 1 for tag in image.tags]] = 1
@@ -272,8 +275,67 @@ class TrainingSet(Dataset[Item]):
         epoch, number = key
         image = self.images[number]
         random = rng(self.seed, Purpose.AUGMENTATION, epoch, number)
-        label = None if self.labels is None else self.labels.get(image.id)
-        return Item(augment(read_rgb(image), label, self.settings, random), self.tags[number], image.id)
+        size = self._base_size(image)
+        return Item(
+            augment(self._pixels(number, size), self._label(number, size), self.settings, random),
+            self.tags[number],
+            image.id,
+        )
+
+    def keep(self, budget: int, reserve: int = 0) -> int:
+        """Keep decoded images and label maps in memory, at their base size; return the number of these images.
+
+        Args:
+            budget: bytes to use at most; images come before label maps.
+            reserve: bytes of memory to leave to others (``Cache``).
+        """
+        sizes = [self._base_size(image) for image in self.images]
+        try:
+            kept = Cache([3 * height * width for height, width in sizes], budget, reserve)
+            if self.labels is not None:
+                areas = [height * width for height, width in sizes]
+                self._kept_labels = Cache(areas, budget - kept.size, reserve)
+        except OSError:  # a limit of this process
+            return 0
+        self._kept = kept
+        return kept.count
+
+    @property
+    def _has_drawn_size(self) -> bool:
+        """Whether the size of an image before the crop differs from epoch to epoch."""
+        length = self.settings.length
+        return self.settings.scale is not None or (length is not None and length[0] < length[1])
+
+    def _base_size(self, image: Image) -> tuple[int, int]:
+        """The (height, width) that an image has in all epochs, before the steps that differ."""
+        length = self.settings.length
+        if self._has_drawn_size or length is None:
+            return image.size
+        return resized(*image.size, self.settings.side, length[0])
+
+    def _pixels(self, number: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """The decoded image at its base size."""
+        if self._kept is None:
+            return resize(read_rgb(self.images[number]), size)
+        kept = self._kept.get(number)
+        if kept is not None:
+            return kept.reshape(*size, 3)
+        rgb = resize(read_rgb(self.images[number]), size)
+        self._kept.put(number, rgb)
+        return rgb
+
+    def _label(self, number: int, size: tuple[int, int]) -> NDArray[np.uint8] | None:
+        """The image's label map, resized to its base size if that is its final size."""
+        if self.labels is None:
+            return None
+        kept = None if self._kept_labels is None else self._kept_labels.get(number)
+        if kept is not None:
+            return kept.reshape(size)
+        label = self.labels.get(self.images[number].id)
+        label = label if self._has_drawn_size else resize_label(label, size)
+        if self._kept_labels is not None and label.shape == size:
+            self._kept_labels.put(number, label)
+        return label
 
 
 def collate(items: Sequence[Item], shared: bool = False) -> LoadedBatch:

@@ -119,7 +119,7 @@ def _write_rows(file: h5py.File, image_ids: Sequence[str], rows: NDArray[np.int6
 
 
 class RasterStore:
-    """Read a store by image id and class id; safe to use in forked loader workers.
+    """Read a store by image id and class id. Loader workers may use it, forked or spawned: each opens the file anew.
 
     A store that a user supplies is opened with ``open_foreign``.
 
@@ -148,6 +148,9 @@ class RasterStore:
         if self._handle is None or self._pid != os.getpid():
             self._handle, self._pid = h5py.File(self.path, "r", locking=False), os.getpid()
         return self._handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handle": None}  # a process that is spawned opens the file by itself
 
     def __contains__(self, image_id: str) -> bool:
         return image_id in self._index

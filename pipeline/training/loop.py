@@ -20,13 +20,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline import arithmetic, interrupts
+from pipeline import arithmetic, interrupts, memory
 from pipeline.config.schema import Training
 from pipeline.data.loader import load, loading_plan
 from pipeline.data.loading import Batch, LoadedBatch, TrainingSet
 from pipeline.errors import PipelineError
 from pipeline.networks.finite import listed, not_finite
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, cache_budget
 from pipeline.training import checkpoint
 from pipeline.training.settings import (
     autocast,
@@ -125,6 +125,8 @@ class Loop:
         self.every, self.path, self.label = runtime.checkpoint_every, path, label
         self.plan = loading_plan(dataset, settings.batch_size, runtime.workers, label, device.type == "cuda")
         self.batches, self.steps_per_epoch, self.steps, self.epochs = extent(settings, len(dataset))
+        if self.epochs > 1:
+            self._keep_images(cache_budget(runtime))
         task.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = parameter_groups(task.network, task.new_layers(), settings)
         self.optimizer = build_optimizer(groups, settings)
@@ -133,6 +135,16 @@ class Loop:
         self.log: dict[str, list[dict[str, float]]] = {"steps": [], "epochs": []}
         self.sum = torch.zeros((), dtype=torch.float64, device=device)  # sum of this epoch's losses
         self.waited = 0.0  # seconds of this epoch in which the loop waited for batches
+
+    def _keep_images(self, budget: int) -> None:
+        """Keep decoded images in memory; say so if not all of them fit."""
+        kept = self.dataset.keep(budget, memory.available() // 4)
+        if kept < len(self.dataset):
+            print(
+                f"{self.label}: {kept} of {len(self.dataset)} decoded images fit into {budget / 1e9:.2g} GB of memory; "
+                "the others are decoded in each epoch (--cache GB or WSSS_CACHE sets the memory)",
+                flush=True,
+            )
 
     def run(self) -> dict[str, Any]:
         """Train until the end and return the log.

@@ -323,7 +323,8 @@ def missing(job: Job) -> dict[Path, str]:
             os.stat(path)
         except OSError as error:
             if name.startswith("weights of "):
-                fix = "put the file there"
+                key = f"{name.removeprefix('weights of ')}.weights"
+                fix = f"put the file there, or correct {key}: 'imagenet' downloads torchvision's, null starts at random"
             else:
                 fix = EXTERNAL[name].fix if name in EXTERNAL else "run the stage that writes it"
             fault = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"

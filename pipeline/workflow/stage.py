@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -75,6 +76,17 @@ def _overrides(text: str) -> dict[str, Any]:
     return overrides
 
 
+def _gigabytes(text: str) -> float | None:
+    """Read the value of --cache; None for the default."""
+    try:
+        value = float(text or "nan")
+    except ValueError:
+        value = -1.0
+    if value < 0 or math.isinf(value):
+        raise PipelineError(f"--cache {quoted(text)}: must be a number of GB of at least 0 (also in WSSS_CACHE)")
+    return None if math.isnan(value) else value
+
+
 def _parser(stage: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}")
     parser.add_argument("name", nargs="?", default="", help="the block to run, if the stage has several")
@@ -86,6 +98,12 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
     parser.add_argument("--threads", type=int, default=0, help="arithmetic threads; 0: as under Snakemake and DVC")
     parser.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument(
+        "--cache",
+        default=os.environ.get("WSSS_CACHE", ""),
+        metavar="GB",
+        help="memory for decoded training images, 0: none; default: WSSS_CACHE, or a share of the free memory",
+    )
     parser.add_argument(
         "--deterministic",
         action="store_true",
