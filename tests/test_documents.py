@@ -123,7 +123,9 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     # wsss
     "python -m wsss": Run("usage: wsss", (("wsss", "wsss --help"),)),
     "wsss new PHOTOS TAGS --name mine": Needs("the command `wsss new`"),
-    "wsss run mine": Needs("the command `wsss run`"),
+    "wsss run mine": Covered(
+        "test_run.py::test_a_profile_runs_to_the_end_and_goes_on_after_sigkill_and_ctrl_c", 'begin(project, "tiny")'
+    ),
     f"wsss predict {MODEL} PHOTOS --out masks": Run("3 photos segmented", (("PHOTOS", "photos"), ("masks", "out1"))),
     "wsss predict results/mine/predictions/ROW/model.safetensors NEW_PHOTOS --out masks": Run(
         "3 photos segmented", (("mine", "demo"), ("ROW", "oaa"), ("NEW_PHOTOS", "photos"), ("masks", "out2"))

@@ -75,8 +75,26 @@ def test_a_terminal_shows_rows_and_one_line_that_moves(monkeypatch: pytest.Monke
     *rows, moving = out.getvalue().split("\r\033[K")
     assert "".join(rows) == "predictions/oaa on 150 evaluation images: miou 0.6530, pixel_accuracy 0.9100\n"
     # The job that is left takes 6 minutes by its rule's mean, of which 3 have passed; one job at a time did so far.
-    assert re.fullmatch(r"2/3 jobs done \| about \d+ min left \| evaluation predictions/cam", moving)
+    assert re.fullmatch(r"\[#+-*\] 2/3 jobs done \| about \d+ min left \| evaluation predictions/cam", moving)
     assert "about 3 min" in moving or "about 4 min" in moving
+
+
+def test_a_job_that_reports_its_progress_foretells_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before a training ends, its epochs tell how long it takes, and others of its kind."""
+    out = Terminal()
+    monkeypatch.setattr(out, "fileno", lambda: 1, raising=False)
+    monkeypatch.setattr("os.get_terminal_size", lambda number: os.terminal_size((100, 24)))
+    found = Watch(out, 0.0)
+    table = ["Job stats:", "job count", "classifier 2", "all 1", "total 3", "rule classifier:", "    jobid: 1"]
+    for line in [*table, "    wildcards: name=base", "classifier other: epoch 9/10: loss 0.1"]:
+        found.read(line, 0.0)
+    assert found._left(60.0) == ""
+    found.read("classifier base: epoch 1/4: loss 0.6", 60.0)
+    assert found._left(60.0) == "about 7 min left"  # three more minutes, and four of the other classifier
+    found.show(60.0)
+    assert out.getvalue().endswith("[##------------------] 0/2 jobs done | about 7 min left | classifier base")
+    found.read("classifier base: epoch 3/4: loss 0.2", 240.0)
+    assert found._left(240.0) == "about 7 min left"  # it has become slower: 80 + 320 s
 
 
 def test_the_table_of_the_first_rows_is_printed_when_they_are_done(
@@ -159,7 +177,7 @@ def test_an_error_comes_out_whole_and_last(project: Path) -> None:
     *_, log, heading, error = [line.rpartition("\033[K")[2] for line in text.rstrip("\r\n").split("\r\n")]
     assert heading == "demo failed; its log is results/demo/logs/dataset.log:"
     assert error == "error: the disk is full; make room"
-    assert log == f"the whole output is in {LOG}"
+    assert log == f"the whole output is in {LOG}; once the fault is corrected, to go on, run the same command again"
 
 
 def test_a_full_disk_ends_the_log_and_not_the_run(project: Path) -> None:

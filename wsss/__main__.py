@@ -12,6 +12,7 @@ from pipeline.errors import exit_on_faults
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 COMMANDS = {  # name and help of each command; its module in this package has the rest
+    "run": "train on the photos of a profile, and write their masks",
     "predict": "segment new photos with a model file",
     "export": "export the masks of a trained row in the formats of other tools",
 }
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments
     with exit_on_faults():
         sys.exit(options.run(options))
 

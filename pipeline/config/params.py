@@ -158,11 +158,14 @@ def validate(raw: Mapping[str, Any], origin: str = "params.yaml", resolve: bool 
         for section in SECTIONS:
             for block in getattr(params, section).values():
                 faults.extend(_choice_faults(block, sound))
-        if not faults:
+    if not faults and params is not None:
+        if params.rows is not None:
+            params = references.keep_rows(params, params.rows)
+        if resolve:  # rows that do not run may need saliency maps that there are not
             faults.extend(lacking_saliency(params))
     if faults or params is None:
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
-    return params if params.rows is None else references.keep_rows(params, params.rows)
+    return params
 
 
 def check(block: Any, origin: str = "params.yaml") -> None:

@@ -61,6 +61,7 @@ class Stage:
     threads: int = 1  # threads on a cluster node or a machine with a GPU
     local_threads: int = 1  # threads on a machine without a GPU, where several jobs run in parallel
     thread_use: Literal["", "loader", "workers", "both"] = ""  # see ``arguments``
+    effort: float = 1.0  # rough duration of a job relative to other stages, for the estimate of the time left
 
     def arguments(self, threads: int) -> list[str]:
         """Return the command-line arguments that make the program use this number of threads."""
@@ -110,6 +111,20 @@ _TRAINING = {"index": Input("train.json", job="index")}  # the training images, 
 _MASKS = {"ground_truth": Input("masks.h5", job="ground_truth")}
 _TRAINING_MASKS = {"ground_truth": Input("labels.h5", job="ground_truth")}
 _MAPS = ("classifiers", "localizations", "walks")
+
+
+# Seconds of a job of 150 photos and 500 steps, rounded; see ``Stage.effort``.
+_EFFORTS = {
+    "classifier": 60.0,
+    "one_step": 90.0,
+    "refinement": 60.0,
+    "localization": 3.0,
+    "pseudo_labels": 8.0,
+    "affinity": 10.0,
+    "walk": 4.0,
+    "segmentation": 80.0,
+    "prediction": 10.0,
+}
 
 
 def _training(stage: Stage) -> Stage:
@@ -248,7 +263,7 @@ _TABLE = (
     replace(_REPORT, name="first_report", folder="first"),
     _REPORT,
 )
-STAGES = {stage.name: stage for stage in _TABLE}
+STAGES = {stage.name: replace(stage, effort=_EFFORTS.get(stage.name, 1.0)) for stage in _TABLE}
 FOLDERS = {stage.folder: stage for stage in _TABLE if stage.has_many_jobs}
 SECTIONS = tuple(stage.section for stage in _TABLE if stage.section)
 TRAINED = tuple(stage.section for stage in _TABLE if stage.trains)

@@ -1,11 +1,12 @@
-"""Snakemake with a compact progress display: ``python -m pipeline.workflow.reproduce [ARGUMENT ...]``, used by make.
+"""Snakemake with a compact progress display, used by ``make reproduce`` and ``wsss run``.
 
-It runs ``snakemake --cores all ARGUMENT ...`` and writes the output of Snakemake and the stages to a log. On a terminal
-it shows a status line (jobs done, time left, running jobs) and the scores of each row once they are known. In a file or
-pipe it prints one line per job. It prints the table of the first rows as soon as they are done. If a job fails, it
-prints the end of the job's log.
+``python -m pipeline.workflow.reproduce [ARGUMENT ...]`` runs ``snakemake --cores all ARGUMENT ...`` and writes the
+output of Snakemake and the stages to a log. On a terminal it shows a bar over the jobs with the time left and the
+running jobs, and the scores of each row once they are known. In a file or pipe it prints one line per job. It prints
+the table of the first rows as soon as they are done. If a job fails, it prints the end of the job's log.
 """
 
+import ctypes
 import os
 import re
 import select
@@ -19,8 +20,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from pipeline.config.stage_table import STAGES
+
 LOG = Path(".snakemake/log/reproduce.log")
-SCORED = re.compile(r"predictions/\w+ on ")  # the line with the scores of a row, from the evaluation stage
+AGAIN = "run the same command again"
+SCORED = re.compile(r"predictions/\w+ on .*miou")  # the line with the scores of a row, from the evaluation stage
+ADVANCED = re.compile(r"(\w+(?: [^ :]+)?):(?: .*?)? (\d+)/(\d+)\b")  # a job's own progress: JOB: epoch 2/6: loss 0.1
+BAR = 20  # characters
+_PR_SET_PDEATHSIG = 1
 TAIL = 40  # lines to print of a failed job's log if it contains no error message
 
 
@@ -36,6 +43,7 @@ class Watch:
         self.first: dict[str, Path] = {}  # output and log of the report on the first rows
         self.began: dict[str, float] = {}  # start times of the running jobs by id
         self.took: dict[str, list[float]] = defaultdict(list)  # seconds of the finished jobs by rule
+        self.share: dict[str, float] = {}  # how much of a running job is done, by its label
         self.failed: list[tuple[str, list[str]]] = []  # rule, and the lines that Snakemake prints about it
         self._block: list[str] = []  # rule and id of the job that Snakemake is describing
         self._stats = False
@@ -60,12 +68,14 @@ class Watch:
             self._finish(match[1], now)
         elif SCORED.match(line):
             self.print_line(line)
+        elif match := ADVANCED.match(line):
+            self.share[match[1]] = int(match[2]) / max(1, int(match[3]))
 
     def _count(self, line: str) -> None:
         """Parse a line of the table of jobs by rule, whose last line is the total."""
         match = re.match(r"(\w+) +(\d+)", line)
-        if match and match[1] == "total":
-            self.total, self._stats = int(match[2]), False
+        if match and match[1] == "total":  # the rule all has no job of its own
+            self.total, self._stats = int(match[2]) - self.left.pop("all", 0), False
         elif match:
             self.left[match[1]] = int(match[2])
 
@@ -84,10 +94,12 @@ class Watch:
     def _finish(self, job: str, now: float) -> None:
         rule, name = self.names.get(job, ("", ""))
         seconds = now - self.began.pop(job, now)
+        if rule == "all":
+            return
         self.done += 1
         self.left[rule] -= 1
         self.took[rule].append(seconds)
-        if not self.terminal and rule != "all":
+        if not self.terminal:
             self.print_line(f"[{self.done}/{self.total}] {f'{rule} {name}'.strip()}: done in {seconds:.1f} s")
         if rule == "first_report" and self.first["log"].exists():
             for text in self.first["log"].read_text().splitlines():
@@ -103,31 +115,56 @@ class Watch:
         """Draw the status line."""
         if not self.terminal:
             return
-        running = ", ".join(" ".join(filter(None, self.names[job])) for job in self.began)
-        counts = f"{self.done}/{self.total} jobs done" if self.total else "planning"
+        running = ", ".join(map(self._label, self.began))
+        counts = f"{self._bar()} {self.done}/{self.total} jobs done" if self.total else "planning"
         text = " | ".join(filter(None, [counts, self._left(now), running]))
         width = os.get_terminal_size(self.out.fileno()).columns or 80
         if text != self._status:
             print(f"\r\033[K{text[: width - 1]}", end="", file=self.out, flush=True)
         self._status = text
 
+    def _label(self, job: str) -> str:
+        """Name a job as its stage does: 'classifier base'."""
+        return " ".join(filter(None, self.names[job]))
+
+    def _bar(self) -> str:
+        """The bar over the jobs, each as long as its stage's ``effort``."""
+        left = sum(_effort(rule) * count for rule, count in self.left.items())
+        done = sum(_effort(rule) * len(times) for rule, times in self.took.items())
+        done += sum(_effort(self.names[job][0]) * self.share.get(self._label(job), 0.0) for job in self.began)
+        filled = min(BAR, round(BAR * done / max(done + left, 1e-9)))
+        return f"[{'#' * filled}{'-' * (BAR - filled)}]"
+
     def _left(self, now: float) -> str:
-        """Estimate the time left from the mean duration of each rule's jobs and the mean number of parallel jobs."""
-        finished = [seconds for times in self.took.values() for seconds in times]
-        if not finished or now <= self.start:
+        """Estimate the time left from the durations of jobs and the mean number of parallel jobs.
+
+        A job takes as long as the finished jobs of its rule; or as a running job of its rule, by the share that is
+        done; or its stage's ``effort`` times the mean duration per effort of the rules that are known.
+        """
+        seconds = {rule: sum(times) / len(times) for rule, times in self.took.items()}
+        spent = {job: now - began for job, began in self.began.items()}
+        for job, elapsed in spent.items():
+            if share := self.share.get(self._label(job)):
+                seconds.setdefault(self.names[job][0], elapsed / share)
+        if not seconds or now <= self.start:
             return ""
-        mean = sum(finished) / len(finished)
-        means = {rule: sum(times) / len(times) for rule, times in self.took.items()}
-        spent = sum(now - began for began in self.began.values())
-        work = sum(count * means.get(rule, mean) for rule, count in self.left.items()) - spent
-        parallel = max(1.0, (sum(finished) + spent) / (now - self.start))
-        minutes = max(0, round(max(0.0, work) / parallel / 60))
+        pace = sum(seconds.values()) / max(1e-9, sum(map(_effort, seconds)))
+        rest = sum(count * seconds.get(rule, pace * _effort(rule)) for rule, count in self.left.items())
+        rest -= sum(spent.values())
+        busy = sum(sum(times) for times in self.took.values()) + sum(spent.values())
+        parallel = max(1.0, busy / (now - self.start))
+        minutes = max(0, round(max(0.0, rest) / parallel / 60))
         return f"about {minutes} min left" if minutes else "less than a minute left"
 
     def close(self) -> None:
         """Clear the status line."""
         if self.terminal:
             print("\r\033[K", end="", file=self.out, flush=True)
+
+
+def _effort(rule: str) -> float:
+    """How long a job takes relative to those of other rules."""
+    return STAGES[rule].effort if rule in STAGES else 0.0
 
 
 def failure_report(rule: str, lines: list[str]) -> list[str]:
@@ -142,21 +179,30 @@ def failure_report(rule: str, lines: list[str]) -> list[str]:
     ]
 
 
-def run(arguments: list[str], out: TextIO) -> int:
+def run(arguments: list[str], out: TextIO, log_file: Path = LOG, again: str = AGAIN) -> int:
     """Run Snakemake and show its progress.
+
+    Args:
+        arguments: of Snakemake.
+        log_file: the file for all its output.
+        again: what to do after an interruption, such as 'run the same command again'.
 
     Returns:
         Snakemake's exit status, or 128 + the signal's number if this process received a signal.
     """
-    LOG.parent.mkdir(parents=True, exist_ok=True)
-    command = ["snakemake", "--cores", "all", *arguments]
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    # The rules start `python`, which must be this one even if its environment is not activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # A process group of its own ensures that each process gets a signal once, whether it was sent to one or to all.
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        env={**os.environ, "PATH": path},
         process_group=0,
+        preexec_fn=_end_with_parent,
     )
     received: list[int] = []
 
@@ -169,7 +215,7 @@ def run(arguments: list[str], out: TextIO) -> int:
             signal.signal(number, forward)
     watch, tail = Watch(out, time.monotonic()), deque[str](maxlen=TAIL)
     assert process.stdout is not None
-    with LOG.open("wb", buffering=0) as log:
+    with log_file.open("wb", buffering=0) as log:
         logged = True
         for line in _lines(process, watch):
             try:
@@ -177,16 +223,16 @@ def run(arguments: list[str], out: TextIO) -> int:
                     log.write(line.encode())
             except OSError as error:  # the stages report a full disk themselves
                 logged = False
-                watch.print_line(f"warning: {LOG}: {error.strerror}; the rest of the output is not logged")
+                watch.print_line(f"warning: {log_file}: {error.strerror}; the rest of the output is not logged")
             tail.append(line.rstrip())
             watch.read(line.rstrip("\n"), time.monotonic())
     status = process.wait()
     watch.close()
     if received:
-        watch.print_line(f"stopped, {watch.done} of {watch.total} jobs done; to resume, run the same command again")
+        watch.print_line(f"stopped, {watch.done} of {watch.total} jobs done; to resume, {again}")
         return 128 + received[0]
     if status:
-        watch.print_line(f"the whole output is in {LOG}")
+        watch.print_line(f"the whole output is in {log_file}; once the fault is corrected, to go on, {again}")
     for rule, lines in watch.failed:
         for text in failure_report(rule, lines):
             watch.print_line(text)
@@ -194,6 +240,15 @@ def run(arguments: list[str], out: TextIO) -> int:
         for text in [line for line in tail if line.startswith("error: ")] or tail:
             watch.print_line(text)
     return status
+
+
+def _end_with_parent() -> None:
+    """Let the kernel kill this process if its parent is killed. Snakemake would keep its lock on the folder otherwise.
+
+    A stage that runs ends at its next line of output; the next run waits for it, and goes on from its saved state.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _lines(process: subprocess.Popen[bytes], watch: Watch) -> Iterator[str]:
@@ -215,4 +270,4 @@ def _lines(process: subprocess.Popen[bytes], watch: Watch) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], sys.stdout))
+    sys.exit(run(["--cores", "all", *sys.argv[1:]], sys.stdout))
