@@ -4,7 +4,7 @@ import difflib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pipeline.data.tags.annotations import Field
 
@@ -25,6 +25,9 @@ def folded(name: str) -> str:
     return " ".join(text.split()) or tidy(name)
 
 
+_FOLDS: tuple[Callable[[str], str], ...] = (tidy, lambda name: tidy(name).casefold(), folded)
+
+
 def means_nothing(name: str) -> bool:
     """Whether a tag stands for no class, unless a class has that name."""
     return bool(_NOTHING.fullmatch(folded(name)))
@@ -37,7 +40,7 @@ class ClassNames:
         self.names = list(names)
         self._exact = {name: number for number, name in enumerate(names, 1)}
         self._levels: list[dict[str, list[int]]] = []
-        for fold in (tidy, lambda name: tidy(name).casefold(), folded):
+        for fold in _FOLDS:
             level: dict[str, list[int]] = {}
             for number, name in enumerate(names, 1):
                 level.setdefault(fold(name), []).append(number)
@@ -48,7 +51,7 @@ class ClassNames:
         """The class ids in 1..K that a name may mean: one, none, or several if it is ambiguous."""
         if name in self._exact:
             return [self._exact[name]]
-        for level, fold in zip(self._levels, (tidy, lambda text: tidy(text).casefold(), folded), strict=True):
+        for level, fold in zip(self._levels, _FOLDS, strict=True):
             if found := level.get(fold(name)):
                 return found
         return []
