@@ -11,7 +11,7 @@ from pipeline.data.index import Image
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.errors import PipelineError
 from pipeline.methods.base import Method
-from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
+from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer, Taken
 from pipeline.stores.files import sha256
 from pipeline.stores.raster import RasterStore, RasterWriter
 from pipeline.training.loop import extent
@@ -28,6 +28,7 @@ class ClassifierTask:
         drop = self.settings.attention_drop
         self.accumulator = AttentionAccumulator(images, self.settings.accumulate, epochs, keep_last=drop is not None)
         self.drop = AttentionDropLayer(drop, self.accumulator, seed) if drop else None
+        self.taken: Taken | None = None  # the maps of the last loss
         self.work = work
         self.snapshots: list[str] = []  # sha256 of the snapshot of each completed epoch
 
@@ -37,23 +38,29 @@ class ClassifierTask:
     def new_layers(self) -> Iterable[nn.Module]:
         return self.network.new_layers()
 
-    is_mean = False
+    @property
+    def is_mean(self) -> bool:
+        return self.network.is_mean
 
     def loss(self, batch: Batch, epoch: int) -> Tensor:
         images, occluded = batch.images, None
+        tags = self.accumulator.tags(batch.ids, batch.tags.shape[1])  # reading them from a GPU would wait for it
         if self.drop is not None:
             size = (images.shape[2], images.shape[3])
-            mask = self.drop.mask(batch.ids, batch.tags, batch.windows, size, epoch).to(images.device)
+            mask = self.drop.mask(batch.ids, tags, batch.windows, size, epoch, images.device)
             if self.drop.settings.target == "image":
                 images = images.masked_fill(mask, 0)  # the mean colour
             else:
                 occluded = mask
         loss, output = self.network.training_step(images, batch.tags, epoch, occluded)
-        self.accumulator.update(output.maps, output.logits, batch.tags, batch.ids, batch.windows, epoch)
+        self.taken = self.accumulator.take(output.maps, output.logits, tags, batch.ids, batch.windows, epoch)
         return loss
 
     def end_batch(self) -> None:
-        pass
+        """Fuse the maps of the last loss, while a GPU runs the backward pass."""
+        if self.taken is not None:
+            self.accumulator.fuse(self.taken)
+            self.taken = None
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         if self.settings.accumulate.snapshots:

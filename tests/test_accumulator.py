@@ -60,7 +60,7 @@ def test_a_grid_of_one_cell() -> None:
     assert found.update(maps, torch.zeros(1, K), torch.tensor([[0.0, 1, 0, 0]]), ["a"], [WHOLE], 0) == 1
     last = found.last("a", 2)
     assert last is not None
-    assert last.tolist() == [[[1.0]]]
+    assert last.tolist() == [[255]]
 
 
 def test_images_without_tags_hold_nothing() -> None:

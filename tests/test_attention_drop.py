@@ -33,7 +33,7 @@ def masked(
 ) -> Tensor:
     ids = [IMAGES[number].id for number in numbers]
     tags = torch.tensor([tag_row(IMAGES[number]) for number in numbers])
-    return layer.mask(ids, tags, windows or [WHOLE] * len(ids), GRID, epoch)
+    return layer.mask(ids, tags, windows or [WHOLE] * len(ids), GRID, epoch, torch.device("cpu"))
 
 
 class TestDropLayer:
@@ -163,6 +163,8 @@ class TestClassifierTask:
         made = task(classifier(), tmp_path)
         batch = batch_of([0, 1])
         loss = made.loss(batch, 0)
+        assert made.accumulator.share_seen() == 0  # nothing is read before the backward pass
+        made.end_batch()
         assert isinstance(made.network, Recorder)
         assert made.network.images is batch.images
         assert made.network.occluded is None
@@ -223,6 +225,7 @@ class TestClassifierTask:
         """OAA Alg. 1: one forward pass serves the loss and the accumulation."""
         made = task(classifier(attention_drop=AttentionDrop("image", beta=1.0)), tmp_path)
         made.loss(batch_of([0, 1, 3]), 0)
+        made.end_batch()
         assert made.accumulator.last("img3", 4) is not None
         log = made.end_epoch(0)
         assert log["maps_seen"] == 6 / 8

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pipeline.config.schema import Augmentation
 from pipeline.data import loading
+from pipeline.data.collation import collate
 from pipeline.data.geometry import Window
-from pipeline.data.loading import IGNORE, MEAN, STD, Item, collate, normalise, resize, resized
+from pipeline.data.loading import IGNORE, MEAN, STD, Item, normalise, resize, resized
 
 COLOURS = np.array([(10, 200, 30), (220, 40, 90), (60, 60, 240)], np.uint8)  # colours of the classes 0, 1, 2
 

@@ -6,7 +6,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.geometry import Window, to_image, to_window
+from pipeline.data.geometry import Window, to_image, to_windows
+
+
+def to_window(maps: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
+    return to_windows(maps, [window] * len(maps), size)
+
 
 SLOPES = (0.3, 0.6)  # slopes of the ramp over the image: downwards, to the right
 WINDOWS = [

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config.schema import Augmentation
-from pipeline.data.geometry import Window, to_image, to_window
+from pipeline.data.geometry import Window, to_image
 from pipeline.data.loading import normalise
 from tests.test_augment import augment
+from tests.test_geometry import to_window
 
 any_case = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 sides = st.integers(1, 24)

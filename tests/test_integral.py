@@ -12,11 +12,13 @@ from torch import Tensor
 
 from pipeline.config.registry import REFINEMENTS, Choice
 from pipeline.config.schema import Backbone, Head, Refinement, Training
+from pipeline.data.collation import collate, joined
 from pipeline.data.geometry import Window
-from pipeline.data.loading import Batch
+from pipeline.data.loading import Batch, Item, Sample
 from pipeline.refinement.integral import IntegralModel, integral_loss
 from pipeline.stores.raster import RasterStore, RasterWriter
 from stages.refinement import RefinementTask
+from stages.refinement import attention as target_of
 
 B, K, H, W = 3, 4, 5, 6
 Array = NDArray[np.float64]
@@ -199,21 +201,27 @@ class TestTarget:
     """The stage's target: stored maps through each sample's window, 0 for what is absent or in the padding."""
 
     @pytest.fixture
-    def task(self, tmp_path: Path) -> RefinementTask:
+    def store(self, tmp_path: Path) -> RasterStore:
         path = tmp_path / "maps.h5"
         with RasterWriter(path, "attention") as writer:
             writer.append("a", np.arange(0, 240, 10).astype(np.uint8).reshape(4, 6), 1)
             writer.append("a", np.full((4, 6), 255, np.uint8), 3)
             writer.append("b", np.full((6, 4), 51, np.uint8), 2)
             writer.add_image("c")  # a pair that was never seen
-        return RefinementTask(IntegralModel(settings(), K), RasterStore(path))
+        return RasterStore(path)
 
-    def batch(self, *windows: Window) -> Batch:
+    def batch(self, store: RasterStore, *windows: Window) -> Batch:
+        """As the loader ships it."""
         tags = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
-        return Batch(torch.zeros(3, 3, 32, 32), tags, ["a", "b", "c"], list(windows))
+        pixels = np.zeros((32, 32, 3), np.uint8)
+        items = [
+            Item(Sample(pixels, window, (0, 0, 32, 32), None, None), row, name, store.maps(name))
+            for name, row, window in zip("abc", tags, windows, strict=True)
+        ]
+        return collate(items).to(torch.device("cpu"))
 
-    def test_maps_are_found_by_id_and_class(self, task: RefinementTask) -> None:
-        found = task.attention(self.batch(Window(), Window(), Window()), (4, 6))
+    def test_maps_are_found_by_id_and_class(self, store: RasterStore) -> None:
+        found = target_of(self.batch(store, Window(), Window(), Window()), (4, 6))
         assert found.shape == (3, K, 4, 6)
         np.testing.assert_allclose(found[0, 0] * 255, np.arange(0, 240, 10).reshape(4, 6), atol=1e-3)
         assert found[0, 2].eq(1).all()
@@ -221,17 +229,24 @@ class TestTarget:
         for sample, classes in enumerate([(1, 3), (0, 2, 3), (0, 1, 2, 3)]):
             assert not found[sample, list(classes)].any()
 
-    def test_flips_and_padding_are_followed(self, task: RefinementTask) -> None:
+    def test_flips_and_padding_are_followed(self, store: RasterStore) -> None:
         """Image a flipped; b with as much padding below it as it is high."""
-        found = task.attention(self.batch(Window(flip=True), Window(bottom=2.0), Window()), (4, 6))
+        found = target_of(self.batch(store, Window(flip=True), Window(bottom=2.0), Window()), (4, 6))
         expected = np.arange(0, 240, 10).reshape(4, 6)[:, ::-1]
         np.testing.assert_allclose(found[0, 0] * 255, expected, atol=1e-3)
         torch.testing.assert_close(found[1, 1, :2], torch.full((2, 6), 0.2))
         assert not found[1, 1, 2:].any()
 
-    def test_the_loss_learns_the_stored_maps(self, task: RefinementTask) -> None:
+    def test_batches_that_are_joined_have_the_targets_of_both(self, store: RasterStore) -> None:
+        one = self.batch(store, Window(), Window(0.1, 0.2, 0.7, 0.9), Window())
+        other = self.batch(store, Window(flip=True), Window(bottom=2.0), Window())
+        expected = torch.cat([target_of(batch, (4, 6)) for batch in (one, other)])
+        assert torch.equal(target_of(joined([one, other]), (4, 6)), expected)
+
+    def test_the_loss_learns_the_stored_maps(self, store: RasterStore) -> None:
         torch.manual_seed(0)
-        batch = self.batch(Window(), Window(), Window())
+        task = RefinementTask(IntegralModel(settings(), K))
+        batch = self.batch(store, Window(), Window(), Window())
         batch.images = torch.randn(3, 3, 32, 32)
         optimizer = torch.optim.SGD(task.network.parameters(), lr=0.05)
         losses = []

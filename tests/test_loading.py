@@ -10,15 +10,11 @@ import pytest
 import torch
 
 from pipeline.config.schema import Augmentation
+from pipeline.data.collation import LoadedBatch, collate
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
 from pipeline.data.loader import Batches, LoadingPlan, _BatchDataset, data_loader, load, loading_plan
-from pipeline.data.loading import (
-    LoadedBatch,
-    TrainingSet,
-    collate,
-    normalise,
-)
+from pipeline.data.loading import TrainingSet, normalise
 from pipeline.errors import PipelineError
 from pipeline.stores.raster import RasterStore, RasterWriter
 from tests.test_augment import blocks

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.config.schema import Accumulate, AttentionDrop, Augmentation
 from pipeline.data.index import Index
@@ -79,7 +80,12 @@ def test_an_image_is_occluded_whether_or_not_it_is_flipped(tmp_path: Path) -> No
     for epoch, number in product(range(80), range(len(images))):
         item = dataset[epoch, number]
         window = item.sample.window
-        both.append((window.flip, bool(layer.mask([item.id], item.tags[None], [window], (4, 6), epoch).any())))
+        both.append(
+            (
+                window.flip,
+                bool(layer.mask([item.id], item.tags[None], [window], (4, 6), epoch, torch.device("cpu")).any()),
+            )
+        )
     flipped, occluded = np.array(both).T
     assert 0.4 < flipped.mean() < 0.6
     assert 0.4 < occluded.mean() < 0.6

@@ -2,22 +2,28 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.config.schema import Augmentation, Training
+from pipeline.config.schema import Accumulate, Augmentation, Backbone, Classifier, Head, Training
+from pipeline.data import loading
 from pipeline.data.index import Index
+from pipeline.data.loader import load
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.errors import PipelineError
+from pipeline.methods.cam import Cam
 from pipeline.runtime import Runtime, deterministic_only
 from pipeline.training import checkpoint
 from pipeline.training import settings as settings_module
-from pipeline.training.loop import Extent, Loop, Stateless, extent
+from pipeline.training.loop import Extent, Loop, Stateless, alike, extent, has_batch_statistics
 from pipeline.training.settings import (
     autocast,
     build_optimizer,
@@ -26,6 +32,9 @@ from pipeline.training.settings import (
     parameter_groups,
     prepare,
 )
+from pipeline.workflow.graph import Job
+from pipeline.workflow.stage import Work
+from stages.classifier import ClassifierTask
 from tests.voc_tree import make_index
 
 CPU = torch.device("cpu")
@@ -374,6 +383,77 @@ class TestLoop:
         task.network.eval()
         loop(task, dataset(index), Training(3, 0.1, epochs=1)).run()
         assert task.network.training
+
+
+class TestMerging:
+    """Batches of an optimizer step that become one on a GPU; here on the CPU."""
+
+    SETTINGS = Classifier(
+        Backbone("small", frozen_batch_norm=True, weights=None),
+        Training(1, 0.05, epochs=2, accumulation=5, precision="fp32"),
+        head=Head(convs=1, channels=8),
+        accumulate=Accumulate(cells=4, skip_epochs=0),
+        augmentation=Augmentation(side="short", length=(24, 24)),
+    )
+
+    def trained(
+        self, index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch, merge: bool
+    ) -> tuple[Any, list[int]]:
+        """Weights, accumulator and log; and the images of each forward pass."""
+        torch.manual_seed(0)
+        images = index.images("train")
+        tall = [replace(image, height=image.width, width=image.height) for image in images[:3]]
+        monkeypatch.setattr(loading, "read_rgb", lambda image: noise(image.id, image.size))
+        images = [*tall, *images[3:]]
+        job = Job("classifier", "x", {}, {}, {}, self.SETTINGS)
+        task = ClassifierTask(Cam(self.SETTINGS, 3), images, 2, 0, Work(job, {}, {}, Runtime(), "", folder))
+        sizes: list[int] = []
+        task.network.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
+        data = TrainingSet(images, 3, self.SETTINGS.augmentation, 0)
+        made = loop(task, data, self.SETTINGS.training)
+        made.task.network.train()
+        if merge:
+            assert task.is_mean
+            assert not has_batch_statistics(task.network)
+            monkeypatch.setattr(Loop, "_merges", True)
+        log = made.run()
+        return (task.network.state_dict(), task.accumulator.state(), log), sizes
+
+    def test_where_shapes_agree_one_batch_gives_the_same_gradient(
+        self, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """OAA's five batches of one image; three of nine images are tall."""
+        (weights, maps, log), single = self.trained(index, tmp_path, monkeypatch, merge=False)
+        (merged, merged_maps, merged_log), sizes = self.trained(index, tmp_path, monkeypatch, merge=True)
+        assert single == [1] * 18
+        assert sum(sizes) == 18
+        assert len(sizes) <= 8  # two shapes in each of four steps
+        for name, values in weights.items():
+            torch.testing.assert_close(merged[name], values, rtol=1e-4, atol=1e-6)
+        assert torch.equal(merged_maps["_seen"], maps["_seen"])
+        assert (merged_maps["_values"].int() - maps["_values"].int()).abs().max() <= 1
+        for one, other in zip(merged_log["epochs"], log["epochs"], strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], abs=2e-6)
+
+    def test_a_merged_batch_is_limited(self, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = TrainingSet(index.images("train"), 3, Augmentation(crop=20), 0)
+        group = list(load(data, 2, [0]))  # 2, 2, 2, 2 and 1 images
+        assert [len(batches) for batches in alike(group)] == [4, 1]
+        monkeypatch.setattr("pipeline.training.loop.MERGED_PIXELS", 3 * 800)
+        assert [len(batches) for batches in alike(group)] == [3, 1, 1]
+        monkeypatch.setattr("pipeline.training.loop.MERGED_PIXELS", 10)
+        assert [len(batches) for batches in alike(group)] == [1] * 5
+
+    def test_a_network_that_couples_the_images_of_a_batch_is_not_merged(self) -> None:
+        network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        assert has_batch_statistics(network)
+        network[1].eval()
+        assert not has_batch_statistics(network)
+        assert not TinyTask().is_mean
+
+
+def noise(name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+    return np.random.default_rng(int(name[-3:])).integers(0, 256, (*size, 3)).astype(np.uint8)
 
 
 class TestCheckpointFile:

@@ -1,10 +1,11 @@
 """Position of a training input in its image, and resampling of maps between the two.
 
 A network sees a resized, flipped and cropped window of an image, whereas stored maps cover the whole image on a fixed
-grid. ``to_image`` undoes the augmentation and ``to_window`` applies it. Any network input can therefore feed the
+grid. ``to_image`` undoes the augmentation and ``to_windows`` applies it. Any network input can therefore feed the
 attention accumulator or be supervised by stored maps.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,17 +58,22 @@ def to_image(maps: Tensor, window: Window, size: tuple[int, int]) -> tuple[Tenso
     return _sample(maps, y, x) * inside, inside
 
 
-def to_window(maps: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
-    """Resample C x h x w maps over an image to the grid of a window; the inverse of ``to_image``.
+def to_windows(maps: Tensor, windows: Sequence[Window], size: tuple[int, int]) -> Tensor:
+    """Resample N x h x w maps over images to the grids of N windows, on the maps' device; the inverse of ``to_image``.
 
     Args:
-        size: (rows, columns) of the window's grid.
+        size: (rows, columns) of each window's grid.
 
     Returns:
-        C x rows x columns maps, 0 in the padding.
+        N x rows x columns maps, 0 in the padding.
     """
-    y = window.top + _centres(size[0]) * (window.bottom - window.top)
-    x = window.left + _centres(size[1]) * (window.right - window.left)
-    inside = _inside(y)[:, None] & _inside(x)[None, :]
-    x = 1 - x if window.flip else x
-    return _sample(maps, y, x) * inside
+    sides = [(one.top, one.bottom - one.top, one.left, one.right - one.left, one.flip) for one in windows]
+    top, height, left, width, flip = torch.tensor(sides, dtype=torch.float64).float().T[..., None]
+    y, x = top + _centres(size[0]) * height, left + _centres(size[1]) * width
+    y, x, flip = (values.to(maps.device, non_blocking=True) for values in (y, x, flip))
+    inside = _inside(y)[:, :, None] & _inside(x)[:, None, :]
+    x = torch.where(flip > 0, 1 - x, x)
+    shape = (len(maps), *size)
+    grid = torch.stack([(2 * x - 1)[:, None, :].expand(shape), (2 * y - 1)[:, :, None].expand(shape)], -1)
+    sampled = functional.grid_sample(maps[:, None], grid, align_corners=False, padding_mode="border")[:, 0]
+    return sampled * inside

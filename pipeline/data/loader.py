@@ -15,7 +15,8 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.data.loading import Item, LoadedBatch, TrainingSet, collate, resized
+from pipeline.data.collation import LoadedBatch, collate
+from pipeline.data.loading import Item, TrainingSet, resized
 from pipeline.data.sampling import epoch_order
 from pipeline.errors import PipelineError
 from pipeline.stores.workers import Workers
@@ -63,7 +64,7 @@ def _largest_plan(full: LoadingPlan, capacity: int) -> LoadingPlan:
 
 
 def _batch_bytes(dataset: TrainingSet, batch_size: int) -> int:
-    """Bytes of the largest batch of this dataset, including label maps."""
+    """Bytes of the largest batch of this dataset, including label maps and maps."""
     settings = dataset.settings
     if settings.crop is not None:
         pixels = settings.crop**2
@@ -72,7 +73,8 @@ def _batch_bytes(dataset: TrainingSet, batch_size: int) -> int:
         sizes = (resized(image.height, image.width, settings.side, length) for image in dataset.images)
         scale = 1.0 if settings.scale is None else settings.scale[1]
         pixels = int(scale**2 * max((height * width for height, width in sizes), default=1))
-    return batch_size * pixels * (3 + (0 if dataset.labels is None else 1))
+    maps = max((sum(dataset.areas(image.id).values()) for image in dataset.images), default=0)
+    return batch_size * (pixels * (3 + (0 if dataset.labels is None else 1)) + maps)
 
 
 def _free(folder: str) -> int:

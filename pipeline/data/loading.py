@@ -1,9 +1,10 @@
-"""Network inputs from files: decoding, augmentation and collation, reproducible whatever process loads them."""
+"""Network inputs from files: decoding and augmentation, reproducible whatever process loads them."""
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -50,74 +51,23 @@ class Batch:
     ids: list[str]
     windows: list[Window]
     labels: Tensor | None = None
+    maps: "Maps | None" = None
 
 
-@dataclass
-class LoadedBatch:
-    """B images of one size as they are loaded: bytes on the CPU, which ``to`` turns into the network's inputs."""
+class Maps(NamedTuple):
+    """Stored maps of a batch's samples, over their whole images. Classes without a map are absent."""
 
-    pixels: Tensor  # B x H x W x 3 uint8
-    tags: Tensor  # B x K, 0 or 1
-    ids: list[str]
-    windows: list[Window]
-    insets: Tensor | None  # B x 4 int32: top, left, bottom and right of the image in the input; None without padding
-    factors: Tensor | None  # factors of a colour jitter that is still to be applied (``jitter.draw``)
-    labels: Tensor | None = None  # B x H x W uint8
+    values: Tensor  # the rasters one after the other, flat uint8
+    pairs: list[tuple[int, int, int, int]]  # sample, index of the class, height and width of each raster
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by attribute."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-    def pin_memory(self) -> "LoadedBatch":
-        """Copy to pinned memory, from which a GPU copies without waiting. The loader's thread calls this."""
-        return self._mapped(Tensor.pin_memory)
-
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "LoadedBatch":
-        tensors: dict[str, Any] = {name: function(value) for name, value in self.tensors().items()}
-        return replace(self, **tensors)
-
-    def jitter_in_place(self) -> None:
-        """Apply the colour jitter to ``pixels`` if it is still to be applied."""
-        if self.factors is not None:
-            self.pixels.copy_(jitter.apply(self.pixels, self.factors))
-            self.factors = None
-
-    def to(self, device: torch.device) -> Batch:
-        """Move the bytes to the device; jitter and normalise them there."""
-        there = self._mapped(lambda values: values.to(device, non_blocking=True))
-        pixels = there.pixels if there.factors is None else jitter.apply(there.pixels, there.factors)
-        images = _normalised(pixels)
-        if there.insets is not None:
-            images.masked_fill_(_padding(there.insets, *images.shape[2:]), 0)
-        labels = None if there.labels is None else there.labels.long()
-        return Batch(images, there.tags, self.ids, self.windows, labels)
-
-
-def _normalised(pixels: Tensor) -> Tensor:
-    """Normalise B x H x W x 3 uint8 by ImageNet mean and standard deviation: B x 3 x H x W float32, channels-last.
-
-    The values are those of ``NORMALISED`` to the bit on every device. A GPU would multiply by the reciprocal of a
-    number, hence the divisors are tensors.
-    """
-    count, height, width, _ = pixels.shape
-    rows = pixels.reshape(count * height, width * 3).float()  # whole rows: much faster on a CPU than three columns
-    most, mean, std = _rows(width, pixels.device)
-    return rows.div_(most).sub_(mean).div_(std).view(count, height, width, 3).permute(0, 3, 1, 2)
-
-
-@functools.lru_cache(maxsize=256)
-def _rows(width: int, device: torch.device) -> tuple[Tensor, ...]:
-    """255, mean and standard deviation of each value of a row of pixels."""
-    rows = (np.full(width * 3, 255, np.float32), np.tile(MEAN, width), np.tile(STD, width))
-    return tuple(torch.from_numpy(row).to(device) for row in rows)
-
-
-def _padding(insets: Tensor, height: int, width: int) -> Tensor:
-    """B x 1 x H x W: whether a pixel lies outside of its image's inset."""
-    top, left, bottom, right = (insets[:, side, None] for side in range(4))
-    rows, columns = (torch.arange(extent, device=insets.device) for extent in (height, width))
-    above_or_below, beside = (rows < top) | (rows >= bottom), (columns < left) | (columns >= right)
-    return (above_or_below[:, :, None] | beside[:, None, :])[:, None]
+    def by_shape(self) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
+        """Consecutive rasters of equal shape, n x h x w, with their samples and class indices."""
+        start = 0
+        for (height, width), group in itertools.groupby(self.pairs, lambda pair: pair[2:]):
+            pairs = [(sample, index) for sample, index, *_ in group]
+            end = start + len(pairs) * height * width
+            yield self.values[start:end].view(len(pairs), height, width), pairs
+            start = end
 
 
 def normalise(rgb: NDArray[np.uint8], tables: NDArray[np.float32] = NORMALISED) -> Tensor:
@@ -227,6 +177,7 @@ class Item(NamedTuple):
     sample: Sample
     tags: Tensor  # K, 0 or 1
     id: str
+    maps: dict[int, "Raster"] | None = None  # by class id
 
 
 class TrainingSet(Dataset[Item]):
@@ -237,9 +188,10 @@ class TrainingSet(Dataset[Item]):
         num_classes: K.
         labels: label maps of all images, or None.
         group: number of consecutive images that share a class if possible (``sampling.epoch_order``).
+        maps: maps of the images' classes, or None.
 
     Raises:
-        PipelineError: ``labels`` lacks some images.
+        PipelineError: ``labels`` or ``maps`` lacks some images.
     """
 
     def __init__(
@@ -250,22 +202,24 @@ class TrainingSet(Dataset[Item]):
         seed: int,
         labels: "RasterStore | None" = None,
         group: int = 1,
+        maps: "RasterStore | None" = None,
     ) -> None:
         self.images = list(images)
         self.settings = settings
         self.seed = seed
-        self.labels = labels
+        self.labels, self.maps = labels, maps
         self.group = group
         self._kept: Cache | None = None
         self._kept_labels: Cache | None = None
+        self._kept_maps: Cache | None = None
         self.tags = torch.zeros(len(self.images), num_classes)
         for row, image in enumerate(self.images):
             self.tags[row, [tag - 1 for tag in image.tags]] = 1
-        if labels is not None:
-            missing = [image.id for image in self.images if image.id not in labels]
-            if missing:
+        for store, kind in ((labels, "label map"), (maps, "maps")):
+            missing = [] if store is None else [image.id for image in self.images if image.id not in store]
+            if store is not None and missing:
                 raise PipelineError(
-                    f"{labels.path}: has no label map for {len(missing)} training images, first {missing[0]}"
+                    f"{store.path}: has no {kind} for {len(missing)} training images, first {missing[0]}"
                 )
 
     def __len__(self) -> int:
@@ -280,13 +234,14 @@ class TrainingSet(Dataset[Item]):
             augment(self._pixels(number, size), self._label(number, size), self.settings, random),
             self.tags[number],
             image.id,
+            self._maps(number),
         )
 
     def keep(self, budget: int, reserve: int = 0) -> int:
-        """Keep decoded images and label maps in memory, at their base size; return the number of these images.
+        """Keep decoded images and label maps in memory at their base size, and maps; return the number of images.
 
         Args:
-            budget: bytes to use at most; images come before label maps.
+            budget: bytes to use at most; images come before label maps or maps.
             reserve: bytes of memory to leave to others (``Cache``).
         """
         sizes = [self._base_size(image) for image in self.images]
@@ -295,6 +250,9 @@ class TrainingSet(Dataset[Item]):
             if self.labels is not None:
                 areas = [height * width for height, width in sizes]
                 self._kept_labels = Cache(areas, budget - kept.size, reserve)
+            if self.maps is not None:
+                areas = [sum(self.areas(image.id).values()) for image in self.images]
+                self._kept_maps = Cache(areas, budget - kept.size, reserve)
         except OSError:  # a limit of this process
             return 0
         self._kept = kept
@@ -337,38 +295,23 @@ class TrainingSet(Dataset[Item]):
             self._kept_labels.put(number, label)
         return label
 
+    def areas(self, name: str) -> dict[int, int]:
+        """Pixels of the image's maps by class id."""
+        if self.maps is None:
+            return {}
+        return {tag: math.prod(self.maps.shape(name, tag)) for tag in self.maps.classes(name)}
 
-def collate(items: Sequence[Item], shared: bool = False) -> LoadedBatch:
-    """Stack items of equal size into a batch, in shared memory if it is ``shared`` with another process.
-
-    Raises:
-        PipelineError: the sizes differ.
-        RuntimeError: there is no space in shared memory.
-    """
-    samples = [item.sample for item in items]
-    shapes = {sample.pixels.shape for sample in samples}
-    if len(shapes) > 1:
-        raise PipelineError(
-            "augmentation: the images of a batch differ in size; set crop, side: square, or batch_size: 1"
-        )
-    height, width, _ = shapes.pop()
-    is_padded = any(sample.inset != (0, 0, height, width) for sample in samples)
-    factors = [sample.factors for sample in samples if sample.factors is not None]
-    labels = [sample.label for sample in samples if sample.label is not None]
-    return LoadedBatch(
-        _stacked([sample.pixels for sample in samples], shared),
-        torch.stack([item.tags for item in items]),
-        [item.id for item in items],
-        [sample.window for sample in samples],
-        torch.tensor([sample.inset for sample in samples], dtype=torch.int32) if is_padded else None,
-        torch.from_numpy(np.stack(factors)) if factors else None,
-        _stacked(labels, shared) if labels else None,
-    )
-
-
-def _stacked(arrays: Sequence[NDArray[np.uint8]], shared: bool) -> Tensor:
-    out = torch.empty(len(arrays), *arrays[0].shape, dtype=torch.uint8)
-    if shared:
-        out.share_memory_()  # type: ignore[no-untyped-call]
-    np.stack(arrays, out=out.numpy())
-    return out
+    def _maps(self, number: int) -> dict[int, "Raster"] | None:
+        """The image's maps by class id."""
+        if self.maps is None:
+            return None
+        name = self.images[number].id
+        kept = None if self._kept_maps is None else self._kept_maps.get(number)
+        if kept is None:
+            found = self.maps.maps(name)
+            if self._kept_maps is not None and found:
+                self._kept_maps.put(number, np.concatenate([raster.reshape(-1) for raster in found.values()]))
+            return found
+        areas = self.areas(name)
+        parts = np.split(kept, np.cumsum([*areas.values()])[:-1])
+        return {tag: part.reshape(self.maps.shape(name, tag)) for tag, part in zip(areas, parts, strict=True)}

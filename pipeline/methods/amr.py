@@ -114,6 +114,10 @@ class Amr(Method):
             )
         )
 
+    @property
+    def is_mean(self) -> bool:
+        return self.settings.statistics == "sample"
+
     def new_layers(self) -> Iterable[nn.Module]:
         """The compensation branch's backbone, even if pretrained, and its AMMs.
 

@@ -88,6 +88,14 @@ class Method(nn.Module, ABC):
         return {"text": ", ".join(parts), "map_name": self.map_name}
 
     @property
+    def is_mean(self) -> bool:
+        """Whether the loss of a batch is the mean of its images' losses, so that batches may be merged.
+
+        False unless a method says so. Batch norm, which couples the images of a batch, need not be considered here.
+        """
+        return False
+
+    @property
     def companions(self) -> int:
         """Size of the groups of consecutive batch images that must share a class; 1 for no grouping."""
         return 1

@@ -25,6 +25,10 @@ class Cam(Method):
     def describe(self) -> str:
         return "CAM"
 
+    @property
+    def is_mean(self) -> bool:
+        return True
+
     def new_layers(self) -> Iterable[nn.Module]:
         return [self.head, self.suppressors]
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config.schema import Accumulate, AttentionDrop
-from pipeline.data.geometry import Window, to_image, to_window
+from pipeline.data.collation import on_device
+from pipeline.data.geometry import Window, to_image, to_windows
 from pipeline.data.index import Image
 from pipeline.data.streams import Purpose, rng
 from pipeline.errors import PipelineError
@@ -54,11 +55,18 @@ def passes(logits: Tensor, tags: Tensor, gate: str) -> NDArray[np.bool_]:
     return tagged & (rank < tagged.sum(1, keepdims=True))
 
 
-def _pick(maps: Tensor, samples: NDArray[np.intp], classes: NDArray[np.intp]) -> NDArray[np.float32]:
-    """Copy the selected maps of B x K x h x w to a float32 array, N x h x w, in one transfer from a GPU."""
-    if maps.is_cpu and maps.dtype == torch.float32:
-        return maps.numpy()[samples, classes]  # a third of the time of torch's indexing
-    return np.asarray(maps[torch.from_numpy(samples), torch.from_numpy(classes)].float().cpu())
+class Taken(NamedTuple):
+    """The maps of a batch's tagged pairs, on their way to the accumulator."""
+
+    maps: Tensor  # P x h x w float32, raw, on the CPU
+    logits: Tensor  # B x K float32, on the CPU
+    tags: Tensor  # B x K, on the CPU
+    samples: NDArray[np.intp]  # of each pair
+    classes: NDArray[np.intp]  # index of each pair's class
+    ids: Sequence[str]
+    windows: Sequence[Window]
+    epoch: int
+    ready: torch.cuda.Event | None  # after which a GPU has written the values
 
 
 def _grid(image: Image, cells: int) -> Grid:
@@ -126,52 +134,97 @@ class AttentionAccumulator:
             self._has_last[pairs],
         )
 
+    def tags(self, ids: Sequence[str], num_classes: int) -> Tensor:
+        """The tags of these images, B x K, on the CPU."""
+        rows = torch.zeros(len(ids), num_classes)
+        for row, name in zip(rows.numpy(), ids, strict=True):
+            row[[tag - 1 for tag in self._rows[name]]] = 1
+        return rows
+
     def update(
         self, maps: Tensor, logits: Tensor, tags: Tensor, ids: Sequence[str], windows: Sequence[Window], epoch: int
     ) -> int:
-        """Fuse a batch's attention into the cumulative maps (OAA Eq. 4).
+        """Fuse a batch's attention into the cumulative maps (OAA Eq. 4); return the number of fused maps."""
+        taken = self.take(maps, logits, tags, ids, windows, epoch)
+        return 0 if taken is None else self.fuse(taken)
+
+    def take(
+        self, maps: Tensor, logits: Tensor, tags: Tensor, ids: Sequence[str], windows: Sequence[Window], epoch: int
+    ) -> Taken | None:
+        """Begin to copy a batch's maps to the CPU, without waiting for a GPU; ``fuse`` waits.
 
         Args:
             maps: B x K x h x w raw class-aware maps over the windows.
             logits: B x K scores.
-            tags: B x K, 0 or 1.
+            tags: B x K, 0 or 1, on the CPU.
             ids: image ids.
             windows: position of each sample in its image.
             epoch: 0-based; the first ``skip_epochs`` epochs accumulate nothing, unless it is the last epoch.
 
         Returns:
-            Number of fused maps.
+            The maps, or None in an epoch that accumulates nothing.
         """
         if epoch < min(self.settings.skip_epochs, self.last_epoch):
-            return 0
-        if len(set(ids)) < len(ids):  # the rows of one fusion must be distinct
-            samples = [slice(n, n + 1) for n in range(len(ids))]
-            return sum(self.update(maps[n], logits[n], tags[n], ids[n], windows[n], epoch) for n in samples)
-        passed = passes(logits, tags, self.settings.gate)
-        fused = self._accumulate(passed, maps.detach(), ids, windows, keep=self._last.size > 0)
-        if epoch == self.last_epoch:
-            fused += self._accumulate(self._unseen(tags, ids), maps.detach(), ids, windows, keep=False)
-        return fused
+            return None
+        samples, classes = (tags.numpy() > 0).nonzero()
+        maps, logits, ready = maps.detach(), logits.detach().float(), None
+        if maps.is_cuda:
+            at = torch.from_numpy(np.stack([samples, classes])).pin_memory().to(maps.device, non_blocking=True)
+            picked = maps[at[0], at[1]].float().to("cpu", non_blocking=True)
+            logits = logits.to("cpu", non_blocking=True)
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        elif maps.dtype == torch.float32:
+            picked = torch.from_numpy(maps.numpy()[samples, classes])  # a third of the time of torch's indexing
+        else:
+            picked = maps[torch.from_numpy(samples), torch.from_numpy(classes)].float()
+        return Taken(picked, logits, tags, samples, classes, ids, windows, epoch, ready)
 
-    def _unseen(self, tags: Tensor, ids: Sequence[str]) -> NDArray[np.bool_]:
-        """Which tagged pairs have no cumulative map yet, B x K bool."""
-        unseen: NDArray[np.bool_] = tags.cpu().numpy() > 0
-        for sample, index in np.argwhere(unseen).tolist():
-            name = ids[sample]
-            unseen[sample, index] = not self._blocks[self.grids[name]].seen[self._rows[name][index + 1]]
-        return unseen
-
-    def _accumulate(
-        self, selected: NDArray[np.bool_], maps: Tensor, ids: Sequence[str], windows: Sequence[Window], keep: bool
-    ) -> int:
-        """Undo the flips and crops of the ``selected`` maps (B x K bool) and fuse them; return their number.
+    def fuse(self, taken: Taken) -> int:
+        """Fuse the maps of ``take`` into the cumulative maps (OAA Eq. 4); return the number of fused maps.
 
         Raises:
             PipelineError: a map is not finite.
         """
-        samples, classes = selected.nonzero()
-        rows = np.array([self._rows[ids[n]][k + 1] for n, k in zip(samples.tolist(), classes.tolist(), strict=True)])
-        values = attention(_pick(maps, samples, classes))
+        if taken.ready is not None:
+            taken.ready.synchronize()
+        passed = passes(taken.logits, taken.tags, self.settings.gate)[taken.samples, taken.classes]
+        groups = [slice(None)]
+        if len(set(taken.ids)) < len(taken.ids):  # the rows of one fusion must be distinct
+            ends = np.searchsorted(taken.samples, np.arange(len(taken.ids) + 1)).tolist()
+            groups = list(map(slice, ends[:-1], ends[1:]))
+        fused = 0
+        for group in groups:
+            chosen = np.zeros(len(passed), bool)
+            chosen[group] = passed[group]
+            fused += self._accumulate(taken, chosen, keep=self._last.size > 0)
+            if taken.epoch == self.last_epoch:
+                chosen[group] = self._unseen(taken)[group]
+                fused += self._accumulate(taken, chosen, keep=False)
+        return fused
+
+    def _pair_rows(self, taken: Taken, chosen: NDArray[np.bool_]) -> NDArray[np.intp]:
+        """Rows of the chosen pairs in their blocks."""
+        pairs = zip(taken.samples[chosen].tolist(), taken.classes[chosen].tolist(), strict=True)
+        return np.array([self._rows[taken.ids[sample]][k + 1] for sample, k in pairs], np.intp)
+
+    def _unseen(self, taken: Taken) -> NDArray[np.bool_]:
+        """Which of the pairs have no cumulative map yet."""
+        rows = self._pair_rows(taken, np.ones(len(taken.samples), bool)).tolist()
+        names = [taken.ids[sample] for sample in taken.samples.tolist()]
+        return np.array(
+            [not self._blocks[self.grids[name]].seen[row] for name, row in zip(names, rows, strict=True)], bool
+        )
+
+    def _accumulate(self, taken: Taken, chosen: NDArray[np.bool_], keep: bool) -> int:
+        """Undo the flips and crops of the chosen pairs' maps and fuse them; return their number.
+
+        Raises:
+            PipelineError: a map is not finite.
+        """
+        ids, windows, samples = taken.ids, taken.windows, taken.samples[chosen]
+        rows = self._pair_rows(taken, chosen)
+        values = attention(taken.maps.numpy()[chosen])
         if not np.isfinite(values).all():
             bad = ids[samples[~np.isfinite(values).all((1, 2))][0]]
             raise PipelineError(f"the attention contains NaN or infinity for image {bad}; lower training.lr")
@@ -191,7 +244,7 @@ class AttentionAccumulator:
                 mine = np.array(flips)[samples]
                 values[mine] = values[mine][:, :, ::-1]
             self._fuse(self._blocks[size], rows, values, None, keep)
-        return len(classes)
+        return int(chosen.sum())
 
     def _fuse(
         self,
@@ -223,13 +276,13 @@ class AttentionAccumulator:
             block.last[rows] = levels if seen is None else np.where(seen, levels, block.last[rows])
             block.has_last[rows] = True
 
-    def last(self, image_id: str, tag: int) -> Tensor | None:
-        """The pair's last map that passed the gate, 1 x rows x columns in [0, 1]; None if there is none yet."""
+    def last(self, image_id: str, tag: int) -> NDArray[np.uint8] | None:
+        """The pair's last map that passed the gate, rows x columns in levels of 255; None if there is none yet."""
         grid, row = self.grids[image_id], self._rows[image_id][tag]
         block = self._blocks[grid]
         if not block.has_last[row]:
             return None
-        return torch.from_numpy(block.last[row].astype(np.float32) / 255).view(1, *grid)
+        return block.last[row].reshape(grid)
 
     def share_seen(self) -> float:
         """Share of the pairs that have a cumulative map."""
@@ -270,7 +323,13 @@ class AttentionDropLayer:
         self.seed = seed
 
     def mask(
-        self, ids: Sequence[str], tags: Tensor, windows: Sequence[Window], size: tuple[int, int], epoch: int
+        self,
+        ids: Sequence[str],
+        tags: Tensor,
+        windows: Sequence[Window],
+        size: tuple[int, int],
+        epoch: int,
+        device: torch.device,
     ) -> Tensor:
         """Compute which pixels to occlude.
 
@@ -280,21 +339,27 @@ class AttentionDropLayer:
 
         Args:
             ids: image ids.
-            tags: B x K, 0 or 1.
+            tags: B x K, 0 or 1, on the CPU.
             windows: position of each sample in its image.
             size: H and W of the input.
             epoch: 0-based.
+            device: where the maps are resized.
 
         Returns:
-            B x 1 x H x W bool on the CPU.
+            B x 1 x H x W bool on the device.
         """
-        out = torch.zeros(len(ids), 1, *size, dtype=torch.bool)
-        pairs = tags.detach().cpu().nonzero().tolist()
+        out = torch.zeros(len(ids), 1, *size, dtype=torch.bool, device=device)
         drawn = [rng(self.seed, Purpose.OCCLUSION, epoch, self.numbers[name]).random() for name in ids]
-        for sample, class_index in pairs:
+        by_grid: dict[Grid, list[tuple[int, NDArray[np.uint8]]]] = {}
+        for sample, class_index in tags.nonzero().tolist():
             if drawn[sample] >= self.settings.beta:
                 continue
             last = self.accumulator.last(ids[sample], class_index + 1)
             if last is not None:
-                out[sample] |= to_window(last, windows[sample], size) > self.settings.delta
+                by_grid.setdefault(self.accumulator.grids[ids[sample]], []).append((sample, last))
+        for pairs in by_grid.values():
+            maps = on_device(torch.from_numpy(np.stack([last for _, last in pairs])), device).float() / 255
+            resized = to_windows(maps, [windows[sample] for sample, _ in pairs], size)
+            for (sample, _), values in zip(pairs, resized, strict=True):
+                out[sample] |= values > self.settings.delta
         return out

@@ -134,6 +134,10 @@ class Seam(Method):
             parts.append(f"minimum pooling {settings.minimum:g}")
         return f"SEAM ({', '.join(parts)})"
 
+    @property
+    def is_mean(self) -> bool:
+        return True
+
     def new_layers(self) -> Iterable[nn.Module]:
         return [self.head, self.correlation, self.suppressors]
 

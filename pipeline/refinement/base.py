@@ -11,7 +11,7 @@ from pipeline.config.schema import Refinement
 from pipeline.networks.backbones import build_backbone
 from pipeline.networks.heads import ClassAwareHead
 
-Target = Callable[[tuple[int, int]], Tensor]  # (h, w) -> B x K x h x w maps in [0, 1]; 0 for absent classes
+Target = Callable[[tuple[int, int]], Tensor]  # (h, w) -> B x K x h x w maps in [0, 1] on the device
 
 
 class RefinementNetwork(nn.Module, ABC):
@@ -46,6 +46,11 @@ class RefinementNetwork(nn.Module, ABC):
     def about(self) -> dict[str, str]:
         """The report's description of this network; training writes it to log.json."""
         return {"text": f"{self.describe()} {self.block.backbone.describe()}", "map_name": self.map_name}
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the loss of a batch is the mean of its images' losses, so that batches may be merged."""
+        return False
 
     def new_layers(self) -> Iterable[nn.Module]:
         """The layers added to the backbone."""

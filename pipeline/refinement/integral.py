@@ -72,8 +72,12 @@ class IntegralModel(RefinementNetwork):
     def describe(self) -> str:
         return "integral"
 
+    @property
+    def is_mean(self) -> bool:
+        return True
+
     def loss(self, images: Tensor, target: Target, tags: Tensor) -> Tensor:
         logits = self(images)
         settings = self.settings
-        attention = target((logits.shape[2], logits.shape[3])).to(logits.device)
+        attention = target((logits.shape[2], logits.shape[3]))
         return integral_loss(logits, attention, tags, settings.loss, settings.reduction, settings.threshold)

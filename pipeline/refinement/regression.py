@@ -46,11 +46,15 @@ class RegressionNetwork(RefinementNetwork):
     def describe(self) -> str:
         return "regression"
 
+    @property
+    def is_mean(self) -> bool:
+        return self.settings.reduction == "class"
+
     def loss(self, images: Tensor, target: Target, tags: Tensor) -> Tensor:
         height, width = images.shape[2:]
         values = functional.interpolate(
             self(images).float(), size=(height, width), mode="bilinear", align_corners=False
         )
-        maps = target((height, width)).to(values.device)
+        maps = target((height, width))
         errors = (values - (strongest(maps) if self.settings.target == "strongest" else maps)).square().mean((2, 3))
         return errors.mean() if self.settings.reduction == "class" else (errors * tags).sum() / tags.sum()

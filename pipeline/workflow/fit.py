@@ -22,6 +22,7 @@ def fit(
     work: Work,
     make: Callable[[Any, TrainingSet], _Task],
     labels: RasterStore | None = None,
+    maps: RasterStore | None = None,
     group: Callable[[Any], int] = lambda network: 1,
     skip_unlabelled: bool = False,
 ) -> _Task:
@@ -30,6 +31,7 @@ def fit(
     Args:
         make: builds the task from the network and the training images.
         labels: label maps of the images.
+        maps: maps of the images' classes, with which their batches come.
         group: returns the number of images in a group that shares a class (``TrainingSet``), for the network.
         skip_unlabelled: drop images without a label map. It is still an error if no image has one.
 
@@ -47,7 +49,7 @@ def fit(
         images = [image for image in images if image.id in labels] or images
     torch.manual_seed(seed)
     network = models.build(settings, index.num_classes)
-    dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed, labels, group(network))
+    dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed, labels, group(network), maps)
     task = make(network, dataset)
     training, label = settings.training, work.job.label
     log: dict[str, Any] = {"about": task.about()}
