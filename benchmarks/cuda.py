@@ -1,0 +1,152 @@
+"""All measurements of training on a CUDA card, in one run of at most 15 minutes.
+
+    python -m benchmarks.cuda [--workers 14] [--images 800]
+    python -m benchmarks.cuda --device cpu --small        # tries the program itself, not a measurement
+
+1. Steps on a batch that lies on the card: fp32 contiguous (NCHW), bf16 channels-last, the same ``--deterministic``.
+2. End to end: ResNet-50 at 321 px, batch 16, from JPEG files, with attention accumulation and colour jitter. The goals
+   are 90 % of the step alone, and twice the fp32 contiguous step.
+3. OAA's five batches of one image: merged where shapes agree, and one by one.
+4. The parts of a step that are not the network: jitter and normalisation, occlusion masks, refinement targets, maps to
+   the accumulator.
+
+The CUDA tests (``pytest -m cuda``) are not part of it.
+
+Without a card it says so and ends.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from benchmarks.loop import block_of, end_to_end, report, step_alone
+from benchmarks.photos import CLASSES, JITTER, Photos, photos
+from pipeline.config.schema import Accumulate, AttentionDrop, Augmentation, Training
+from pipeline.data.collation import LoadedBatch
+from pipeline.data.loader import LoadingPlan, load
+from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
+from pipeline.training.loop import Loop
+from pipeline.training.settings import describe, prepare, uses_bf16
+from stages.refinement import attention
+
+
+def milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """Median milliseconds of a call, with the device's work."""
+    seconds = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds[2:])
+
+
+def alone(device: torch.device, threads: int, side: int, batch: int, steps: int) -> dict[str, float]:
+    """Seconds of the step alone, by arithmetic."""
+    augmentation = Augmentation(side="square", length=(side, side), jitter=JITTER)
+    found = {}
+    for name, precision, layout, deterministic in (
+        ("fp32 contiguous", "fp32", torch.contiguous_format, False),
+        ("bf16 channels-last", "bf16", torch.channels_last, False),
+        ("bf16 channels-last, --deterministic", "bf16", torch.channels_last, True),
+    ):
+        prepare(str(device), threads, deterministic)
+        block = block_of("resnet50", Training(batch, 1e-3, epochs=1, precision=precision), augmentation)  # type: ignore[arg-type]
+        found[name] = step_alone(block, side, device, steps, layout)
+        print(f"  {name:<40} {1e3 * found[name]:8.2f} ms a step  {batch / found[name]:8.1f} images/s", flush=True)
+    prepare(str(device), threads)
+    return found
+
+
+def whole(source: Photos, device: torch.device, workers: int, side: int, batch: int, steps: dict[str, float]) -> None:
+    """End to end, and the two goals."""
+    training = Training(batch, 1e-3, epochs=4, precision="bf16")
+    block = block_of("resnet50", training, Augmentation(side="square", length=(side, side), jitter=JITTER))
+    epochs = end_to_end(source, block, device, workers, None)
+    report(epochs, steps["bf16 channels-last"], len(source.images))
+    best = min(epoch.seconds / epoch.steps for epoch in epochs[1:])
+    print(f"  of the step alone: {steps['bf16 channels-last'] / best:.1%} (goal: 90 %)")
+    print(f"  against fp32 contiguous: {steps['fp32 contiguous'] / best:.2f} x (goal: 2 x)", flush=True)
+
+
+def merged(source: Photos, device: torch.device, workers: int, side: int) -> None:
+    """OAA's step of five batches of one image."""
+    training = Training(1, 1e-3, epochs=3, accumulation=5, precision="bf16")
+    block = block_of("vgg16", training, Augmentation(side="short", length=(side, side), jitter=JITTER))
+    for name, merges in (("merged", True), ("one by one", False)):
+        with mock.patch.object(Loop, "_merges", merges):
+            last = end_to_end(source, block, device, workers, None)[-1]
+        print(
+            f"  {name:<12} {1e3 * last.seconds / last.steps:8.2f} ms a step, {last.loading / last.seconds:6.1%} loading"
+        )
+
+
+def parts(source: Photos, device: torch.device, side: int, batch: int) -> None:
+    """Milliseconds of the parts of a step besides the network."""
+    augmentation = Augmentation(side="square", length=(side, side), jitter=JITTER)
+    dataset = source.dataset(augmentation, maps=True)
+    loaded: LoadedBatch = next(load(dataset, batch, [0], 0, LoadingPlan(gpu=device.type == "cuda")))
+    moved = loaded.to(device)
+    images = source.images[:batch]
+    accumulator = AttentionAccumulator(source.images, Accumulate(gate="none", skip_epochs=0), 2, keep_last=True)
+    cells = max(1, side // 8)
+    maps = torch.randn(batch, CLASSES, cells, cells, device=device)
+    tags = accumulator.tags(moved.ids, CLASSES)
+    arguments = (maps, maps.mean((2, 3)), tags, moved.ids, moved.windows, 0)
+    accumulator.update(*arguments)
+    layer = AttentionDropLayer(AttentionDrop(beta=1.0), accumulator, 0)
+    for name, function in {
+        "to the device, jitter, normalise": lambda: loaded.to(device),
+        "occlusion masks": lambda: layer.mask(moved.ids, tags, moved.windows, (side, side), 0, device),
+        "refinement targets": lambda: attention(moved, (side, side)),
+        "maps to the accumulator, fusion": lambda: accumulator.update(*arguments),
+    }.items():
+        print(f"  {name:<40} {milliseconds(function, device):8.3f} ms a batch of {len(images)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--workers", type=int, default=min(14, max(0, len(os.sched_getaffinity(0)) - 2)))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, default=800)
+    parser.add_argument("--side", type=int, default=321)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--small", action="store_true", help="a few small steps, to try the program")
+    options = parser.parse_args()
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        print("no CUDA device: nothing measured")
+        sys.exit(0)
+    if options.small:
+        options = argparse.Namespace(**{**vars(options), "images": 6, "side": 64, "batch": 2, "steps": 1, "workers": 1})
+    device = prepare(options.device, options.threads)
+    start = time.monotonic()
+    print(f"{describe(device, uses_bf16(device, 'auto'))}, torch {torch.__version__}, {os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory() as folder:
+        source = photos(Path(folder), options.images)
+        print(f"the step alone: ResNet-50, {options.side} px, batch {options.batch}")
+        steps = alone(device, options.threads, options.side, options.batch, options.steps)
+        print(f"end to end, {options.workers} workers, {options.images} photos")
+        whole(source, device, options.workers, options.side, options.batch, steps)
+        print(f"OAA, VGG-16, short side {min(224, options.side)}, 1 x 5")
+        few = source._replace(images=source.images[: max(5, len(source.images) // 4)])
+        merged(few, device, options.workers, min(224, options.side))
+        print("parts of a step besides the network")
+        parts(source, device, options.side, options.batch)
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    print(f"{time.monotonic() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
