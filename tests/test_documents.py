@@ -149,9 +149,9 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     **{
         f"python -m benchmarks.{name}": Dry("usage: ", "--help")
         for name in (
-            *("accumulator", "agen_memory", "boundary", "collaboration", "confusion", "crf", "deeplab_memory"),
+            *("accumulator", "agen_memory", "boundary", "collaboration", "confusion", "crf", "cuda", "deeplab_memory"),
             *("kill classifier base", "kill classifier base --kills 5", "kill segmentation supervised --kills 5"),
-            *("loading", "memory", "suppression", "training", "walk"),
+            *("loading", "loop", "memory", "suppression", "training", "walk"),
         )
     },
 }
