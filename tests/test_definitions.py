@@ -18,7 +18,7 @@ from pipeline.config.stage_table import FOLDERS, KINDS, SECTIONS, STAGES, TRAINE
 from pipeline.errors import PipelineError
 from pipeline.workflow import dvc
 from pipeline.workflow.graph import Graph, Job
-from pipeline.workflow.snakemake import Plan, declared_outputs, stage_file
+from pipeline.workflow.snakemake import Plan, stage_file
 from tests import project
 
 PARAMS = Path("params.yaml")
@@ -54,13 +54,13 @@ def planned(graph: Graph) -> set[Rule]:
     on its stage's file.
     """
     written = {path: path for job in graph.jobs for path in job.outputs.values()}
-    home = {job.outputs["root"]: declared_outputs(job)[0] for job in graph.jobs if job.manifest_folder}
+    home = {job.outputs["root"]: job.files[0] for job in graph.jobs if job.manifest_folder}
     written |= home | {root / "Saliency": file for root, file in home.items()}
     return {
         Rule(
             job.stage,
             names(written[path] for path in job.inputs.values() if path in written) or names([stage_file(job)]),
-            names(declared_outputs(job)),
+            names(job.files),
         )
         for job in graph.jobs
     }
@@ -162,7 +162,7 @@ def test_dvc_states_the_graph(graph: Graph, dvc_stages: dict[str, Stage]) -> Non
     assert dvc_stages[dvc.ROWS].outputs == {rows}
     for name, job in dvc_jobs(graph).items():
         stage = dvc_stages[name]
-        assert stage.outputs == names({*job.outputs.values(), *declared_outputs(job)}), job.label
+        assert stage.outputs == names({*job.outputs.values(), *job.files}), job.label
         assert stage.code == names([stage_file(job), "pipeline"]), job.label
         assert stage.command == "python -m pipeline.workflow.dvc run"  # no name that a shell could interpret
         assert dvc.find(graph, dvc.name_of(job)) is job
@@ -178,7 +178,7 @@ def test_dvc_report_depends_on_all_that_the_graph_names(graph: Graph, dvc_stages
     def below(path: Path) -> bool:
         return not stage.data.isdisjoint(names([path, *path.parents]))
 
-    witnessed = {path for other in graph.jobs if below(declared_outputs(other)[-1]) for path in other.inputs.values()}
+    witnessed = {path for other in graph.jobs if below(other.files[-1]) for path in other.inputs.values()}
     loose = [path for path in job.inputs.values() if not below(path) and path not in witnessed]
     assert {path.name for path in loose} == {"log.json"}
 
@@ -207,7 +207,7 @@ def test_snakemake_prefers_the_first_rows(graph: Graph) -> None:
 
 
 def test_the_first_report_is_planned_only_before_the_last(graph: Graph) -> None:
-    first, last = (str(declared_outputs(graph.find(name))[-1]) for name in ("first_report", "report"))
+    first, last = (str(graph.find(name).files[-1]) for name in ("first_report", "report"))
     fresh, running = (Plan(graph, [], outdated=outdated).targets for outdated in ([], [graph.find("report")]))
     assert set(running) - set(fresh) == {first}
     assert last in fresh

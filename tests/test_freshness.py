@@ -18,7 +18,9 @@ from pipeline.config.stage_table import STAGES as STAGE_TABLE
 from pipeline.runtime import Runtime
 from pipeline.stores import manifest
 from pipeline.stores.files import partial, sha256
-from pipeline.workflow.graph import stale
+from pipeline.stores.raster import RasterStore
+from pipeline.training.loop import Loop
+from pipeline.workflow.graph import Job, keep_outputs, stale
 from pipeline.workflow.snakemake import Plan, _set_times
 from pipeline.workflow.stage import Work, execute
 from tests.harm import ODD, killed_while_publishing
@@ -169,6 +171,43 @@ def test_an_unlisted_image_runs_at_most_the_index_again() -> None:
     shutil.copy(IMAGE, IMAGE.with_name("unlisted.jpg"))
     perform(graph().find("index"))
     assert outdated() == set()
+
+
+def delete_as_snakemake(job: Job) -> None:
+    for path in job.files:
+        path.unlink(missing_ok=True)
+
+
+def test_snakemake_deletes_outputs_but_what_is_unchanged_comes_back() -> None:
+    add_image("val")
+    plan = stale(graph())
+    labels = [job.label for job in plan]
+    before = {path: path.read_bytes() for job in plan for path in job.files}
+    keep_outputs(plan)
+    epochs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "run", lambda self: epochs.append(self))
+        for job in plan:
+            delete_as_snakemake(job)
+            perform(job)
+    assert "classifier base" in labels
+    assert not epochs
+    assert outdated() == set()
+    trained = [job for job in plan if job.label in TRAINED]
+    assert all(path.read_bytes() == before[path] for job in trained for path in job.files)
+    assert not list(RESULTS.rglob(".*.kept"))
+
+
+def test_kept_outputs_of_other_inputs_are_replaced() -> None:
+    job = graph().find("localization", "cam")
+    keep_outputs([job])
+    assert len(list(job.folder.glob(".*.kept"))) == len(job.files)
+    (LISTS / "train.txt").write_text("img_000\nimg_001\n")
+    perform(graph().find("index"))
+    delete_as_snakemake(job)
+    perform(job)
+    assert RasterStore(job.outputs["maps"]).ids == ["img_000", "img_001", "own"]
+    assert not list(job.folder.glob(".*.kept"))
 
 
 def test_a_training_on_masks_depends_on_those_of_training_images_only() -> None:

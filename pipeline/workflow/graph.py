@@ -21,7 +21,7 @@ from pipeline.config.registry import BACKBONES, Choice, plain
 from pipeline.config.schema import PREPARATION_STAGES, Backbone, Params, backbones
 from pipeline.config.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, Stage
 from pipeline.errors import PipelineError
-from pipeline.stores import manifest
+from pipeline.stores import kept, manifest
 from pipeline.stores.hashes import fingerprint
 from pipeline.workflow import closure
 
@@ -58,6 +58,11 @@ class Job:
     def folder(self) -> Path:
         """Folder of the manifest: next to the outputs, but among the results for a dataset, not among its images."""
         return self.manifest_folder or next(iter(self.outputs.values())).parent
+
+    @property
+    def files(self) -> list[Path]:
+        """The outputs, unless they are a dataset's folder, and the manifest."""
+        return [*(() if self.manifest_folder else self.outputs.values()), self.folder / manifest.NAME]
 
     @cached_property
     def params(self) -> dict[str, Any]:
@@ -180,8 +185,8 @@ class Graph:
         classes = None if dataset.classes == "voc" else dataset.classes
         names = (dataset.train, dataset.evaluation, dataset.tags, dataset.images, dataset.masks, classes)
         job = self._job(STAGES["index"])
-        parts = {name: Part((path,), 2 if name == "extra" else 1) for name, path in job.inputs.items()}
-        parts["root"] = Part(tuple(Path(dataset.root) / name for name in names if name), 1)
+        parts = {name: Part((path,), 2 if name == "extra" else sys.maxsize) for name, path in job.inputs.items()}
+        parts["root"] = Part(tuple(Path(dataset.root) / name for name in names if name), sys.maxsize)
         yield replace(job, values={"dataset": kept, "saliency": folder}, block=dataset, parts=parts)
         yield self._job(STAGES["ground_truth"])
         yield self._job(STAGES["saliency"], block=saliency)
@@ -367,6 +372,19 @@ def stale(graph: Graph) -> list[Job]:
             jobs.append(job)
             rewritten.update(job.outputs.values())
     return jobs
+
+
+def keep_outputs(jobs: list[Job]) -> None:
+    """Keep the outputs of those stale jobs that may turn out to be up to date, once the jobs before them have run.
+
+    The report is left out, since it shares an output with other experiments and takes little time.
+    """
+    hashes: dict[Path, str] = {}
+    for job in jobs:
+        if all(path.parent == job.folder for path in job.files) and is_fresh(job, hashes):
+            kept.keep(job.files)
+        else:
+            kept.drop(job.files)
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ from pipeline import runtime
 from pipeline.config import params as parameters
 from pipeline.config.stage_table import STAGES, Stage
 from pipeline.errors import PipelineError
-from pipeline.stores import locks, manifest
+from pipeline.stores import locks
 from pipeline.workflow import dvc
-from pipeline.workflow.graph import Graph, Job, stale
+from pipeline.workflow.graph import Graph, Job, keep_outputs, stale
 
 PARAMS = "params.yaml"
 SECOND = 10**9  # nanoseconds
@@ -57,7 +57,7 @@ class Plan:
         """The manifest of every job. The first report is not needed once the report on all rows is up to date."""
         done = self.graph.find("report") not in self.outdated
         jobs = (job for job in self.graph.jobs if not (done and job.stage == "first_report"))
-        return [str(declared_outputs(job)[-1]) for job in jobs]
+        return [str(job.files[-1]) for job in jobs]
 
     def inputs(self, stage: Stage) -> Any:
         """Return the input function of a rule."""
@@ -73,7 +73,7 @@ class Plan:
     def outputs(self, stage: Stage) -> list[str]:
         """Return the outputs of a rule; the block's name is a wildcard."""
         job = next(job for job in self.graph.jobs if job.stage == stage.name)
-        return [self._pattern(stage, path, job) for path in declared_outputs(job)]
+        return [self._pattern(stage, path, job) for path in job.files]
 
     def log(self, stage: Stage) -> str:
         """Return the log file of a rule; the block's name is a wildcard."""
@@ -142,23 +142,17 @@ def stage_file(job: Job) -> Path:
     return Path("stages") / f"{job.stage}.py"
 
 
-def declared_outputs(job: Job) -> list[Path]:
-    """Return the outputs that the rule of a job declares.
-
-    A dataset rule declares only its manifest: Snakemake deletes declared outputs before it runs a rule, which would
-    delete the user's images.
-    """
-    return [*(() if job.manifest_folder else job.outputs.values()), job.folder / manifest.NAME]
-
-
 def declared_inputs(job: Job) -> list[Path]:
     """Return the inputs that the rule of a job declares: outputs of other jobs, or else the stage's file.
+
+    Its outputs are the job's ``files``. A dataset rule declares only its manifest, since Snakemake deletes declared
+    outputs before it runs a rule, which would delete the user's images.
 
     A manifest replaces a dataset and all that lies in it. User-supplied files are not declared: Snakemake fails a job
     whose input is dated in the future. The manifests record their contents, and ``plan`` checks that they exist.
     """
     written = {path: writer for name, path in job.inputs.items() if (writer := job.writers.get(name))}
-    files = [declared_outputs(writer)[-1] if writer.manifest_folder else path for path, writer in written.items()]
+    files = [writer.files[-1] if writer.manifest_folder else path for path, writer in written.items()]
     return list(dict.fromkeys(files)) or [stage_file(job)]  # so that there is a time to compare with
 
 
@@ -184,6 +178,7 @@ def plan(workflow: Any) -> Plan:
         _note_interrupts()
         if not workflow.output_settings.dryrun:
             _drop_dead_locks(Path(".snakemake"))
+            keep_outputs(outdated)
         unset = _set_times(graph, outdated)
         if cards and workflow.resource_settings.nodes is None:
             workflow.global_resources.setdefault("gpu", cards)
@@ -232,11 +227,11 @@ def _set_times(graph: Graph, outdated: list[Job]) -> set[str]:
     now = time.time_ns()
     for job in graph.jobs:
         writers = [writer for name in job.inputs if (writer := job.writers.get(name))]
-        sources = {*declared_inputs(job), *(path for writer in writers for path in declared_outputs(writer))}
+        sources = {*declared_inputs(job), *(path for writer in writers for path in writer.files)}
         if not writers and _time(stage_file(job)) > now:
             _set_time(stage_file(job), now)
         newest = min(now, max(map(_time, sources)))
-        for path in declared_outputs(job):
+        for path in job.files:
             current = _time(path)
             if current and newest and ((current < newest) != (job in outdated) or current > now):
                 done = _set_time(path, newest - SECOND if job in outdated else newest)

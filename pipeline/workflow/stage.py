@@ -21,7 +21,7 @@ from pipeline.config.stage_table import STAGES
 from pipeline.errors import PipelineError, disk_faults, exit_on_faults
 from pipeline.memory import shortage
 from pipeline.runtime import Runtime, default_threads, deterministic_only
-from pipeline.stores import locks, manifest
+from pipeline.stores import kept, locks, manifest
 from pipeline.stores.files import partial, publish
 from pipeline.stores.hashes import fingerprint
 from pipeline.workflow.graph import Graph, Job, is_fresh, missing
@@ -121,6 +121,7 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
         PipelineError: an input is missing, or it does not match its manifest; or the results cannot be written to.
     """
     start = time.monotonic()
+    kept.restore(job.files)
     if _skip(job, force):  # before the lock, which read-only results do not have
         return
     with _lock(job):
@@ -170,7 +171,8 @@ def _skip(job: Job, force: bool) -> bool:
 
 
 def _remove_state(job: Job, key: str = "") -> None:
-    """Remove checkpoints of the job, or only those with this key."""
+    """Remove checkpoints of the job, or only those with this key, and the outputs that are kept for it."""
+    kept.drop(job.files)
     for old in job.folder.glob(f".*checkpoint-{job.stage}-{key[:16]}*"):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
