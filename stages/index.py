@@ -6,6 +6,7 @@ saliency. Only the report reads dataset.json.
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 from pipeline.data.build_index import build_index
@@ -16,7 +17,9 @@ from pipeline.workflow.stage import Work, progress, run
 def main(work: Work) -> None:
     folder = work.job.params["saliency"]
     threads = work.runtime.threads or len(os.sched_getaffinity(0))
-    survey = build_index(work.job.block, Path(folder) if folder else None, threads, progress)
+    survey = build_index(
+        work.job.block, Path(folder) if folder else None, threads, progress, partial(print, flush=True)
+    )
     parts = {"index": survey.index, "train": training_part(survey.index)}
     parts["saliency"] = training_part(survey.index, maps=True)
     for name, part in parts.items():

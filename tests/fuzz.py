@@ -29,8 +29,9 @@ from PIL import Image as Pillow
 
 from pipeline.config import params
 from pipeline.config.schema import Dataset
-from pipeline.data.checks import InvalidFile, image_size, mask_values, saliency_values
+from pipeline.data.checks import mask_values, saliency_values
 from pipeline.data.class_file import read_classes
+from pipeline.data.complete import InvalidFile
 from pipeline.data.faults import Faults
 from pipeline.data.index import Index
 from pipeline.data.lists import read_list
@@ -39,7 +40,7 @@ from pipeline.errors import PipelineError
 from pipeline.stores import isolated, manifest
 from pipeline.stores.raster import RasterWriter, open_foreign
 from tests import damage
-from tests.voc_tree import make_index, minimal_params
+from tests.voc_tree import image_size, make_index, minimal_params
 
 PIXELS = 10**6
 ROUND = 500  # cases of a run of hypothesis
@@ -186,7 +187,7 @@ def _annotations(path: Path) -> list[str]:
 
 def _list(path: Path) -> list[str]:
     faults = Faults()
-    read_list(path, faults, damage.IDS)
+    read_list(path, faults, {name: f"{name}.jpg" for name in damage.IDS})
     return faults.lines()
 
 

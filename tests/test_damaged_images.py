@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from pipeline.data.build_index import build_index
-from pipeline.data.checks import InvalidFile, image_size, mask_values, saliency_values
+from pipeline.data.checks import mask_values, saliency_values
+from pipeline.data.complete import InvalidFile
 from pipeline.errors import PipelineError
-from tests.voc_tree import make_tree
+from tests.voc_tree import image_size, make_tree
 
 PIXELS = 10**6
 END = b"\xff\xd9"
@@ -86,7 +87,7 @@ def test_the_header_alone_refuses_too_many_pixels(read: Callable[[bytes, int], A
     """The file would expand to 900 million pixels, and takes 3 GB as RGB."""
     data = png(30_000, 1, colour=0)
     data = data[:20] + struct.pack(">I", 30_000) + data[24:]
-    with pytest.raises(InvalidFile, match=r"has 900 megapixels \(30000x30000\), but at most 100 are read; .*max_mega"):
+    with pytest.raises(InvalidFile, match=r"has 900 megapixels \(30000x30000\), but at most 100 are read; scale"):
         read(data, 100 * 10**6)
 
 
@@ -108,7 +109,7 @@ def test_a_limit_accepts_exactly_its_number_of_pixels() -> None:
         mask_values(png(6, 5, colour=0), 29)
 
 
-@pytest.mark.parametrize("read", [image_size, mask_values, saliency_values])
+@pytest.mark.parametrize("read", [mask_values, saliency_values])
 def test_16_bits_are_refused_instead_of_losing_half(read: Callable[[bytes, int], Any]) -> None:
     with pytest.raises(InvalidFile, match="16-bit PNG"):
         read(png(4, 4, bits=16, colour=0), PIXELS)
@@ -122,3 +123,4 @@ def test_the_limit_is_a_param_of_the_dataset(tmp_path: Path) -> None:
     lines = caught.value.lines
     assert len(lines) == 6  # two images, two masks and two maps
     assert lines[0].startswith(f"{tmp_path}/JPEGImages/img_000.jpg: has 0.002 megapixels (50x40), but at most 0.0019")
+    assert all(line.endswith("scale it down or raise dataset.max_megapixels") for line in lines)

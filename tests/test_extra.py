@@ -99,19 +99,19 @@ def cut() -> None:
 FAULTS: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: picture(Path("more/dog/zebra_1.jpg")),
-        "more/cat/zebra_1.jpg: more/dog/zebra_1.jpg has the same stem; remove or rename one of the two",
+        "more/cat/zebra_1.jpg: more/dog/zebra_1.jpg has the same id; remove or rename one of the two",
     ),
     (
         lambda: picture(Path("more/cat/zebra_1.png")),
-        "more/cat/zebra_1.jpg: more/cat/zebra_1.png has the same stem; remove or rename one of the two",
+        "more/cat/zebra_1.jpg: more/cat/zebra_1.png has the same id; remove or rename one of the two",
     ),
     (
         lambda: picture(Path("more/dog/img_001.jpg")),
-        "data/JPEGImages/img_001.jpg: more/dog/img_001.jpg has the same stem; remove or rename one of the two",
+        "data/JPEGImages/img_001.jpg: more/dog/img_001.jpg has the same id; remove or rename one of the two",
     ),
     (
         lambda: picture(Path("more/dog/img_005.jpg")),
-        "data/JPEGImages/img_005.jpg: more/dog/img_005.jpg has the same stem; remove or rename one of the two",
+        "data/JPEGImages/img_005.jpg: more/dog/img_005.jpg has the same id; remove or rename one of the two",
     ),
     (
         lambda: picture(Path("more/brid/other.jpg")),
@@ -150,7 +150,7 @@ def test_a_listed_image_that_is_missing_is_not_taken_from_the_extra_folder(datas
     with pytest.raises(PipelineError) as caught:
         build_index(dataset)
     assert list(caught.value.lines) == [
-        "data/JPEGImages/img_001.jpg (or .png): missing, but it is listed; add it or unlist it"
+        "data/JPEGImages/img_001.jpg (or another format): missing, but it is listed; add it or unlist it"
     ]
 
 

@@ -117,7 +117,7 @@ def test_paths_of_windows_are_cut_to_their_last_part(tmp_path: Path, name: str) 
 def listed(path: Path, text: str, images: tuple[str, ...]) -> list[str]:
     path.write_text(text, newline="")
     faults = Faults()
-    ids = read_list(path, faults, images)
+    ids = read_list(path, faults, {name: f"{name}.jpg" for name in images})
     assert faults.lines() == []
     return ids
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data import photos
+from pipeline.data.complete import InvalidFile
 from pipeline.errors import PipelineError
 
 COLOURS = np.random.default_rng(0).integers(0, 255, (3, 5, 3))
@@ -127,11 +128,11 @@ def test_a_jpeg_has_the_pixels_that_training_sees(tmp_path: Path) -> None:
     [
         (b"", "not a photo"),
         (b"text, not a photo", "not a photo"),
-        (encode(RGB, "JPEG")[:-300], "damaged"),
-        (encode(RGB, "PNG")[:-100], "damaged"),
+        (encode(RGB, "JPEG")[:-300], "truncated"),
+        (encode(RGB, "PNG")[:-100], "truncated"),
         (encode(Image.fromarray(RGB[..., 0]).convert("F"), "TIFF"), "32-bit"),
-        (encode(Image.new("1", (20_000, 5_000)), "PNG"), "more than 80 million"),
-        (encode(Image.new("1", (20_000, 10_000)), "PNG"), "more than 80 million"),
+        (encode(Image.new("1", (20_000, 5_000)), "PNG"), "at most 80 are read"),
+        (encode(Image.new("1", (20_000, 10_000)), "PNG"), "at most 80 are read"),
         (b"\0\0\0\x18ftypheic" + bytes(50), "is not a photo|damaged"),
     ],
 )
@@ -142,6 +143,66 @@ def test_what_is_refused_names_the_file(tmp_path: Path, data: bytes, message: st
         photos.read(path)
     assert raised.value.lines[0].startswith(f"{path}: ")
     assert len(raised.value.lines) == 1
+
+
+PLAIN = [
+    ("RGB", "JPEG", {"quality": 75}),
+    ("RGB", "JPEG", {"quality": 95, "subsampling": 0, "progressive": True}),
+    ("L", "JPEG", {}),
+    ("RGB", "PNG", {}),
+    ("L", "PNG", {}),
+    ("P", "PNG", {}),
+]
+
+
+@pytest.mark.parametrize(("mode", "form", "options"), PLAIN)
+def test_both_decoders_return_the_same_bytes(
+    mode: str, form: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain files take the short way through OpenCV; the same pixels with EXIF data take the other."""
+    noise = np.random.default_rng(2).integers(0, 255, (37, 53, 3)).astype(np.uint8)
+    picture = Image.fromarray(noise).quantize(64) if mode == "P" else Image.fromarray(noise).convert(mode)
+    data = encode(picture, form, **options)
+    with Image.open(BytesIO(data)) as decoded:
+        expected = np.asarray(decoded.convert("RGB"))
+    assert np.array_equal(photos.read(data), expected)
+    exif = Image.Exif()
+    exif[0x112] = 1
+    assert np.array_equal(photos.read(encode(picture, form, exif=exif.tobytes(), **options)), expected)
+    monkeypatch.setattr(photos, "opened", None)  # Pillow
+    assert np.array_equal(photos.decode(data), expected)
+
+
+@pytest.mark.parametrize("part", [0.3, 0.7, 0.95])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "HEIF"])
+def test_every_format_is_refused_if_it_is_cut(form: str, part: float) -> None:
+    data = encode(RGB, form)
+    with pytest.raises(InvalidFile, match="copy"):
+        photos.examine(data[: int(part * len(data))])
+
+
+def test_only_the_formats_of_photos_are_opened() -> None:
+    """Pillow would start Ghostscript for this one."""
+    with pytest.raises(InvalidFile, match="not a photo of a known format"):
+        photos.examine(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+
+
+def test_damaged_exif_data_count_as_none() -> None:
+    for exif in (b"Exif\0\0II*\0" + b"\xff" * 40, b"Exif\0\0", b"nonsense"):
+        assert difference(encode(RGB, "JPEG", quality=95, exif=exif)) < 4
+
+
+def test_what_a_file_is() -> None:
+    pages: dict[str, Any] = {"save_all": True, "append_images": [Image.fromarray(RGB[::-1])]}
+    for form, frames in (("TIFF", 2), ("GIF", 2), ("MPO", 1)):
+        photo = photos.examine(encode(RGB, form, **pages))
+        assert (photo.form, photo.frames) == ("JPEG" if form == "MPO" else form, frames)
+    exif = Image.Exif()
+    for orientation in TURNS:
+        exif[0x112] = orientation
+        photo = photos.examine(encode(TURNS[orientation](RGB), "JPEG", exif=exif.tobytes()))
+        assert photo.orientation == orientation
+        assert photo.stored_size == TURNS[orientation](RGB).shape[:2]
 
 
 def test_heic_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

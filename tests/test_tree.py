@@ -50,14 +50,14 @@ def test_accents_of_both_forms_are_one_id(tmp_path: Path) -> None:
     assert find(tmp_path) == ({composed[:-4]: decomposed}, [])
     touch(tmp_path / composed)
     (line,) = find(tmp_path)[1]
-    assert line == f"{tmp_path / decomposed}: {tmp_path / composed} has the same name up to its suffix; " \
+    assert line == f"{tmp_path / decomposed}: {tmp_path / composed} has the same id; " \
         "remove or rename one of the two"  # fmt: skip
 
 
 def test_two_files_with_one_id_are_named_together(tmp_path: Path) -> None:
     one, other = tmp_path / "b/a.HEIC", tmp_path / "b/a.jpg"
     touch(one, other, *(tmp_path / name for name in ("A.jpg", "a.jpg", "b/a.jpg.png")))
-    assert find(tmp_path)[1] == [f"{one}: {other} has the same name up to its suffix; remove or rename one of the two"]
+    assert find(tmp_path)[1] == [f"{one}: {other} has the same id; remove or rename one of the two"]
 
 
 @pytest.mark.parametrize("name", ["line\nbreak", "\x1b[2J", "\u202eevil", "back\\slash", "\udcff", "a/tab\t"])

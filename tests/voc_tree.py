@@ -13,6 +13,7 @@ from pipeline.config.schema import Dataset
 from pipeline.data.build_index import build_index
 from pipeline.data.index import Index
 from pipeline.data.palette import voc_palette
+from pipeline.data.photos import examine
 
 CLASSES = ("cat", "dog", "bird")
 LISTS = Path("ImageSets/Segmentation")
@@ -96,3 +97,9 @@ def _draw(size: tuple[int, int], present: Sequence[int], random: np.random.Gener
         mask[top:bottom, left:right] = class_id
         image[top:bottom, left:right] = voc_palette()[class_id] // 2 + 100
     return image, mask
+
+
+def image_size(data: bytes, limit: int) -> tuple[int, int]:
+    """Check and decode an image file as the index does, and return its (height, width)."""
+    height, width = examine(data, limit).rgb.shape[:2]
+    return height, width

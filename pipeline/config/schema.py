@@ -52,8 +52,10 @@ class Dataset:
     other_classes: Literal["refuse", "leave_out"] = "refuse"
     # Listed images without an entry in the tags. An entry without a class always makes a negative
     untagged: Literal["refuse", "negative"] = "refuse"
+    # The photos, in any tree of folders. An image's id is its path below this folder without the suffix
     images: FilePath = "JPEGImages"
-    masks: FilePath | None = None  # used only for evaluation and supervised rows
+    # The masks, with the ids of the images; used only for evaluation and supervised rows
+    masks: FilePath | None = None
     train: FilePath = "ImageSets/Segmentation/train.txt"
     evaluation: FilePath = "ImageSets/Segmentation/val.txt"
     # More training images: one folder per class, named after their single tag (EDAM Sec. 4.4)
@@ -87,6 +89,8 @@ class Dataset:
         root, here = Path(os.path.realpath(self.root)), Path.cwd()
         if here.is_relative_to(root):
             yield f"root: {self.root} contains the working folder; choose a folder of the dataset's own"
+        if here.is_relative_to(os.path.realpath(root / self.images)):
+            yield f"images: {self.images} contains the working folder; choose a folder of photos alone"
         if root.is_relative_to(here / "results"):
             yield f"root: {self.root} lies in results, which holds the outputs; choose a folder outside of it"
 

@@ -1,7 +1,7 @@
 """Build the index of a dataset: read and check every file once, and report all faults together."""
 
-import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -9,35 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline.config.schema import Dataset
 from pipeline.data import census
 from pipeline.data.census import Census, Sight
-from pipeline.data.checks import IGNORE, InvalidFile, image_pixels, mask_values, saliency_values
+from pipeline.data.checks import LOSSLESS, LOSSY
 from pipeline.data.class_file import read_classes
-from pipeline.data.duplicates import Fingerprint, fingerprint
 from pipeline.data.faults import LIMIT, Faults, hint
-from pipeline.data.images import working_size
-from pipeline.data.lists import IMAGE_SUFFIXES, read_list
+from pipeline.data.inspection import HEIC, Fault, ImageFiles, Inspection, inspect, remark_files
+from pipeline.data.lists import read_list
+from pipeline.data.photos import SUFFIXES
 from pipeline.data.tags import SHOWN, Tags, read_tags
 from pipeline.data.tags.matching import Nearest
-from pipeline.stores.files import read_regular
-from pipeline.stores.raster import Raster
+from pipeline.data.tree import check_id, files_by_id
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # items, label, number of items
-Fault = tuple[str, str]  # kind, line
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """The files of one image; paths are relative to the working directory unless absolute."""
-
-    id: str
-    image: Path
-    mask: Path | None
-    saliency: Path | None
 
 
 @dataclass(frozen=True)
@@ -54,16 +39,6 @@ class ExtraImages:
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """Results of reading the files of one image: its index entry, its faults, and its content for the census."""
-
-    entry: dict[str, Any]
-    faults: list[Fault]
-    print: Fingerprint | None
-    mask: NDArray[np.intp] | None
-
-
-@dataclass(frozen=True)
 class Survey:
     """The index of a dataset as ``pipeline.data.index`` reads it, and the census, which only the report may read."""
 
@@ -76,6 +51,7 @@ def build_index(
     saliency: Path | None = None,
     threads: int = 1,
     progress: Progress = lambda items, label, total: items,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> Survey:
     """Check a dataset in VOC layout, decoding every file, and return its index and its census.
 
@@ -85,8 +61,9 @@ def build_index(
     the tag of its folder and no mask.
 
     Args:
-        saliency: folder of grey PNG files with the images' stems and sizes.
+        saliency: folder of grey pictures with the images' ids and sizes.
         threads: number of threads that decode and hash files (both release the GIL).
+        announce: takes a line on the images, before they are read.
 
     Raises:
         PipelineError: lists all faults, one per line, with at most ``faults.LIMIT`` of each kind.
@@ -95,22 +72,26 @@ def build_index(
     root = Path(dataset.root)
     classes = read_classes(root, dataset.classes, faults)
     lists = {"train": root / dataset.train, "evaluation": root / dataset.evaluation}
-    images = _files_by_stem(root / dataset.images, IMAGE_SUFFIXES, "dataset.images", faults)
-    splits = {split: read_list(path, faults, images or ()) for split, path in lists.items()}
+    folder = root / dataset.images
+    images = files_by_id(folder, SUFFIXES, "dataset.images", faults)
+    paths = {name: files[0].relative_to(folder).as_posix() for name, files in (images or {}).items()}
+    splits = {split: read_list(path, faults, paths if images else None) for split, path in lists.items()}
     evaluation = set(splits["evaluation"])
     for name in splits["train"]:
         if name in evaluation:
             line = f"{lists['train']}: {name} is also in {lists['evaluation']}; take it out of one"
             faults.add("image in both lists", line)
     ids = list(dict.fromkeys(splits["train"] + splits["evaluation"]))
-    tags = _checked_tags(dataset, classes, splits, images, faults)
+    tags = _checked_tags(dataset, classes, splits, paths, faults)
     extra = _read_extra(Path(dataset.extra), classes, faults) if dataset.extra and classes else ExtraImages()
     splits["train"] += extra.files
     files_of_images = _match_files(dataset, ids, images, extra, splits, saliency, faults)
+    kinds = Counter(files.image.suffix.lower() for files in files_of_images)
+    shares = ", ".join(f"{number} {suffix}" for suffix, number in kinds.most_common())
+    announce(f"index: {len(files_of_images)} images to read ({shares})")
     results = _inspect_all(files_of_images, len(classes), dataset, threads, progress)
-    for result in results:
-        for kind, line in result.faults:
-            faults.add(kind, line)
+    for kind, line in _joined(fault for result in results for fault in result.faults):
+        faults.add(kind, line)
     counts = _count(dataset, classes, splits, {**tags.by_image, **extra.tags}, files_of_images, results, faults)
     counts = replace(counts, remarks=[*counts.remarks, *tags.remarks], source=tags.source)
     faults.check()
@@ -118,7 +99,7 @@ def build_index(
     for files, result in zip(files_of_images, results, strict=True):
         entries[files.id] = {
             "file": Path(os.path.relpath(files.image, root)).as_posix(),
-            "mask": files.mask and files.mask.relative_to(root).as_posix(),
+            "mask": files.mask and Path(os.path.relpath(files.mask, root)).as_posix(),
             "saliency": files.saliency and files.saliency.as_posix(),
             "tags": list(extra.tags.get(files.id) or tags.by_image.get(files.id, ())),
             **result.entry,
@@ -128,6 +109,16 @@ def build_index(
         tag_source += f"; {len(extra.files)} images with single tags: {dataset.extra}"
     source = {"root": root.as_posix(), "classes": classes, "splits": splits, "tag_source": tag_source}
     return Survey({**source, "images": entries}, counts)
+
+
+def _joined(faults: Iterable[Fault]) -> list[Fault]:
+    """Faults with all photos that a missing package cannot read as one line."""
+    every = list(faults)
+    heic = [line for kind, line in every if kind == HEIC]
+    others = [fault for fault in every if fault[0] != HEIC]
+    if len(heic) > 1:
+        heic = [f"{heic[0]} ({len(heic)} images)"]
+    return [*((HEIC, line) for line in heic), *others]
 
 
 def _count(
@@ -155,28 +146,22 @@ def _count(
     root = Path(dataset.root)
     masks, refuse = root / (dataset.masks or ""), dataset.contradictions == "refuse"
     counts = census.take(sights, classes, root / dataset.evaluation, masks, refuse, faults)
-    large = [result.entry for result in results if "file_size" in result.entry]
-    if not large:
-        return counts
-    reduced = f"{len(large)} images are larger than dataset.working_megapixels and are reduced to "
-    reduced += f"{dataset.working_megapixels:g} megapixels, with their masks; labels and scores are at that size"
-    return replace(counts, remarks=[*counts.remarks, reduced])
+    return replace(counts, remarks=[*counts.remarks, *remark_files(dataset, images, results)])
 
 
 def _checked_tags(
     dataset: Dataset,
     classes: Sequence[str],
     splits: dict[str, list[str]],
-    images: dict[str, list[Path]] | None,
+    photos: dict[str, str],
     faults: Faults,
 ) -> Tags:
     """Read the tags of the listed images; images without an entry become faults or negatives."""
     path = Path(dataset.root) / dataset.tags
     if not classes:
         return Tags({}, path.name)
-    photos = {name: files[0].name for name, files in (images or {}).items()}
     listed = dict.fromkeys([*splits["train"], *splits["evaluation"]])
-    photos |= {name: name for name in listed if name not in photos}
+    photos = photos | {name: name for name in listed if name not in photos}
     faults_before = len(faults)
     tags = read_tags(path, classes, photos, faults, listed, dataset.other_classes)
     if not tags.by_image and len(faults) == faults_before and dataset.untagged == "refuse":
@@ -215,11 +200,10 @@ def _read_extra(folder: Path, classes: Sequence[str], faults: Faults) -> ExtraIm
             faults.add("extra folder", f"{folder / name}: is not named after any of dataset.classes; {fix}")
     extra = ExtraImages()
     for class_id, name in enumerate(classes, 1):
-        stems = _files_by_stem(folder / name, IMAGE_SUFFIXES, "dataset.extra", faults) if name in names else {}
+        stems = files_by_id(folder / name, SUFFIXES, "dataset.extra", faults, deep=False) if name in names else {}
         for stem, files in sorted((stems or {}).items()):
-            if not stem.isprintable():
-                line = f"{str(files[0])!a}: its name is not printable UTF-8 text; rename it"
-                faults.add("name of an image", line)
+            if len(files) == 1:
+                check_id(stem, files, faults)
             extra.files.setdefault(stem, []).extend(files)
             extra.tags.setdefault(stem, (class_id,))
     if not extra.files and len(faults) == faults_before:
@@ -250,15 +234,10 @@ def _match_files(
 ) -> list[ImageFiles]:
     """Match listed and extra images to their files; images with missing or ambiguous files become faults."""
     root = Path(dataset.root)
-    masks = _files_by_stem(root / dataset.masks, (".png",), "dataset.masks", faults) if dataset.masks else None
-    maps = _files_by_stem(saliency, (".png",), "saliency.path", faults) if saliency else None
+    masks = _masks(root / dataset.masks, splits, faults) if dataset.masks else {}
+    maps = files_by_id(saliency, LOSSLESS, "saliency.path", faults) if saliency else None
     if images is None:
         return []
-    if dataset.masks and masks is not None:
-        for name in splits["evaluation"]:
-            if name not in masks:
-                line = f"{root / dataset.masks / name}.png: missing, but it is an evaluation image; add it or unlist it"
-                faults.add("missing mask", line)
     if saliency and maps is not None:
         for name in _images_without(maps, splits):
             line = f"{saliency / name}.png: missing; add it, or choose another saliency.kind"
@@ -269,30 +248,42 @@ def _match_files(
         own = images.get(name, []) if name in listed else []
         files = own + extra.files.get(name, [])
         if name in listed and not own:
-            line = f"{root / dataset.images / name}.jpg (or .png): missing, but it is listed; add it or unlist it"
-            faults.add("missing image", line)
-        elif len(files) > 1:
-            line = f"{files[0]}: {files[1]} has the same stem; remove or rename one of the two"
-            faults.add("two images with one stem", line)
-        else:
-            mask, saliency_map = ((stems or {}).get(name, [None])[0] for stems in (masks, maps))
-            matched.append(ImageFiles(name, files[0], mask if name in listed else None, saliency_map))
+            faults.add("missing image", _missing_image(root / dataset.images / name))
+        elif check_id(name, files, faults):
+            mask = masks.get(name) if name in listed else None
+            matched.append(ImageFiles(name, files[0], mask, (maps or {}).get(name, [None])[0]))
     return matched
 
 
-def _files_by_stem(folder: Path, suffixes: tuple[str, ...], key: str, faults: Faults) -> dict[str, list[Path]] | None:
-    """Files with one of ``suffixes`` by stem; None, and a fault, if the folder cannot be listed."""
+def _masks(folder: Path, splits: dict[str, list[str]], faults: Faults) -> dict[str, Path]:
+    """The mask of each listed image; evaluation images need one."""
+    masks = files_by_id(folder, LOSSLESS, "dataset.masks", faults)
+    if masks is None:
+        return {}
+    lossy = files_by_id(folder, LOSSY, "dataset.masks", Faults()) or {}
+    for name in dict.fromkeys([*splits["evaluation"], *splits["train"]]):
+        if files := masks.get(name):
+            if len(files) > 1:
+                check_id(name, files, faults)
+        elif name in lossy:
+            cause = "is JPEG or WebP, whose lossy compression changes class ids; save the mask as PNG"
+            faults.add("lossy mask", f"{lossy[name][0]}: {cause}")
+        elif name in splits["evaluation"]:
+            line = f"{folder / name}.png: missing, but it is an evaluation image; add it or unlist it"
+            faults.add("missing mask", line)
+    return {name: files[0] for name, files in masks.items()}
+
+
+def _missing_image(path: Path) -> str:
+    """The line on a listed image without a file, which names a file of another format if there is one."""
     try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        faults.add("folder", f"{folder}: cannot be listed ({error.strerror}); create it or correct {key}")
-        return None
-    stems: dict[str, list[Path]] = {}
-    for name in names:
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in suffixes and not name.startswith("."):  # hidden files never count (``stores.hashes``)
-            stems.setdefault(stem, []).append(folder / name)
-    return stems
+        others = sorted(name for name in os.listdir(path.parent) if os.path.splitext(name)[0] == path.name)
+    except OSError:
+        others = []
+    if others:
+        kinds = ", ".join(suffix.removeprefix(".") for suffix in SUFFIXES)
+        return f"{path.parent / others[0]}: is listed, but of a format that is not read ({kinds} are); convert it"
+    return f"{path}.jpg (or another format): missing, but it is listed; add it or unlist it"
 
 
 def _inspect_all(
@@ -300,52 +291,7 @@ def _inspect_all(
 ) -> list[Inspection]:
     pool = ThreadPoolExecutor(threads)
     try:
-        results = pool.map(partial(_inspect, num_classes=num_classes, dataset=dataset), images)
+        results = pool.map(partial(inspect, num_classes=num_classes, dataset=dataset), images)
         return list(progress(results, "index: images checked", len(images)))
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _inspect(files: ImageFiles, num_classes: int, dataset: Dataset) -> Inspection:
-    """Hash and decode the files of one image."""
-    entry: dict[str, Any] = {}
-    faults: list[Fault] = []
-
-    def read(path: Path | None, kind: str, key: str, decode: Callable[[bytes, int], Any]) -> Any:
-        entry[key] = None
-        try:
-            if path is not None:
-                data = read_regular(path)
-                entry[key] = hashlib.sha256(data).hexdigest()
-                return decode(data, dataset.max_pixels)
-        except InvalidFile as error:
-            faults.append((kind, f"{path}: {error}"))
-        except OSError as error:
-            faults.append((kind, f"{path}: cannot be read ({error.strerror}); fix its permissions or the disk"))
-        return None
-
-    pixels: NDArray[np.uint8] | None = read(files.image, "unreadable image", "sha256", image_pixels)
-    size = None if pixels is None else pixels.shape[:2]
-    if size is not None:
-        entry["height"], entry["width"] = working_size(size, dataset.working_megapixels)
-        if (entry["height"], entry["width"]) != size:
-            entry["file_size"] = list(size)
-    mask: Raster | None = read(files.mask, "unreadable mask", "mask_sha256", mask_values)
-    saliency: Raster | None = read(files.saliency, "unreadable saliency map", "saliency_sha256", saliency_values)
-    for path, raster, name in ((files.mask, mask, "mask"), (files.saliency, saliency, "saliency map")):
-        if raster is not None and size is not None and raster.shape != size:
-            sizes = f"is {raster.shape[1]}x{raster.shape[0]}, but its image is {size[1]}x{size[0]}"
-            faults.append((f"size of a {name}", f"{path}: {sizes}; make them equal"))
-    counts = None if mask is None else np.bincount(mask.reshape(-1), minlength=256)
-    wrong = _wrong_values(counts, num_classes) if counts is not None and num_classes else ""
-    if wrong:
-        line = f"{files.mask}: has the values {wrong}, but class ids are 0..{num_classes} and {IGNORE} (ignore)"
-        faults.append(("value of a mask", f"{line}; correct it, or dataset.classes"))
-    return Inspection(entry, faults, None if pixels is None else fingerprint(pixels), counts)
-
-
-def _wrong_values(counts: NDArray[np.intp], num_classes: int) -> str:
-    """Format up to five mask values that are neither class ids nor 255; empty if there are none."""
-    values = np.flatnonzero(counts).tolist()
-    wrong = [value for value in values if num_classes < value != IGNORE]
-    return ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")

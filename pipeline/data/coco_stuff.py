@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import matlab
-from pipeline.data.checks import IGNORE, MEGAPIXEL, InvalidFile, image_size
+from pipeline.data.checks import IGNORE
+from pipeline.data.complete import MEGAPIXEL, InvalidFile
 from pipeline.data.faults import Faults
 from pipeline.data.lists import read_list
 from pipeline.data.palette import write_mask
+from pipeline.data.photos import examine
 from pipeline.data.voc import CLASSES
 from pipeline.errors import PipelineError
 from pipeline.stores import isolated
@@ -133,7 +135,8 @@ def _files(source: Path, name: str) -> tuple[Path, Path]:
 
 def _size(image: Path) -> tuple[int, int]:
     try:
-        return image_size(image.read_bytes(), LARGEST)
+        height, width = examine(image.read_bytes(), LARGEST).rgb.shape[:2]
+        return height, width
     except InvalidFile as error:
         raise PipelineError(f"{image}: {error}") from None
     except OSError as error:

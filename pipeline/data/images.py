@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data import photos
+from pipeline.data.complete import InvalidFile
 from pipeline.data.index import Image
 from pipeline.errors import PipelineError
 from pipeline.stores.files import read_regular
@@ -37,21 +39,21 @@ def read_indexed(path: Path, sha256: str | None) -> bytes:
 
 
 def read_rgb(image: Image) -> NDArray[np.uint8]:
-    """Read an image as H x W x 3 uint8 at its working size; EXIF orientation is not applied.
+    """Read an image as H x W x 3 uint8 at its working size, upright (``pipeline.data.photos``).
 
     Raises:
         PipelineError: the file differs from the one that was indexed, or it cannot be decoded to the indexed size.
     """
-    content = np.frombuffer(read_indexed(image.file, image.sha256), np.uint8)
+    content = read_indexed(image.file, image.sha256)
     try:
-        bgr = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:  # the file is empty, or has more pixels than OpenCV accepts
-        bgr = None
-    if bgr is None or bgr.shape[:2] != (image.file_size or image.size):
+        rgb = photos.decode(content, image.file_pixels)
+    except InvalidFile as error:
+        raise PipelineError(f"{image.file}: {error}; or run the index stage again if it was replaced") from None
+    if rgb.shape[:2] != (image.file_size or image.size):
         raise PipelineError(f"{image.file}: differs from the indexed image; run the index stage again")
     if image.file_size:
-        bgr = cv2.resize(bgr, image.size[::-1], interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+        rgb = cv2.resize(rgb, image.size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+    return rgb
 
 
 def reduced(raster: NDArray[np.uint8], image: Image, interpolation: int) -> NDArray[np.uint8]:

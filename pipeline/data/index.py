@@ -63,13 +63,11 @@ class Index:
         self._images = {
             name: Image(
                 name,
-                Path(
-                    os.path.normpath(root / entry["file"])
-                ),  # resolves '..' of extra images lexically, even if root is a symlink
+                _below(root, entry["file"]),
                 entry["height"],
                 entry["width"],
                 tuple(entry["tags"]),
-                root / entry["mask"] if entry["mask"] else None,
+                _below(root, entry["mask"]) if entry["mask"] else None,
                 Path(entry["saliency"]) if entry["saliency"] else None,
                 entry.get("sha256"),
                 entry.get("mask_sha256"),
@@ -96,6 +94,11 @@ class Index:
     def num_classes(self) -> int:
         """K, without background."""
         return len(self.classes)
+
+
+def _below(root: Path, path: str) -> Path:
+    """Resolve '..' of files outside of ``root`` lexically, as they were indexed, even if ``root`` is a symlink."""
+    return Path(os.path.normpath(root / path))
 
 
 def training_part(raw: dict[str, Any], maps: bool = False) -> dict[str, Any]:

@@ -26,13 +26,16 @@ def is_fit(name: str) -> bool:
     return name.translate(_JOINERS).isprintable() and "\\" not in name
 
 
-def files_by_id(folder: Path, suffixes: tuple[str, ...], key: str, faults: Faults) -> dict[str, list[Path]] | None:
+def files_by_id(
+    folder: Path, suffixes: tuple[str, ...], key: str, faults: Faults, deep: bool = True
+) -> dict[str, list[Path]] | None:
     """Files with one of ``suffixes``, in any case, in a folder and its subfolders, sorted, by id.
 
     Hidden files and folders are skipped. Links are followed; a folder that links reach twice counts once.
 
     Args:
         key: the key of params.yaml that names the folder, for messages.
+        deep: whether subfolders count.
 
     Returns:
         None, and a fault, if the folder cannot be listed.
@@ -56,8 +59,8 @@ def files_by_id(folder: Path, suffixes: tuple[str, ...], key: str, faults: Fault
             if not prefix:
                 return None
             continue
-        folders = [f"{prefix}{entry.name}/" for entry in shown if entry.is_dir()]
-        waiting.extend(reversed(folders))
+        if deep:
+            waiting.extend(f"{prefix}{entry.name}/" for entry in reversed(shown) if entry.is_dir())
         for entry in shown:
             if os.path.splitext(entry.name)[1].lower() in suffixes and not entry.is_dir():
                 ids.setdefault(file_id(prefix + entry.name), []).append(path / entry.name)
@@ -82,7 +85,7 @@ def find_photos(folder: Path, faults: Faults) -> dict[str, str]:
 def check_id(name: str, files: list[Path], faults: Faults) -> bool:
     """Add a fault if an id has several files or is unfit, and return whether it is right."""
     if len(files) > 1:
-        line = f"{files[0]}: {files[1]} has the same name up to its suffix; remove or rename one of the two"
+        line = f"{files[0]}: {files[1]} has the same id; remove or rename one of the two"
         faults.add("two files with one id", line)
     elif not is_fit(name):
         what = "contains a backslash" if "\\" in name else "is not printable UTF-8 text"

@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.checks import InvalidFile, saliency_values
+from pipeline.data.checks import saliency_values
+from pipeline.data.complete import InvalidFile
 from pipeline.data.images import read_indexed, reduced
 from pipeline.data.index import Image
 from pipeline.errors import PipelineError
