@@ -46,6 +46,11 @@ class PipelineError(Exception):
         return PipelineError, self.lines  # a worker's error keeps its lines
 
 
+def warn(line: str) -> None:
+    """Print a line to stderr that the user should see although the run goes on."""
+    print(f"warning: {one_line(line)}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def exit_on_faults() -> Iterator[None]:
     """Print each line of a PipelineError to stderr and exit with status 1."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.config.schema import PseudoLabels
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
@@ -17,7 +19,11 @@ from pipeline.workflow.stage import Work, progress, run
 
 @dataclass(frozen=True)
 class Labeller:
-    """Compute the pseudo label of an image. It opens the stores in its own process; ``key`` identifies the contents."""
+    """Compute the pseudo label of an image. It opens the stores in its own process; ``key`` identifies the contents.
+
+    An image without a class is background throughout, whatever the rule makes of its saliency: its tags say that it
+    shows none of the classes, so that nothing in it is in doubt.
+    """
 
     rule: Rule
     normalise: Normalise
@@ -26,6 +32,8 @@ class Labeller:
     key: str
 
     def __call__(self, image: Image) -> Raster:
+        if not image.tags:
+            return np.zeros(image.size, np.uint8)
         stored = _open(self.maps, self.key).maps(image.id)
         maps = {class_id: stored[class_id] for class_id in image.tags if class_id in stored}
         saliency = _open(self.saliency, self.key).get(image.id) if self.rule.needs_saliency else None

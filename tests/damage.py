@@ -44,6 +44,7 @@ TOKENS = {
     "binary": [b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, b"TREE", b"SNOD", b"HEAP", b"PK\x01\x02", b"\x80"],
 }
 TOKENS |= dict.fromkeys(("list", "classes"), TOKENS["txt"]) | dict.fromkeys(("index", "manifest"), TOKENS["json"])
+TOKENS |= dict.fromkeys(("coco", "studio", "records"), TOKENS["json"]) | {"cvat": TOKENS["xml"], "table": TOKENS["csv"]}
 TOKENS |= dict.fromkeys(("mask", "saliency", "jpg", "png"), TOKENS["image"])
 TOKENS |= dict.fromkeys(("store", "weights"), TOKENS["binary"])
 

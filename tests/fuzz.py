@@ -35,7 +35,7 @@ from pipeline.data.complete import InvalidFile
 from pipeline.data.faults import Faults
 from pipeline.data.index import Index
 from pipeline.data.lists import read_list
-from pipeline.data.tags import read_tags
+from pipeline.data.tags import collect, read_tags
 from pipeline.errors import PipelineError
 from pipeline.stores import isolated, manifest
 from pipeline.stores.raster import RasterWriter, open_foreign
@@ -43,6 +43,7 @@ from tests import damage
 from tests.voc_tree import image_size, make_index, minimal_params
 
 PIXELS = 10**6
+PHOTOS = {name: f"{name}.jpg" for name in damage.IDS}
 ROUND = 500  # cases of a run of hypothesis
 
 Read = Callable[[Path], list[str]]  # returns the lines that report faults; none if the file was read
@@ -114,7 +115,28 @@ def _seeds(name: str, folder: Path) -> tuple[str, list[bytes]]:
     return _CONTENTS[name]
 
 
+_BOX = {"type": "rectanglelabels", "value": {"x": 1.5, "rectanglelabels": ["cat"]}}
+_COCO = {
+    "images": [{"id": 1, "file_name": "img_000.jpg"}, {"id": "2", "file_name": "x/2007_000032.png"}],
+    "annotations": [{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}, {"image_id": "2", "category_id": 4}],
+    "categories": [{"id": 3, "name": "cat"}, {"id": 4, "name": "fish, small"}],
+}
+_STUDIO = [
+    {"data": {"image": "/data/upload/1/0123abcd-img_000.jpg"}, "annotations": [{"result": [_BOX]}]},
+    {"data": {"image": "/data/local-files/?d=x%2F2007_000032.png"}, "annotations": [{"result": []}]},
+]
+_CVAT = b"""<annotations><meta><task><labels><label><name>cat</name></label></labels></task></meta>
+<image name="img_000.jpg"><tag label="cat"/><box label="dog" xtl="1"/></image>
+<image name="2007_000032.png"/></annotations>"""
+_ROWS = b"img_000.jpg,1,2,3,4,cat\nimg_000.jpg,1,2,3,4,dog\n2007_000032.jpg,,,,,\n"
+_COLUMNS = b"filename;cat;dog;potted plant\nimg_000.jpg;1;0;x\n2007_000032.jpg;FALSE;;1.0\n"
+_JSON_TAGS = ("json", "coco", "studio", "records")  # readers whose values are replaced as well
 _CONTENTS = {
+    "coco": ("tags.json", [json.dumps(_COCO).encode()]),
+    "studio": ("tags.json", [json.dumps(_STUDIO).encode()]),
+    "records": ("tags.json", [json.dumps([{"file": name, "tags": tags} for name, tags in _TAGS.items()]).encode()]),
+    "cvat": ("annotations.xml", [_CVAT]),
+    "table": ("tags.csv", [_ROWS, _COLUMNS, _COLUMNS.decode().encode("utf-16")]),
     "json": ("tags.json", [json.dumps(_TAGS).encode(), json.dumps(_TAGS, indent=1).encode("utf-8-sig")]),
     "csv": ("tags.csv", [b'filename,tags\nimg_000.jpg,cat dog\nimg 1 north,"fish, small;cat"\n2007_000032,\n']),
     "txt": ("tags.txt", [b"img_000 0 1\nimg 1 north potted plant\r\n2007_000032\n"]),
@@ -153,7 +175,7 @@ def _cases(name: str, seeds: list[bytes], folder: Path) -> st.SearchStrategy[byt
     # Hypothesis formats what a strategy holds, which takes gigabytes for a large file; so it holds the file's number.
     content = st.integers(0, len(seeds) - 1).map(lambda number: seeds[number])
     edited = st.builds(damage.damage, content, damage.edits, st.just(damage.TOKENS[name]))
-    if name in ("json", "index", "manifest"):
+    if name in (*_JSON_TAGS, "index", "manifest"):
         return edited | _trees(json.loads(seeds[0])).map(lambda tree: json.dumps(tree).encode())
     if name == "params":
         return edited | _trees(yaml.safe_load(seeds[0])).map(lambda tree: yaml.safe_dump(tree).encode())
@@ -175,13 +197,15 @@ def _trees(tree: Any) -> st.SearchStrategy[Any]:
 
 def _tags(path: Path) -> list[str]:
     faults = Faults()
-    read_tags(path, damage.CLASSES, damage.IDS, faults)
-    return faults.lines()
+    read_tags(path, damage.CLASSES, PHOTOS, faults)
+    lines = faults.lines()
+    collect(path, PHOTOS, faults := Faults())
+    return lines + faults.lines()
 
 
 def _annotations(path: Path) -> list[str]:
     faults = Faults()
-    read_tags(path.parent, damage.CLASSES, damage.IDS, faults)
+    read_tags(path.parent, damage.CLASSES, PHOTOS, faults)
     return faults.lines()
 
 
@@ -239,7 +263,7 @@ def _index(path: Path) -> None:
 
 
 _READS: dict[str, Read] = {
-    **dict.fromkeys(("json", "csv", "txt", "npy"), _tags),
+    **dict.fromkeys((*_JSON_TAGS, "cvat", "csv", "table", "txt", "npy"), _tags),
     "xml": _annotations,
     "list": _list,
     "classes": _classes,

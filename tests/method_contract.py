@@ -180,6 +180,20 @@ class MethodContract:
         assert np.isfinite(losses).all()
         assert losses[-1] < 0.7 * losses[0]
 
+    def test_images_without_a_class_are_learned_from(self, method: Method, images: Tensor) -> None:
+        """All tags of a batch may be 0: the loss is finite and falls."""
+        settings = replace(self.block.training, weight_decay=0.0)
+        optimizer = build_optimizer(parameter_groups(method, method.new_layers(), settings), settings)
+        losses = []
+        for _ in range(3):
+            loss, _ = method.training_step(images, torch.zeros(4, K), 0)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert np.isfinite(losses).all()
+        assert losses[-1] < losses[0]
+
     def test_extreme_logits_leave_the_loss_finite(self, method: Method) -> None:
         logits = torch.full((2, K), 1e4, requires_grad=True)
         output = Output(logits, torch.zeros(2, K, 3, 3))

@@ -298,6 +298,16 @@ class TestNetworkContract:
         loss.backward()
         assert [key for key, value in network.named_parameters() if value.requires_grad and value.grad is None] == []
 
+    def test_a_batch_without_classes_has_a_finite_loss(self, name: str) -> None:
+        network, images, tags = self.build(name), torch.randn(2, 3, 40, 48), torch.zeros(2, K)
+        if isinstance(network, OneStepNetwork):
+            loss = torch.stack(list(network.losses(images, tags, 3).values())).sum()
+        else:
+            loss = network.loss(images, lambda size: torch.zeros(2, K, *size), tags)
+        loss.backward()
+        assert loss.isfinite()
+        assert all(value.grad is None or value.grad.isfinite().all() for value in network.parameters())
+
     def test_maps_are_not_negative_and_survive_saving(self, name: str, tmp_path: Path) -> None:
         network, images = self.build(name).eval(), torch.randn(2, 3, 40, 48)
         models.save(tmp_path / "model.pt", network, NETWORKS[name], K)

@@ -88,8 +88,9 @@ def _export_row(experiment: Path, row: str, options: argparse.Namespace, formats
     from wsss.segment import Task, segment
 
     tasks = []
+    tagged = any(image.tags for image in index.images("evaluation"))  # all of them are, or none
     for image, split in _images(index, options.split):
-        known = options.use_tags in ("all", split) and (image.tags or split == "train")
+        known = options.use_tags in ("all", split) and (tagged or split == "train")
         tags = tuple(model.classes[tag] for tag in image.tags) if known else None
         tasks.append(Task(_source(image), tags))
     outcome = segment(model, tasks, folder, formats, basis)

@@ -1,6 +1,6 @@
 """Read params.yaml and its profiles into ``schema.Params``. All faults are reported together, one per line."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,10 +11,11 @@ from pipeline.config.reader import Faults, build_block, did_you_mean, prefixed, 
 from pipeline.config.registry import CHOICES, Choice
 from pipeline.config.schema import Params
 from pipeline.config.stage_table import SECTIONS
-from pipeline.config.validation import contradictions, lacking_saliency
+from pipeline.config.validation import contradictions, possible_rows
 from pipeline.errors import PipelineError
 
 _T = TypeVar("_T")
+Notice = Callable[[str], None]
 
 
 class _Loader(yaml.SafeLoader):
@@ -123,18 +124,34 @@ def _read_file(file: Path) -> dict[str, Any]:
     return content
 
 
-def load(files: Sequence[Path], overrides: Mapping[str, Any] | None = None, resolve: bool = False) -> Params:
+def load(
+    files: Sequence[Path],
+    overrides: Mapping[str, Any] | None = None,
+    resolve: bool = False,
+    every_row: bool = False,
+    notice: Notice = lambda line: None,
+) -> Params:
     """Read, merge and validate params files; see ``read`` and ``validate``."""
-    return validate(read(files, overrides), " + ".join(map(str, files)), resolve)
+    return validate(read(files, overrides), " + ".join(map(str, files)), resolve, every_row, notice)
 
 
-def validate(raw: Mapping[str, Any], origin: str = "params.yaml", resolve: bool = False) -> Params:
+def validate(
+    raw: Mapping[str, Any],
+    origin: str = "params.yaml",
+    resolve: bool = False,
+    every_row: bool = False,
+    notice: Notice = lambda line: None,
+) -> Params:
     """Validate a raw mapping against ``schema.Params``, after merging each block over its section's ``defaults``.
+
+    Only the blocks of ``rows`` remain, without rows that need masks or saliency maps that are not there.
 
     Args:
         origin: the source of the mapping; each fault starts with it.
         resolve: also check the settings of every block's choices, which imports the methods and networks. Otherwise,
             each stage checks the settings of its own block (``check``).
+        every_row: keep all blocks instead.
+        notice: called with each line on rows that are left out.
 
     Raises:
         PipelineError: the params have faults; it has one line for each.
@@ -158,14 +175,12 @@ def validate(raw: Mapping[str, Any], origin: str = "params.yaml", resolve: bool 
         for section in SECTIONS:
             for block in getattr(params, section).values():
                 faults.extend(_choice_faults(block, sound))
-    if not faults and params is not None:
-        if params.rows is not None:
-            params = references.keep_rows(params, params.rows)
-        if resolve:  # rows that do not run may need saliency maps that there are not
-            faults.extend(lacking_saliency(params))
     if faults or params is None:
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
-    return params
+    if every_row:
+        return params
+    chosen = params if params.rows is None else references.keep_rows(params, params.rows)
+    return possible_rows(chosen, notice)
 
 
 def check(block: Any, origin: str = "params.yaml") -> None:

@@ -1,9 +1,12 @@
-"""Cross-field validation of params.yaml: dangling references and inconsistent settings."""
+"""Cross-field validation of params.yaml: dangling references, inconsistent settings, rows that lack their inputs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 
 from pipeline.config import references
 from pipeline.config.schema import Params
+from pipeline.errors import PipelineError
 
 
 def contradictions(params: Params) -> Iterator[str]:
@@ -21,11 +24,46 @@ def contradictions(params: Params) -> Iterator[str]:
         yield f"references form a cycle: {' <- '.join(cycle)}"
 
 
-def lacking_saliency(params: Params) -> Iterator[str]:
-    """Yield a line for each label rule that needs saliency maps if there are none. This imports the rules."""
-    for name, labels in params.pseudo_labels.items():
-        if labels.rule.settings.needs_saliency and params.saliency.kind == "none":
-            yield (
-                f"pseudo_labels.{name}.rule: {labels.rule.name} reads saliency maps, but saliency.kind is none; choose "
-                "saliency maps, or a rule or settings without them"
-            )
+def lacking_inputs(params: Params) -> dict[str, str]:
+    """Map each block that needs masks or saliency maps that the params do not name to the reason, for people.
+
+    This imports the label rules if there are no saliency maps. A rule with faulty settings is not judged.
+    """
+    lacking: dict[str, str] = {}
+    if params.dataset.masks is None:
+        without = "masks, but dataset.masks is null"
+        lacking |= {f"mixtures/{name}": without for name in params.mixtures}
+        lacking["ground_truth"] = without
+    if params.saliency.kind == "none":
+        for name, labels in params.pseudo_labels.items():
+            with suppress(PipelineError):
+                if labels.rule.settings.needs_saliency:
+                    lacking[f"pseudo_labels/{name}"] = "saliency maps, but saliency.kind is none"
+    return lacking
+
+
+def possible_rows(params: Params, notice: Callable[[str], None]) -> Params:
+    """Leave out the rows that need masks or saliency maps that are not there, and say so once.
+
+    Raises:
+        PipelineError: no row is left.
+    """
+    lacking = lacking_inputs(params)
+    rows = references.rows(params)
+    needs = {row: references.derived_from(params, [network]) & lacking.keys() for row, network in rows.items()}
+    kept = tuple(row for row in rows if not needs[row])
+    if len(kept) == len(rows) and not lacking.keys() - {"ground_truth"}:
+        return params
+    by_reason: dict[str, list[str]] = {}
+    for row, blocks in needs.items():
+        for reason in sorted({lacking[block] for block in blocks}):
+            by_reason.setdefault(reason, []).append(row)
+    lines = [f"rows left out, since they need {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+    if not kept:
+        raise PipelineError(*(f"{line}; no row is left, so supply them or choose other rows" for line in lines))
+    method = params.method if params.method in kept else kept[0]
+    if method != params.method:
+        lines.append(f"metrics.json holds the scores of {method}, since {params.method} is left out")
+    for line in lines:
+        notice(line)
+    return references.keep_rows(replace(params, method=method), kept)

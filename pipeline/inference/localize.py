@@ -42,6 +42,8 @@ def localization_maps(
         return resized(image.height, image.width, settings.side, settings.length)
 
     for part, inputs in batches(images, shape, pixels_per_batch(device)):
+        if not any(image.tags for image in part):
+            continue  # images without a class have no maps
         grids = [(-(-image.height // settings.stride), -(-image.width // settings.stride)) for image in part]
         localize: Callable[[Tensor], Tensor] = partial(_localize, network, precision=precision)
         if settings.climbing is not None:

@@ -57,4 +57,4 @@ class RegressionNetwork(RefinementNetwork):
         )
         maps = target((height, width))
         errors = (values - (strongest(maps) if self.settings.target == "strongest" else maps)).square().mean((2, 3))
-        return errors.mean() if self.settings.reduction == "class" else (errors * tags).sum() / tags.sum()
+        return errors.mean() if self.settings.reduction == "class" else (errors * tags).sum() / tags.sum().clamp_min(1)

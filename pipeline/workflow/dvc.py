@@ -18,7 +18,7 @@ from pipeline import runtime
 from pipeline.config import params as parameters
 from pipeline.config.schema import Params
 from pipeline.config.stage_table import EXTERNAL, FOLDERS, SECTIONS, STAGES, Stage, sections
-from pipeline.errors import PipelineError, exit_on_faults
+from pipeline.errors import PipelineError, exit_on_faults, warn
 from pipeline.stores import manifest
 from pipeline.workflow.graph import Graph, Job, is_fresh
 
@@ -141,7 +141,7 @@ def _data(stage: Stage, folder: str, section: str, key: str) -> Iterator[str]:
 
 def write_rows() -> None:
     """Write one file per block of params.yaml that says whether a row needs it. The block's stages depend on it."""
-    selected, unfiltered = parameters.load([PARAMS]), _unfiltered()
+    selected, unfiltered = parameters.load([PARAMS], notice=warn), _unfiltered()
     folder = Path("results") / unfiltered.experiment / ROWS
     shutil.rmtree(folder, ignore_errors=True)
     for section in SECTIONS:
@@ -160,7 +160,7 @@ def write_placeholders(graph: Graph) -> None:
 
 
 def _unfiltered() -> Params:
-    return parameters.load([PARAMS], {"rows": None})
+    return parameters.load([PARAMS], {"rows": None}, every_row=True)
 
 
 def _write_placeholder(job: Job) -> None:

@@ -20,7 +20,7 @@ from pipeline.config import references
 from pipeline.config.registry import BACKBONES, Choice, plain
 from pipeline.config.schema import PREPARATION_STAGES, Backbone, Params, backbones
 from pipeline.config.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, Stage
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, warn
 from pipeline.stores import kept, manifest
 from pipeline.stores.hashes import fingerprint
 from pipeline.workflow import closure
@@ -394,7 +394,7 @@ def main() -> None:
     """
     files = sys.argv[1:] or ["params.yaml"]
     try:
-        graph = Graph(parameters.load([Path(name) for name in files], resolve=True))
+        graph = Graph(parameters.load([Path(name) for name in files], resolve=True, notice=warn))
     except PipelineError as error:
         print("exit 1")
         sys.exit("\n".join(f"error: {line}" for line in error.lines))

@@ -22,7 +22,7 @@ from typing import IO, Any, NoReturn
 from pipeline import runtime
 from pipeline.config import params as parameters
 from pipeline.config.stage_table import STAGES, Stage
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, warn
 from pipeline.stores import locks
 from pipeline.workflow import dvc
 from pipeline.workflow.graph import Graph, Job, keep_outputs, stale
@@ -165,7 +165,8 @@ def plan(workflow: Any) -> Plan:
     files, overrides = _params_sources(workflow.config_settings)
     try:
         # Not Snakemake's own merge of the files: it would mix the settings of two implementations.
-        graph = Graph(parameters.load([Path(file) for file in files], overrides, resolve=True))
+        notice = warn if workflow.is_main_process else lambda line: None
+        graph = Graph(parameters.load([Path(file) for file in files], overrides, resolve=True, notice=notice))
     except PipelineError as error:
         _refuse(error.lines)
     # Snakemake would not suggest a fix, and with --quiet it would print nothing.
