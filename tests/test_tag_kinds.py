@@ -246,9 +246,10 @@ def test_other_classes_are_refused_once_each_or_left_out(tmp_path: Path) -> None
     faults = Faults()
     read_tags(path, CLASSES, PHOTOS, faults)
     assert faults.lines() == [
-        f"{path}: c and 1 more have the unknown tag 'zebra'; correct it, add it to dataset.classes, or set "
+        f"{path}: c and 1 more have the unknown tag 'zebra'; correct it, add it to dataset.classes, or leave it out: "
+        "set dataset.other_classes to leave_out",
+        f"{path}: zoo/b has the unknown tag 'dgo'; did you mean dog?, or leave it out: set "
         "dataset.other_classes to leave_out",
-        f"{path}: zoo/b has the unknown tag 'dgo'; did you mean dog?, or set dataset.other_classes to leave_out",
     ]
     faults = Faults()
     tags = read_tags(path, CLASSES, PHOTOS, faults, other_classes="leave_out")

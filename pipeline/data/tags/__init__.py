@@ -213,8 +213,8 @@ class _Resolver:
             if not self.leave_out:
                 where = f"{photos[0]} has" if len(photos) == 1 else f"{photos[0]} and {len(photos) - 1} more have"
                 fix = f"did you mean {near[0]}?" if near else "correct it, add it to dataset.classes"
-                line = f"{where} the unknown tag {name!r}; {fix}"
-                self.annotations.fault("unknown tag", f"{line}, or set dataset.other_classes to leave_out")
+                line = f"{where} the unknown tag {name!r}; {fix}, or leave it out:"
+                self.annotations.fault("unknown tag", f"{line} set dataset.other_classes to leave_out")
         if self._unknown and self.leave_out:
             parts = []
             for name, photos in sorted(self._unknown.items(), key=lambda item: -len(item[1]))[: SHOWN * 4]:

@@ -10,6 +10,7 @@ from pipeline.data.tags.annotations import Field
 
 # Tags that stand for no class, unless a class has that name
 _NOTHING = re.compile(r"background|negatives?|none|null|nothing|no (?:objects?|class)|unlabell?ed")
+_LONGEST = 200  # characters of a name that are compared
 SEPARATORS = ";,|"
 
 
@@ -76,8 +77,8 @@ def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
     """The choices most like a name, compared as ``folded``."""
     by_fold: dict[str, str] = {}
     for choice in choices:
-        by_fold.setdefault(folded(choice), choice)
-    return [by_fold[close] for close in difflib.get_close_matches(folded(word[:200]), list(by_fold), count)]
+        by_fold.setdefault(folded(choice[:_LONGEST]), choice)
+    return [by_fold[close] for close in difflib.get_close_matches(folded(word[:_LONGEST]), list(by_fold), count)]
 
 
 def split_without_classes(fields: Sequence[Field], separator: str | None) -> tuple[dict[Field, list[str]], str]:

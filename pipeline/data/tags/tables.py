@@ -12,7 +12,7 @@ from pipeline.data.tags.matching import Photos, has_suffix
 DELIMITERS = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
 _SAMPLE = 300  # rows that decide on the form of a table
 _SPLIT = re.compile(r"train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?|eval(?:uation)?|unassigned")
-_NUMBER = re.compile(r"\s*[-+]?[0-9]*[.,]?[0-9]+(?:[eE][-+]?[0-9]+)?\s*")
+_NUMBER = re.compile(r"\s*+[-+]?(?:[0-9]++(?:[.,][0-9]*+)?|[.,][0-9]++)(?:[eE][-+]?[0-9]++)?\s*+")
 _NUMBERED_TAG = re.compile(r"(?:tag|label|class|category|object)s?[0-9]+")
 _BOXES = 4  # numeric columns of a table with an object a row
 
