@@ -280,8 +280,8 @@ def test_the_stages_as_commands(tmp_path: Path) -> None:
     failed = stage("index", tmp_path, "--params", "params.json")
     assert failed.returncode == 1
     assert failed.stderr.splitlines() == [
-        "error: voc/tags.json: img_001 has the unknown tag 'zebra'; correct it, add it to dataset.classes, or leave it "
-        "out: set dataset.other_classes to leave_out",
+        "error: voc/tags.json: img_001 has the unknown tag 'zebra'; correct it, add it to dataset.classes, or leave "
+        "out such classes: set dataset.other_classes to leave_out",
         f"error: voc/{MAP}: missing; add it, or choose another saliency.kind",
         f"error: voc/{IMAGE}: truncated JPEG; copy or download it again",
     ]

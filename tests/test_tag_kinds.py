@@ -193,6 +193,7 @@ def test_an_export_of_roboflow_with_a_file_a_split(tmp_path: Path) -> None:
         (["['cat', 'dog']", '["cat"]', "[]"], {"cat", "dog"}),  # lists as pandas writes them
         (["Cat", "cat", "cat", "traffic_light", "Traffic  Light"], {"cat", "traffic_light"}),
         (["1 2", "2"], {"1", "2"}),
+        (["9" * 5000, "2"], {"9" * 5000, "2"}),  # more digits than Python converts
     ],
 )
 def test_tags_in_a_field_before_the_classes_are_known(tmp_path: Path, fields: list[str], expected: set[str]) -> None:
@@ -246,9 +247,9 @@ def test_other_classes_are_refused_once_each_or_left_out(tmp_path: Path) -> None
     faults = Faults()
     read_tags(path, CLASSES, PHOTOS, faults)
     assert faults.lines() == [
-        f"{path}: c and 1 more have the unknown tag 'zebra'; correct it, add it to dataset.classes, or leave it out: "
-        "set dataset.other_classes to leave_out",
-        f"{path}: zoo/b has the unknown tag 'dgo'; did you mean dog?, or leave it out: set "
+        f"{path}: c and 1 more have the unknown tag 'zebra'; correct it, add it to dataset.classes, or leave out such "
+        "classes: set dataset.other_classes to leave_out",
+        f"{path}: zoo/b has the unknown tag 'dgo'; did you mean dog?, or leave out such classes: set "
         "dataset.other_classes to leave_out",
     ]
     faults = Faults()

@@ -19,6 +19,7 @@ from pipeline.data.tags.matching import Photos
 from pipeline.data.tags.names import ClassNames, folded, means_nothing, nearest, split_without_classes, tidy
 
 SHOWN = 5  # items that a remark names
+LONGEST_NUMBER = 19  # digits from which a text is no class id
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def collect(path: Path, photos: Mapping[str, str], faults: Faults, separator: st
                     named[photo] += split[tag]
                 elif isinstance(tag, str) and tidy(tag):
                     named[photo].append(tidy(tag))
-                elif isinstance(tag, int) and not isinstance(tag, bool):
+                elif isinstance(tag, int) and not isinstance(tag, bool) and abs(tag) < 10**LONGEST_NUMBER:
                     named[photo].append(str(tag))
                 elif not isinstance(tag, str):
                     annotations.fault("unknown tag", f"{reference} has the unknown tag {_shown(tag)}")
@@ -188,7 +189,7 @@ class _Resolver:
             if ids:
                 yield ids[0]
                 return
-        if isinstance(tag, str) and tag.isascii() and tag.lstrip("-").isdecimal() and len(tag) < 19:
+        if isinstance(tag, str) and tag.isascii() and tag.lstrip("-").isdecimal() and len(tag) < LONGEST_NUMBER:
             tag = int(tag)
         if isinstance(tag, int) and not isinstance(tag, bool):
             first, count = self.annotations.first_id, len(self.names.names)
@@ -213,7 +214,7 @@ class _Resolver:
             if not self.leave_out:
                 where = f"{photos[0]} has" if len(photos) == 1 else f"{photos[0]} and {len(photos) - 1} more have"
                 fix = f"did you mean {near[0]}?" if near else "correct it, add it to dataset.classes"
-                line = f"{where} the unknown tag {name!r}; {fix}, or leave it out:"
+                line = f"{where} the unknown tag {name!r}; {fix}, or leave out such classes:"
                 self.annotations.fault("unknown tag", f"{line} set dataset.other_classes to leave_out")
         if self._unknown and self.leave_out:
             parts = []
@@ -255,7 +256,7 @@ def _classes_of(
     if unused:
         some = ", ".join(unused[:SHOWN]) + (f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else "")
         remarks.append(f"no photo shows {some}, so that this is no class")
-    numeric = all(fold.isdecimal() for fold in by_fold)
+    numeric = all(fold.isdecimal() and len(fold) < LONGEST_NUMBER for fold in by_fold)
     rest = sorted(set(by_fold) - set(declared), key=lambda fold: (int(fold), "") if numeric else (0, fold))
     order = [fold for fold in dict.fromkeys(declared) if fold in by_fold] + rest
     for fold in order:
