@@ -28,6 +28,7 @@ RUNS = {
     "voc2012_small": [PARAMS, Path("profiles/voc2012.yaml"), Path("profiles/voc2012_small.yaml")],
     "coco_stuff": [PARAMS, Path("profiles/voc2012.yaml"), Path("profiles/coco_stuff.yaml")],
     "voc12_mini": [PARAMS, Path("profiles/voc12_mini.yaml")],
+    "voc12_mini_timm": [PARAMS, Path("profiles/voc12_mini.yaml"), Path("profiles/voc12_mini_timm.yaml")],
 }
 
 

@@ -86,6 +86,10 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     f"{SNAKEMAKE} --config seed=2 experiment=demo_seed2": Dry("results/demo_seed2"),
     **{f"{PROFILE}/demo_{name}.yaml": Dry() for name in ("drs", "amr", "edam", "agen")},
     "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml": Dry("correct dataset.root", status=1),
+    "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml profiles/voc12_mini_timm.yaml": Dry(
+        "correct dataset.root", status=1
+    ),
+    "pip install timm": Covered("test_environment.py::test_the_extras", '"timm"'),
     f"{PROFILE}/voc2012.yaml": Dry("download"),
     f"{PROFILE}/voc2012.yaml profiles/coco_stuff.yaml": Dry("unpack COCO-Stuff 10k v1.1 there", status=1),
     f"{PROFILE}/voc2012.yaml profiles/extra.yaml": Dry(),

@@ -43,6 +43,7 @@ def test_the_extras() -> None:
     }
     assert {"snakemake", "dvc", "pydensecrf2", "h5py"} <= extras["workflow"]
     assert extras["photos"] == {"pillow-heif"}
+    assert extras["timm"] == {"timm"}
     assert "pytest" in extras["dev"]
     assert extras["bench"] == {"torchmetrics"}
 

@@ -345,5 +345,5 @@ class TestFiles:
 
     @pytest.mark.parametrize("name", ["resnet38", "small"])
     def test_imagenet_where_none_is_published(self, name: str) -> None:
-        with pytest.raises(PipelineError, match="torchvision publishes none for this backbone"):
+        with pytest.raises(PipelineError, match="no library publishes any for this backbone"):
             build(name, weights="imagenet")

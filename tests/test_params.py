@@ -146,7 +146,7 @@ def test_numbers_and_names_arrive_in_their_types() -> None:
         (
             {"segmentations": {"row": {"backbone": {"name": "resnet500"}}}},
             "p.yaml: segmentations.row.backbone.name: 'resnet500' is none of mobilenet_v2, resnet101, resnet38, "
-            "resnet50, small, vgg16; did you mean resnet50?",
+            "resnet50, small, vgg16, timm:NAME; did you mean resnet50?",
         ),
         (
             {"segmentations": {"row": {"backbone": {"name": 16}}}},

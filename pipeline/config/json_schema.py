@@ -7,6 +7,7 @@ It describes types, ranges and names. Contradictions between values are found wh
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from typing import Annotated, Any
@@ -62,7 +63,9 @@ def _annotated(kind: Any, metadata: tuple[Any, ...], blocks: dict[str, Schema]) 
         if isinstance(item, Registry):
             return _choice(item, blocks)
         if isinstance(item, Name):
-            return {"enum": [*item.registry.names(), None]}
+            names: Schema = {"enum": [*item.registry.names(), None]}
+            families = [{"type": "string", "pattern": f"^{re.escape(name)}."} for name in item.registry.families()]
+            return {"anyOf": [names, *families]} if families else names
         if isinstance(item, Range):
             bounds = {_BOUNDS[key]: value for key, value in vars(item).items() if math.isfinite(value)}
             return _schema(kind, blocks) | bounds

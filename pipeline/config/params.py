@@ -9,7 +9,7 @@ import yaml
 from pipeline.config import references
 from pipeline.config.reader import Faults, build_block, did_you_mean, prefixed, quoted
 from pipeline.config.registry import CHOICES, Choice
-from pipeline.config.schema import Params
+from pipeline.config.schema import Params, backbones
 from pipeline.config.stage_table import SECTIONS
 from pipeline.config.validation import contradictions, possible_rows
 from pipeline.errors import PipelineError
@@ -148,8 +148,8 @@ def validate(
 
     Args:
         origin: the source of the mapping; each fault starts with it.
-        resolve: also check the settings of every block's choices, which imports the methods and networks. Otherwise,
-            each stage checks the settings of its own block (``check``).
+        resolve: also check the settings of every block's choices, and the backbones of the blocks that remain, which
+            imports the methods and networks. Otherwise, each stage checks its own block (``check``).
         every_row: keep all blocks instead.
         notice: called with each line on rows that are left out.
 
@@ -180,7 +180,14 @@ def validate(
     if every_row:
         return params
     chosen = params if params.rows is None else references.keep_rows(params, params.rows)
-    return possible_rows(chosen, notice)
+    remaining = possible_rows(chosen, notice)
+    if resolve:
+        for section in SECTIONS:
+            for name, block in getattr(remaining, section).items():
+                faults.extend(_backbone_faults(block, f"{section}.{name}"))
+    if faults:
+        raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
+    return remaining
 
 
 def check(block: Any, origin: str = "params.yaml") -> None:
@@ -203,6 +210,14 @@ def _choice_faults(block: Any, sound: bool = True) -> Iterator[str]:
             continue
         if sound and (hook := getattr(settings, "faults_in", None)) is not None:
             yield from prefixed(choice.where.rpartition(".")[0], hook(block))
+
+
+def _backbone_faults(block: Any, where: str) -> Iterator[str]:
+    """Yield the faults of a block's backbones: settings that the network does not support."""
+    for key, backbone in backbones(block).items():
+        from pipeline.networks.backbones import backbone_faults  # imports torch
+
+        yield from (f"{where}.{key}: {line}" for line in backbone_faults(backbone))
 
 
 def read_block(kind: type[_T], raw: Mapping[str, Any], origin: str) -> _T:

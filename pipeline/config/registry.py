@@ -23,6 +23,8 @@ _ROOT = Path(__file__).parents[2]
 class Registry(Generic[T]):
     """The implementations of one kind, by name.
 
+    A name that ends in a colon, such as 'timm:', is that of a family: its entry serves all names that begin with it.
+
     Args:
         variable: name of this registry in this module, which the decorators of its entries use.
         folder: folder that is searched for entries, relative to the project, such as 'pipeline/methods'.
@@ -54,26 +56,37 @@ class Registry(Generic[T]):
         Raises:
             PipelineError: no file registers the name.
         """
-        if name not in self._loaded:
+        key = _entry_name(name)
+        if key not in self._loaded:
             if (file := self.file(name)) is None:
                 raise PipelineError(self.unknown(name))
             importlib.import_module(".".join(file.relative_to(_ROOT).with_suffix("").parts))
-        return self._loaded[name]
+        return self._loaded[key]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._loaded or name in self._files
+        if not isinstance(name, str) or name.endswith(":"):
+            return False
+        key = _entry_name(name)
+        return key in self._loaded or key in self._files
 
     def names(self) -> list[str]:
-        """All names, including entries that are registered outside of the package, such as in a test."""
+        """All names but those of families; entries that are registered outside of the package, as in a test, count."""
+        return [name for name in self._all() if not name.endswith(":")]
+
+    def families(self) -> list[str]:
+        """The names of the families, such as 'timm:'."""
+        return [name for name in self._all() if name.endswith(":")]
+
+    def _all(self) -> list[str]:
         return sorted({*self._files, *self._loaded})
 
     def file(self, name: str) -> Path | None:
-        """The file that registers ``name``; None if no file of the package does."""
-        return self._files.get(name)
+        """The file that registers ``name`` or its family; None if no file of the package does."""
+        return self._files.get(_entry_name(name))
 
     def unknown(self, name: str) -> str:
         """The message for a name that is not registered."""
-        names = self.names()
+        names = [*self.names(), *(f"{family}NAME" for family in self.families())]
         return f"{name!r} is none of {', '.join(names)}{reader.did_you_mean(name, names)}"
 
     @functools.cached_property
@@ -112,6 +125,12 @@ class Registry(Generic[T]):
         else:
             return Choice(self, name, raw or {}, where)
         return None
+
+
+def _entry_name(name: str) -> str:
+    """The name under which the entry for ``name`` is registered: its family's name if it has a colon."""
+    family, colon, member = name.partition(":")
+    return family + colon if member else name
 
 
 class Choice:

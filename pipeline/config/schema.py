@@ -115,9 +115,11 @@ class Saliency:
 class Backbone:
     """A feature extractor and its initial weights.
 
-    ``weights`` is 'imagenet' (downloaded from torchvision), null (random), or a file: a state dict in torchvision's
-    layout (of a classifier or a segmentation network), which may be wrapped as {'state_dict': ...} and have prefixes
-    such as 'module.', or the model.pt of another run.
+    ``name`` may be 'timm:NAME' for a network of timm (``pipeline.networks.timm_backbone``).
+
+    ``weights`` is 'imagenet' (downloaded from torchvision, or the default weights of a network of timm), null (random),
+    or a file: a state dict in torchvision's or timm's layout (of a classifier or a segmentation network), which may be
+    wrapped as {'state_dict': ...} and have prefixes such as 'module.', or the model.pt of another run.
     """
 
     name: Annotated[str, Name(BACKBONES)]

@@ -13,7 +13,8 @@ The tensors are the network's state. The metadata has one key, ``wsss``, whose v
 ``provenance``      experiment, row, seed, sha256 of the training's code, and the versions of its packages
 ==================  ====================================================================================
 
-There is a single key since safetensors writes several in random order.
+A backbone of timm converts the normalised values to its own mean and deviation; the tensors contain both
+(``stages.stage1.normalise``). There is a single key since safetensors writes several in random order.
 """
 
 import json

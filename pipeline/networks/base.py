@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
+from pipeline.networks.published import PublishedWeights
 
 _T = TypeVar("_T")
 
@@ -16,13 +17,6 @@ class Tap(NamedTuple):
 
     channels: int
     stride: int
-
-
-class PublishedWeights(NamedTuple):
-    """The ImageNet weights that torchvision publishes for a network."""
-
-    enum: str  # torchvision's enum of the network's weights
-    prefix: str  # of the backbone's parameters in torchvision's state dict
 
 
 class Backbone(nn.Module):
@@ -35,8 +29,9 @@ class Backbone(nn.Module):
         layer_types: types of the modules whose outputs count as layer outputs: the activations of a plain network, and
             the blocks of a residual network.
         residuals: for each type of residual block, the name of its submodule whose output is added to the shortcut.
-        published: ImageNet weights; None if torchvision has none.
+        published: ImageNet weights; None if no library has them.
         ends_before_pool: whether the published network has a pooling layer after the last stage (VGG-16's pool5).
+        constants: names of buffers that published weights lack, such as those of the normalisation.
     """
 
     def __init__(
@@ -48,6 +43,7 @@ class Backbone(nn.Module):
         residuals: Mapping[type[nn.Module], str] | None = None,
         published: PublishedWeights | None = None,
         ends_before_pool: bool = False,
+        constants: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleDict(stages)
@@ -57,6 +53,7 @@ class Backbone(nn.Module):
         self.residuals = dict(residuals or {})
         self.published = published
         self.ends_before_pool = ends_before_pool
+        self.constants = constants
         self.frozen: tuple[str, ...] = ()
         if frozen_batch_norm:
             for norm in self._batch_norms():
@@ -114,8 +111,8 @@ class Backbone(nn.Module):
         return {name: features[name] for name in names}
 
     def layers(self) -> dict[str, list[nn.Module]]:
-        """The modules whose outputs are layer outputs, by tap, shallow to deep."""
-        return {name: list(outermost(stage, self.layer_types)) for name, stage in self.stages.items()}
+        """The modules whose outputs are layer outputs, by tap, shallow to deep; the stage itself if it has none."""
+        return {name: list(outermost(stage, self.layer_types)) or [stage] for name, stage in self.stages.items()}
 
     def increments(self) -> dict[str, list[nn.Module]]:
         """The modules whose outputs are the layers' increments, by tap, shallow to deep.

@@ -4,7 +4,8 @@ from torch import nn
 
 from pipeline.config import schema
 from pipeline.config.registry import BACKBONES
-from pipeline.networks.base import Backbone, PublishedWeights, Tap, limit_stride
+from pipeline.networks.base import Backbone, Tap, limit_stride
+from pipeline.networks.published import TorchvisionWeights
 from pipeline.networks.vision import import_torchvision
 
 # Index in torchvision's mobilenet_v2().features at which each stage ends (exclusive): just before the stride doubles.
@@ -21,5 +22,5 @@ def mobilenet_v2(settings: schema.Backbone) -> Backbone:
     stages = {name: features[start:end] for (name, end), start in zip(ENDS.items(), starts, strict=False)}
     taps = {name: Tap(CHANNELS[name], strides[end - 1]) for name, end in ENDS.items()}
     block = type(features[1])
-    published = PublishedWeights("MobileNet_V2_Weights", "features.")
+    published = TorchvisionWeights("MobileNet_V2_Weights", "features.")
     return Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU6, block), {block: "conv"}, published)

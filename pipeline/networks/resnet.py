@@ -7,7 +7,8 @@ from torch import nn
 
 from pipeline.config import schema
 from pipeline.config.registry import BACKBONES
-from pipeline.networks.base import Backbone, PublishedWeights, Tap, limit_stride
+from pipeline.networks.base import Backbone, Tap, limit_stride
+from pipeline.networks.published import TorchvisionWeights
 from pipeline.networks.vision import import_torchvision
 
 
@@ -36,5 +37,5 @@ def _resnet(settings: schema.Backbone, build: Callable[..., nn.Module], weights:
         stages[name] = nn.Sequential(OrderedDict((part, modules[part]) for part in parts))
         taps[name] = Tap(width, strides[list(modules[name].children())[-1]])
     block = type(blocks[0])
-    published = PublishedWeights(weights, "")
+    published = TorchvisionWeights(weights)
     return Backbone(stages, taps, settings.frozen_batch_norm, (nn.ReLU, block), {block: "bn3"}, published)

@@ -5,7 +5,8 @@ from torch import nn
 from pipeline.config import schema
 from pipeline.config.registry import BACKBONES
 from pipeline.errors import PipelineError
-from pipeline.networks.base import Backbone, PublishedWeights, Tap, he_normal
+from pipeline.networks.base import Backbone, Tap, he_normal
+from pipeline.networks.published import TorchvisionWeights
 
 STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions, channels
 
@@ -49,7 +50,7 @@ def vgg16(settings: schema.Backbone) -> Backbone:
         taps,
         settings.frozen_batch_norm,
         (nn.ReLU,),
-        published=PublishedWeights("VGG16_Weights", "features."),
+        published=TorchvisionWeights("VGG16_Weights", "features."),
         ends_before_pool=True,
     )
     he_normal(backbone)

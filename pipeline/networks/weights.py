@@ -1,18 +1,15 @@
-"""Loads the initial weights of a backbone, from torchvision or from a file."""
+"""Loads the initial weights of a backbone, from a library that publishes them or from a file."""
 
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.networks.base import Backbone, PublishedWeights
+from pipeline.networks.base import Backbone
 from pipeline.networks.finite import listed, not_finite
 from pipeline.networks.state_dicts import read_state
-from pipeline.networks.vision import import_torchvision
-from pipeline.stores.files import sha256
 
 # Prefixes of the parameters of classification heads, which no backbone has: torchvision's and timm's.
 IGNORED = ("classifier.", "fc.", "head.", "pre_logits.", "aux_classifier.")
@@ -23,10 +20,10 @@ SHOWN = 3  # names of parameters in a message
 def load_weights(backbone: Backbone, weights: str) -> None:
     """Load ``weights`` into the backbone: 'imagenet', or the path of a file with a state dict.
 
-    The state dict may be that of the backbone itself, of torchvision's classifier, of a torchvision segmentation
-    network with this backbone (such as deeplabv3_resnet101, trained on COCO), or of any network of this project (the
-    model.pt of another run). Its names may have a common prefix, such as 'module.' or 'encoder.'; parameters outside
-    the backbone are ignored. float16 tensors are cast to float32.
+    The state dict may be that of the backbone itself, of torchvision's or timm's classifier, of a torchvision
+    segmentation network with this backbone (such as deeplabv3_resnet101, trained on COCO), or of any network of this
+    project (the model.pt of another run). Its names may have a common prefix, such as 'module.' or 'encoder.';
+    parameters outside the backbone are ignored. float16 tensors are cast to float32.
 
     Raises:
         PipelineError: the file is missing or damaged, the download failed, the weights are not finite, or they do not
@@ -34,7 +31,9 @@ def load_weights(backbone: Backbone, weights: str) -> None:
     """
     published = backbone.published
     if weights == "imagenet":
-        source, state = _download(published)
+        if published is None:
+            raise PipelineError("weights 'imagenet': no library publishes any for this backbone; set a file, or null")
+        source, state = published.download()
     else:
         source, state = weights, read_state(Path(weights))
     if any(CAFFE in name for name in state):
@@ -45,10 +44,13 @@ def load_weights(backbone: Backbone, weights: str) -> None:
     if bad := not_finite(state):
         raise PipelineError(f"{source}: {listed(bad)}; use another file")
     own = backbone.state_dict()
-    layout = _torchvision_names(backbone, published.prefix if published else "")
+    layout = _published_names(backbone)
     state = _without_prefix(source, state, own.keys() | layout.keys())
-    if not any(name.startswith("stages.") for name in state):
-        state = {layout.get(name, name): value for name, value in state.items() if not name.startswith(IGNORED)}
+    constants: Collection[str] = ()
+    if not own.keys() & state.keys():
+        unused, constants = published.unused() if published else (), backbone.constants
+        named = {name: value for name, value in state.items() if name in layout or name not in unused}
+        state = {layout.get(name, name): value for name, value in named.items() if not name.startswith(IGNORED)}
     faults = [
         f"{name} is {_shape(value)}, not {_shape(own[name])}"
         for name, value in state.items()
@@ -57,16 +59,18 @@ def load_weights(backbone: Backbone, weights: str) -> None:
     if not faults:
         # Not strict: files saved before batch norms had num_batches_tracked load as well.
         keys = backbone.load_state_dict(state, strict=False)
-        faults += [f"{name} is missing" for name in keys.missing_keys]
+        faults += [f"{name} is missing" for name in keys.missing_keys if name not in constants]
         faults += [f"{name} is unexpected" for name in keys.unexpected_keys]
     if faults:
         more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise PipelineError(f"{source}: does not fit the backbone: {'; '.join(faults[:SHOWN])}{more}")
 
 
-def _torchvision_names(backbone: Backbone, prefix: str) -> dict[str, str]:
-    """Map torchvision's names of the parameters to the backbone's, which add 'stages.TAP.'."""
-    return {prefix + own.split(".", 2)[2]: own for own in backbone.state_dict()}
+def _published_names(backbone: Backbone) -> dict[str, str]:
+    """Map the published names of the parameters to the backbone's, which add 'stages.TAP.'."""
+    own = {name.split(".", 2)[2]: name for name in backbone.state_dict() if name not in backbone.constants}
+    published = backbone.published.names(own) if backbone.published else {name: name for name in own}
+    return {theirs: own[name] for theirs, name in published.items()}
 
 
 def _without_prefix(source: str, state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
@@ -96,23 +100,6 @@ def _without_prefix(source: str, state: dict[str, Tensor], expected: Collection[
         )
     prefix = prefixes[0] if most > counts[""] else ""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _download(published: PublishedWeights | None) -> tuple[str, dict[str, Tensor]]:
-    if published is None:
-        raise PipelineError("weights 'imagenet': torchvision publishes none for this backbone; set a file, or null")
-    url = getattr(import_torchvision().models, published.enum).IMAGENET1K_V1.url
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    try:
-        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except Exception as error:  # no network, a wrong hash, or a damaged file in the cache
-        raise PipelineError(
-            f"{cached}: is missing or damaged, and the download failed; save {url} there, or set weights to a copy"
-        ) from error
-    digits = cached.stem.rpartition("-")[2]  # torch compares the hash of a download, but not of a cached file
-    if cached.exists() and not sha256(cached).startswith(digits):
-        raise PipelineError(f"{cached}: damaged: its sha256 does not start with {digits}; delete it")
-    return url, state
 
 
 def _shape(tensor: Tensor) -> str:

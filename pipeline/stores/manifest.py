@@ -13,7 +13,7 @@ from pipeline.stores.files import atomic, flush, sha256
 
 NAME = "manifest.json"
 FIELDS: dict[str, type] = {"stage": str, "code": str, "params": dict, "inputs": dict, "outputs": dict}
-VERSIONED = ("torch", "torchvision", "numpy", "opencv-contrib-python-headless", "h5py", "pydensecrf2")
+VERSIONED = ("torch", "torchvision", "timm", "numpy", "opencv-contrib-python-headless", "h5py", "pydensecrf2")
 
 
 def read(folder: Path) -> dict[str, Any] | None:

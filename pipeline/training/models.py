@@ -57,12 +57,24 @@ def rebuild(model: Mapping[str, Any], origin: str, device: torch.device) -> nn.M
         origin: the file of the model; it starts each message.
 
     Raises:
-        PipelineError: this version of the code does not know the network or a setting, or weights are not finite.
+        PipelineError: this version of the code does not know the network or a setting, or builds another network, or
+            weights are not finite.
     """
     if bad := not_finite(model["state"]):
         raise PipelineError(f"{origin}: {listed(bad)}; delete it and train the network again with a lower training.lr")
     block: Block = params.read_block(_BLOCKS[model["block"]], model["settings"], origin)
     network = build(without_weights(block), model["num_classes"])
-    network.load_state_dict(model["state"])
+    own, state = network.state_dict(), model["state"]
+    differing = [
+        name
+        for name in {**own, **state}
+        if name not in own or name not in state or own[name].shape != state[name].shape
+    ]
+    if differing:
+        raise PipelineError(
+            f"{origin}: does not fit the network that this version builds ({len(differing)} names or shapes differ, "
+            f"first {differing[0]}); install the versions of torchvision and timm in its manifest, or train it again"
+        )
+    network.load_state_dict(state)
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval()
