@@ -31,7 +31,9 @@ class AffinityTask(Stateless):
     def loss(self, batch: Batch, epoch: int) -> Tensor:
         assert batch.labels is not None
         logits = self.network(batch.images)
-        return affinity_loss(logits, reduced(batch.labels, logits.shape[2:]), self.settings.radius)
+        settings = self.settings
+        labels = reduced(batch.labels, logits.shape[2:])
+        return affinity_loss(logits, labels, settings.radius, settings.pairs == "inner")
 
 
 def main(work: Work) -> None:

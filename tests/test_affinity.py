@@ -124,11 +124,13 @@ def test_values_at_the_second_cell() -> None:
 # --- loss -----------------------------------------------------------------------------------------------------------
 
 
-def expected_loss(logits: NDArray[np.float64], labels: NDArray[np.int64], radius: int) -> float:
+def expected_loss(logits: NDArray[np.float64], labels: NDArray[np.int64], radius: int, inner: bool = False) -> float:
     """Cell by cell, pair by pair."""
     sets: dict[str, list[float]] = {"background": [], "objects": [], "two": []}
     count, height, width = labels.shape
     for b, row, column in np.ndindex(count, height, width):
+        if inner and not (row < height - (radius - 1) and radius - 1 <= column < width - (radius - 1)):
+            continue
         for y, x in near_cells(radius):
             if not (row + y < height and 0 <= column + x < width):
                 continue
@@ -145,13 +147,20 @@ def expected_loss(logits: NDArray[np.float64], labels: NDArray[np.int64], radius
     return ((background + objects) / 2 + two) / 2
 
 
+@pytest.mark.parametrize("inner", [False, True])
 @pytest.mark.parametrize("radius", [2, 3, 5])
-def test_loss_is_that_of_plain_loops(radius: int) -> None:
+def test_loss_is_that_of_plain_loops(radius: int, inner: bool) -> None:
     random = np.random.default_rng(radius)
-    logits = random.normal(0, 2, (2, 6, 7))
-    labels = random.choice([0, 1, 2, 255], (2, 6, 7), p=[0.4, 0.3, 0.15, 0.15])
-    found = affinity_loss(torch.from_numpy(logits).float()[:, None], torch.from_numpy(labels), radius)
-    assert float(found) == pytest.approx(expected_loss(logits, labels, radius), rel=1e-5)
+    logits = random.normal(0, 2, (2, 8, 11))
+    labels = random.choice([0, 1, 2, 255], (2, 8, 11), p=[0.4, 0.3, 0.15, 0.15])
+    found = affinity_loss(torch.from_numpy(logits).float()[:, None], torch.from_numpy(labels), radius, inner)
+    wanted = expected_loss(logits, labels, radius, inner)
+    assert float(found) == pytest.approx(wanted, rel=1e-5)
+    assert wanted != pytest.approx(expected_loss(logits, labels, radius, not inner), rel=1e-4)
+
+
+def test_a_grid_without_inner_cells_has_no_loss() -> None:
+    assert affinity_loss(torch.randn(1, 1, 4, 6), torch.zeros(1, 4, 6, dtype=torch.long), 4, inner=True) == 0
 
 
 @pytest.mark.parametrize("label", [0, 1, 255])

@@ -111,6 +111,15 @@ def plain(image: Image, scale: float = 1.0, flip: bool = False) -> Tensor:
     return functional.interpolate(x, size=grid, mode="bilinear", align_corners=False)[0]
 
 
+def aligned(values: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:
+    """h x w resized to H x W, the corners on each other, by linear interpolation of rows, then columns."""
+    rows, columns = (
+        np.linspace(0, before - 1, after) for before, after in zip(values.shape, (height, width), strict=True)
+    )
+    values = np.stack([np.interp(rows, np.arange(len(column)), column) for column in values.T], 1)
+    return np.stack([np.interp(columns, np.arange(len(row)), row) for row in values])
+
+
 class TestLocalization:
     def test_present_classes_only_each_up_to_255(self, images: list[Image]) -> None:
         found = maps_of(Colours(), images)
@@ -139,6 +148,17 @@ class TestLocalization:
             for tag in image.tags:
                 expected = 255 * fused[tag - 1] / fused[tag - 1].max()
                 assert np.abs(found[image.id, tag] - expected.numpy()).max() <= 0.51
+
+    def test_aligned_corners_are_drss(self, images: list[Image]) -> None:
+        """DRS's code at stride 1: a map's outermost centres lie on the image's outermost pixels; in float64 NumPy."""
+        found = maps_of(Colours(), images, stride=1, align_corners=True)
+        for image in images:
+            x = normalise(read_rgb(image))[None].double()
+            cells = -(-image.height // 8), -(-image.width // 8)
+            maps = functional.interpolate(x, cells, mode="bilinear", align_corners=False, antialias=True)[0].numpy()
+            for tag in image.tags:
+                values = aligned(np.maximum(maps[tag - 1], 0), image.height, image.width)
+                assert np.abs(found[image.id, tag] - 255 * values / values.max()).max() <= 0.51
 
     @pytest.mark.parametrize("fusion", ["mean", "max"])
     def test_regressed_values_stay_as_they_are(self, images: list[Image], fusion: str) -> None:

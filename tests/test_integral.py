@@ -38,7 +38,9 @@ def expected(logits: Array, p: Array, tags: Array, loss: str, reduction: str, th
     for sample in range(len(logits)):
         groups: dict[int, dict[str, list[float]]] = {}
         for c in range(K):
-            group = groups.setdefault(c if reduction == "class" else 0, {"all": [], "positive": [], "negative": []})
+            if reduction == "present" and not tags[sample, c]:
+                continue
+            group = groups.setdefault(0 if reduction == "pooled" else c, {"all": [], "positive": [], "negative": []})
             for q, target in zip(logits[sample, c].flat, p[sample, c].flat, strict=True):
                 group["all"].append(-(target * log_sigmoid(q) + (1 - target) * log_sigmoid(-q)))
                 if tags[sample, c] and target > threshold:
@@ -65,7 +67,7 @@ def loss_of(logits: Array, attention: Array, tags: Array, **settings: Any) -> Te
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.25, 0.7])
-@pytest.mark.parametrize("reduction", ["class", "pooled"])
+@pytest.mark.parametrize("reduction", ["class", "present", "pooled"])
 @pytest.mark.parametrize("loss", ["hybrid", "cross_entropy", "enhance"])
 def test_losses_are_their_formulas(loss: str, reduction: str, threshold: float) -> None:
     for seed in range(3):
@@ -85,6 +87,7 @@ def test_by_hand() -> None:
     attention[0, 0, 0, 0] = 0.5
     log2 = math.log(2)
     assert float(loss_of(logits, attention, tags)) == pytest.approx(2.5 * log2)
+    assert float(loss_of(logits, attention, tags, reduction="present")) == pytest.approx(1.5 * log2)
     assert float(loss_of(logits, attention, tags, reduction="pooled")) == pytest.approx(1.5 * log2)
     assert float(loss_of(logits, attention, tags, loss="enhance")) == pytest.approx(0.5 * log2)
     assert float(loss_of(logits, attention, tags, loss="cross_entropy")) == pytest.approx(2 * log2)

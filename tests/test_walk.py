@@ -25,6 +25,7 @@ from pipeline.training import models
 from pipeline.workflow.graph import Job
 from pipeline.workflow.stage import Work
 from stages import walk
+from tests.networks import resize
 from tests.project import ROOT
 from tests.test_affinity import near_cells, path_cells
 from tests.voc_tree import make_index
@@ -171,6 +172,8 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 class Red(nn.Module):
     """Its edges are where the image is red, a quarter of its size; no mirror image has the same ones."""
 
+    stride = 4
+
     def forward(self, images: Tensor) -> Tensor:
         return images[:, :1, ::4, ::4] * 4 - 2
 
@@ -213,6 +216,25 @@ def test_maps_are_walked_at_the_grid_of_edges_and_divided_by_the_strongest_class
     for tag, values in zip((2, 5), expected, strict=True):
         assert found["a", tag].dtype == np.uint8
         np.testing.assert_allclose(found["a", tag], values, atol=0.51)
+
+
+@pytest.mark.parametrize("shape", [(24, 33), (21, 30), (5, 3)])
+def test_grid_pixels_upsamples_and_crops_before_the_division(tmp_path: Path, shape: tuple[int, int]) -> None:
+    """IRN's code: by 4, whatever the image's size, in float64 NumPy."""
+    rgb = noise(0, *shape, 3)
+    cells = -(-shape[0] // 4), -(-shape[1] // 4)
+    image = saved(tmp_path, "a", rgb, (2, 5))
+    maps = {2: noise(1, *cells) // 4, 5: noise(2, *cells)}
+    found = walked(stored(tmp_path, {"a": maps}), [image], replace(WALK, grid="pixels"))
+    pixels = normalise(rgb)[0].double().numpy()
+    straight, mirrored = pixels[::4, ::4], pixels[:, ::-1][::4, ::4][:, ::-1]
+    edges = 1 / (1 + np.exp(-(2 * straight + 2 * mirrored - 2)))
+    spread = dense_walk(np.stack([maps[2], maps[5]]) / 255, edges, WALK)
+    expected = resize(spread, 4 * cells[0], 4 * cells[1])[:, : shape[0], : shape[1]]
+    for tag, values in zip((2, 5), expected * (255 / expected.max()), strict=True):
+        assert found["a", tag].shape == shape
+        np.testing.assert_allclose(found["a", tag], values, atol=0.51)
+    assert expected.max() <= spread.max()
 
 
 def test_edges_of_an_image_and_its_mirror_image_mirror_each_other() -> None:

@@ -308,6 +308,8 @@ class Localization:
     fusion: Literal["mean", "max"] = "mean"
     normalise: Literal["max", "none"] = "max"  # none: clip to 1 instead, for networks that regress values
     stride: Count = 4  # image pixels per stored cell
+    # The resizing of maps to these cells: between the outermost centres (DRS's code, at stride 1), or between the edges
+    align_corners: bool = False
     climbing: Climbing | None = None  # only for a classifier
 
     def faults(self) -> Iterator[str]:
@@ -329,6 +331,9 @@ class Affinity:
     frozen_backbone: bool = True  # train only the branch (IRN's code); random backbones must be trained too
     channels: Annotated[int, Range(least=4)] = 32  # edge features per level
     radius: Annotated[int, Range(least=2)] = 10  # cells; pairs at a smaller distance are compared
+    # inner: without the pairs that begin in the last radius - 1 rows, or in the first or last radius - 1 columns (IRN's
+    # code). Such pairs reach beyond the grid in some direction
+    pairs: Literal["all", "inner"] = "all"
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def faults(self) -> Iterator[str]:
@@ -348,6 +353,9 @@ class Walk:
     times: Annotated[int, Range(least=0, most=20)] = 8  # the walk has 2^times steps
     power: Positive = 1.0  # exponent of the maps before the walk (AMR: 1.5)
     edge_weighting: bool = True  # multiply the maps by (1 - edge) before the walk
+    # The grid on which the maps are divided by their maximum and stored; pixels: those of the image, to which they are
+    # upsampled first (IRN's code); takes 16 times the space
+    grid: Literal["cells", "pixels"] = "cells"
 
 
 # With widths near 0, pydensecrf computes addresses outside of its lattice; with huge weights its output is NaN.

@@ -35,7 +35,10 @@ def localization_maps(
 
     The maps of all scales and flips are resized to the same grid and fused by mean or maximum. They are divided by
     their maximum after the fusion, so that scales with strong responses weigh most. With ``normalise: none`` they are
-    clipped at 1 instead. ``settings.climbing`` applies climbing to each view of an image; only classifiers support it.
+    clipped at 1 instead. DRS's code resizes maps to the input's pixels with aligned corners before it divides them by
+    their maximum: ``align_corners: true`` and ``stride: 1`` reproduce it. Values differ by up to 0.5 at the rim.
+
+    ``settings.climbing`` applies climbing to each view of an image; only classifiers support it.
     """
 
     def shape(image: Image) -> tuple[int, int]:
@@ -56,7 +59,7 @@ def localization_maps(
             if not pairs:
                 continue
             samples, tags = torch.tensor(pairs, device=device).unbind(1)
-            fused = _fused([maps[samples, tags - 1] for maps in views], grid, settings.fusion)
+            fused = _fused([maps[samples, tags - 1] for maps in views], grid, settings)
             check_outputs(fused, [part[n] for n, _ in pairs])
             if settings.normalise == "max":
                 fused = fused / fused.amax((1, 2), keepdim=True).clamp_min(1e-5)
@@ -65,17 +68,18 @@ def localization_maps(
                 yield part[n].id, tag, np.ascontiguousarray(level)
 
 
-def _fused(views: Sequence[Tensor], grid: tuple[int, int], fusion: str) -> Tensor:
+def _fused(views: Sequence[Tensor], grid: tuple[int, int], settings: Localization) -> Tensor:
     """Resize the N x h x w maps of each view to the grid, and fuse them."""
     fused: Tensor | None = None
     for maps in views:
-        resampled = functional.interpolate(maps[None], size=grid, mode="bilinear", align_corners=False)[0]
+        corners = settings.align_corners
+        resampled = functional.interpolate(maps[None], size=grid, mode="bilinear", align_corners=corners)[0]
         if fused is None:
             fused = resampled
         else:
-            fused = torch.maximum(fused, resampled) if fusion == "max" else fused + resampled
+            fused = torch.maximum(fused, resampled) if settings.fusion == "max" else fused + resampled
     assert fused is not None
-    return fused / len(views) if fusion == "mean" else fused
+    return fused / len(views) if settings.fusion == "mean" else fused
 
 
 @torch.inference_mode()

@@ -28,8 +28,9 @@ def integral_loss(
         tags: B x K, 0 or 1.
         loss: 'hybrid': enhance + constraint loss (OAA Eq. 9); 'enhance': the first part only (OAA Eq. 7);
             'cross_entropy': multi-label cross entropy over all pixels (OAA Eq. 6). Table 4 calls them HL, EP and MCE.
-        reduction: 'class': average over N+ and N- of each class, then sum over classes (the paper); 'pooled': all
-            classes and pixels of an image form one N+ and one N- (the public code).
+        reduction: 'class': average over N+ and N- of each class, then sum over classes (the paper); 'present': sum over
+            the image's tags alone, another reading of the paper's sum; 'pooled': all classes and pixels of an image
+            form one N+ and one N- (the public code).
         threshold: a pixel belongs to N+ if p exceeds this value (OAA Table 5).
 
     Returns:
@@ -37,21 +38,28 @@ def integral_loss(
     """
     logits = logits.float()
     log_q, log_not_q = functional.logsigmoid(logits), functional.logsigmoid(-logits)
+    dims = (1, 2, 3) if reduction == "pooled" else (2, 3)
+    present = tags if reduction == "present" else None
     if loss == "cross_entropy":
         losses = -(attention * log_q + (1 - attention) * log_not_q)
-        return losses.mean((2, 3)).sum(1).mean() if reduction == "class" else losses.mean((1, 2, 3)).mean()
-    dims = (2, 3) if reduction == "class" else (1, 2, 3)
+        return _total(losses.mean(dims), present)
     positive = ((attention > threshold) & (tags[:, :, None, None] > 0)).float()
     enhance = -(positive * attention * log_q).sum(dims) / positive.sum(dims).clamp_min(1)
     if loss == "enhance":
-        return _total(enhance)
+        return _total(enhance, present)
     negative = 1 - positive
     constraint = -(negative * log_not_q).sum(dims) / negative.sum(dims).clamp_min(1)
-    return _total(enhance + constraint)
+    return _total(enhance + constraint, present)
 
 
-def _total(per_item: Tensor) -> Tensor:
-    """Mean over the batch of per-image losses (B) or of per-class losses (B x K), which are summed over classes."""
+def _total(per_item: Tensor, present: Tensor | None) -> Tensor:
+    """Mean over the batch of per-image losses (B) or of per-class losses (B x K), which are summed over classes.
+
+    Args:
+        present: B x K, 1 for the classes to sum over; None: all.
+    """
+    if present is not None:
+        per_item = per_item * present
     return per_item.sum(1).mean() if per_item.dim() == 2 else torch.mean(per_item)
 
 
@@ -64,7 +72,8 @@ class IntegralModel(RefinementNetwork):
         """Settings of the loss; see ``integral_loss``."""
 
         loss: Literal["hybrid", "cross_entropy", "enhance"] = "hybrid"  # OAA Eq. 9, 6, 7 (Table 4: HL, MCE, EP)
-        reduction: Literal["class", "pooled"] = "class"  # sum of class means (paper), or pooled (code)
+        # Sum of the means of all classes (paper) or of the image's tags, or pooled (code)
+        reduction: Literal["class", "present", "pooled"] = "class"
         threshold: Annotated[float, Range(least=0, below=1)] = 0.0  # attention above which a pixel is in N+ (Table 5)
 
     settings: Settings

@@ -24,6 +24,7 @@ def walk(params: Params, settings: Walk, logs: Logs) -> str:
     rule = params.pseudo_labels[affinity.labels.split("/")[1]]
     power = "" if settings.power == 1 else f" of maps^{settings.power:g}"
     edges = "" if settings.edge_weighting else ", maps not weighted by edges"
+    edges += ", scaled at the image's pixels" if settings.grid == "pixels" else ""
     return (
         f"walk{power} of 2^{settings.times} steps (radius {settings.radius}, beta {settings.beta:g}{edges}) along "
         f"affinities of {network(logs, settings.affinity)}, learned from {affinity.labels} "
