@@ -245,9 +245,9 @@ def test_metrics_files(place: Path) -> None:
     graph = experiment(RAW)
     table = json.loads((place / "results/drawn/metrics.json").read_text())
     assert list(table) == sorted(RAW["segmentations"])
-    every = {column.key for column in metrics.COLUMNS}
+    every = {*(column.key for column in metrics.COLUMNS), *metrics.INTERVAL}
     assert set(table["oaa"]) == set(table["mixed"]) == every
-    assert set(table["supervised"]) == {"miou", "pixel_accuracy"}
+    assert set(table["supervised"]) == {"miou", "miou_low", "miou_high", "pixel_accuracy"}
     assert all(isinstance(value, float) and 0 <= value <= 1 for row in table.values() for value in row.values())
     scores = {
         name: json.loads(path.read_text()) for name, path in graph.find("report").inputs.items() if "scores" in name

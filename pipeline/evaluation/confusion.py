@@ -1,7 +1,8 @@
 """Confusion matrix of label maps, and the scores computed from it.
 
 Pixels are pooled over the whole set of images: IoU is a ratio of pixel counts, not a mean over images (the PASCAL VOC
-definition). A class absent from both ground truth and prediction has no IoU and is left out of means.
+definition). A class absent from both ground truth and prediction has no IoU and is left out of means. So do irn and
+mmsegmentation; ``conventions`` counts as other public codes do.
 """
 
 import numpy as np
@@ -26,6 +27,7 @@ class ConfusionMatrix:
         self.num_classes = num_classes
         self._counts = np.zeros((num_classes + 1, num_classes + 1), np.int64)
         self._ignored = np.zeros(num_classes + 1, np.int64)
+        self._images: list[Counts] = []
 
     def update(self, ground_truth: Labels, prediction: Labels) -> None:
         """Add an image: two H x W uint8 label maps with values 0..K and 255.
@@ -47,8 +49,13 @@ class ConfusionMatrix:
         if stray[classes:IGNORE].any():
             values = ", ".join(map(str, classes + np.flatnonzero(stray[classes:IGNORE])))
             raise ValueError(f"label values {values} are neither class ids (0 to {self.num_classes}) nor 255")
-        self._counts += joint[:classes, :classes]
-        self._ignored += joint[:classes, IGNORE]
+        counts, ignored = joint[:classes, :classes], joint[:classes, IGNORE]
+        self._counts += counts
+        self._ignored += ignored
+        hits, masked, predicted = np.diagonal(counts).copy(), counts.sum(1) + ignored, counts.sum(0)
+        hits[0] += ignored[0]
+        predicted[0] += ignored.sum()
+        self._images.append(np.stack([hits, masked, predicted]))
 
     def matrix(self, ignored_as_background: bool = False) -> Counts:
         """(K+1) x (K+1) pixel counts, one row per ground-truth class; predictions of 255 excluded or in column 0."""
@@ -56,6 +63,30 @@ class ConfusionMatrix:
         if ignored_as_background:
             counts[:, 0] += self._ignored
         return counts
+
+    def images(self) -> Counts:
+        """(N, 3, K+1) pixels of each image and class: correct, in the mask, and predicted; 255 counts as background."""
+        return np.stack(self._images) if self._images else np.zeros((0, 3, self.num_classes + 1), np.int64)
+
+    def conventions(self) -> dict[str, float]:
+        """The mIoU as public codes count it; NaN if no pixel is counted.
+
+        * ``irn``: a predicted 255 is background. A class absent from masks and predictions is left out of the mean; one
+          that is only predicted counts as 0.
+        * ``mmsegmentation``: the same, except that a predicted 255 is a miss: it belongs to no class's prediction.
+        * ``seam``: a predicted 255 is a miss, and a class absent from masks and predictions counts as 0.
+        * ``deeplab_pytorch``: a predicted 255 is background, and all classes absent from the masks are left out.
+        """
+        background, missed = self.matrix(ignored_as_background=True), self.matrix()
+        hits = np.diagonal(missed)
+        strict = ratio(hits, missed.sum(1) + self._ignored + missed.sum(0) - hits)
+        in_masks = background.sum(1) > 0
+        return {
+            "irn": float(mean(iou(background))),
+            "mmsegmentation": float(mean(strict)),
+            "seam": float(np.nan_to_num(strict).mean()) if in_masks.any() else float("nan"),
+            "deeplab_pytorch": float(mean(iou(background)[in_masks])),
+        }
 
     @property
     def ignored(self) -> float:
@@ -83,6 +114,24 @@ def pixel_accuracy(counts: Counts) -> float:
 def mean(ratios: Ratios) -> Ratios:
     """Mean over the last axis, ignoring NaN; NaN if all values are NaN."""
     return ratio(np.nansum(ratios, axis=-1), np.sum(~np.isnan(ratios), axis=-1))
+
+
+def bootstrap(images: Counts, resamples: int, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the mIoU over resamples of the images, with replacement; NaN without images.
+
+    It covers the choice of the evaluation images only, neither the training images nor the seed of the training.
+
+    Args:
+        images: (N, 3, K+1) counts of ``ConfusionMatrix.images``.
+    """
+    count = len(images)
+    if not count:
+        return float("nan"), float("nan")
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+    sums = (draws.astype(np.float64) @ images.reshape(count, -1)).reshape(resamples, *images.shape[1:])
+    hits, masked, predicted = np.moveaxis(np.rint(sums).astype(np.int64), 1, 0)
+    low, high = np.quantile(mean(ratio(hits, masked + predicted - hits)), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def all_background_miou(counts: Counts) -> float:

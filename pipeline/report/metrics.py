@@ -35,6 +35,7 @@ COLUMNS = (
     Column("miou", "predictions", "miou", "mIoU", 1),
     Column("pixel_accuracy", "predictions", "pixel_accuracy", "accuracy", 1),
 )
+INTERVAL = ("miou_low", "miou_high")
 STEPS = {step: kind.title for step, kind in KINDS.items()}
 CELL = 10  # width of a number in the text table, in characters
 
@@ -48,10 +49,11 @@ def supervision(chain: Mapping[str, str]) -> str:
 
 
 def collect(rows: Chains, scores: Scores) -> Metrics:
-    """Collect the scores of every row, in [0, 1]; missing scores are omitted."""
+    """Collect the scores of every row, in [0, 1]; missing scores are omitted. INTERVAL bounds the final mIoU."""
     metrics: Metrics = {}
     for row, chain in rows.items():
         values = {column.key: scores.get(chain.get(column.step, ""), {}).get(column.score) for column in COLUMNS}
+        values |= {key: scores.get(chain.get("predictions", ""), {}).get(key) for key in INTERVAL}
         metrics[row] = {key: value for key, value in values.items() if value is not None}
     return metrics
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.data import census
-from pipeline.report.metrics import COLUMNS, STEPS, Chains, Column, Metrics, best, supervision
+from pipeline.report.metrics import COLUMNS, INTERVAL, STEPS, Chains, Column, Metrics, best, supervision
 
 BADGES = {"full": "upper bound", "mixed": "uses masks", "weak": ""}
 MAX_HORIZONTAL = 9  # maximum number of horizontal class names in a table head; more are rotated
@@ -102,7 +102,10 @@ def methods_table(metrics: Metrics, rows: Chains, method: str, scored_on: Mappin
 
     def number(row: str, column: Column) -> Number:
         value = metrics[row].get(column.key)
-        return Number("–" if value is None else f"{100 * value:.1f}", (row, column.key) in winners)
+        text = "–" if value is None else f"{100 * value:.1f}"
+        if column.key == "miou" and all(key in metrics[row] for key in INTERVAL):
+            text += " ({:.1f}–{:.1f})".format(*(100 * metrics[row][key] for key in INTERVAL))
+        return Number(text, (row, column.key) in winners)
 
     body = []
     for row, chain in rows.items():
