@@ -1,13 +1,16 @@
-"""Segment the evaluation images with a trained segmentation network, and write its model file for new photos."""
+"""Segment the evaluation images with a trained segmentation network, and write its model file for new photos.
+
+The label maps go to labels.h5. doubt.h5 says how sure the network is of each part of an image, for the report.
+"""
 
 from functools import partial
 from typing import Any
 
 from pipeline.data.index import Index
 from pipeline.inference import model_file
-from pipeline.inference.segment import segmentations
+from pipeline.inference.segment import DOUBT, LABELS, segmentations
 from pipeline.stores import manifest
-from pipeline.stores.blocks import parallel, write_blocks
+from pipeline.stores.blocks import Writers, parallel, write_blocks
 from pipeline.stores.raster import RasterWriter
 from pipeline.training import models
 from pipeline.training.settings import prepare
@@ -19,7 +22,11 @@ def main(work: Work) -> None:
     index = Index(work.inputs["index"])
     network = models.load(work.inputs["model"], index.num_classes, device)
     workers = work.runtime.workers if work.job.block.crf else 0
-    with RasterWriter(work.outputs["labels"], "labels") as writer, parallel(work.job.label, workers) as mapper:
+    with (
+        RasterWriter(work.outputs["labels"], "labels") as labels,
+        RasterWriter(work.outputs["doubt"], "doubt") as doubt,
+        parallel(work.job.label, workers) as mapper,
+    ):
         compute = partial(
             segmentations,
             network,
@@ -29,6 +36,7 @@ def main(work: Work) -> None:
             precision=work.job.precision,
         )
         shown = partial(progress, label=work.job.label)
+        writer = Writers({LABELS: labels, DOUBT: doubt})
         write_blocks(index.images("evaluation"), compute, writer, work.checkpoint, progress=shown)
     megapixels = work.job.params["dataset.working_megapixels"]
     model_file.write(

@@ -1,6 +1,8 @@
-"""Collect the scores of all rows in metrics.json and report.html."""
+"""Collect the scores of all rows in metrics.json and report.html, with a gallery of the user's own photos."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ from pipeline.data import census
 from pipeline.data.index import Index
 from pipeline.errors import PipelineError
 from pipeline.report import metrics
+from pipeline.report.photos import PhotoGallery, Pictures, sources
 from pipeline.report.sections import Results, document
 from pipeline.stores.raster import RasterStore
-from pipeline.workflow.stage import Work, run
+from pipeline.workflow.stage import Work, progress, run
 
 
 def main(work: Work) -> None:
@@ -29,6 +32,8 @@ def main(work: Work) -> None:
         layers=_read(work, "layers of "),
         stores={name: RasterStore(path) for name, path in work.inputs.items() if path.suffix == ".h5"},
     )
+    if "pictures" in work.outputs:
+        results = replace(results, photos=_photos(work, results))
     work.outputs["report"].write_text(document(results), encoding="utf-8")
     _write(work.outputs["table"], table)
     if "metrics" in work.outputs:
@@ -36,6 +41,19 @@ def main(work: Work) -> None:
     print(metrics.text_table(table, rows, method), flush=True)
     if results.is_mixed:
         print("warning: rows were computed in different arithmetic; see the report's protocol", flush=True)
+
+
+def _photos(work: Work, results: Results) -> PhotoGallery:
+    """Draw the pictures of all photos with the masks of the selected method, or those that are new since last time."""
+    chain, stores = results.rows[results.params.method], results.stores
+    doubt = stores.get(f"doubt of {chain['predictions']}")
+    labels = None if chain.get("labels") == "ground_truth" else stores.get(chain.get("labels", ""))
+    found = sources(results.index, stores[chain["predictions"]], doubt, labels)
+    published = work.job.outputs["pictures"]
+    pictures = Pictures(work.outputs["pictures"], published, work.job.code)
+    threads = len(os.sched_getaffinity(0))
+    photos = pictures.draw_all(found, threads, lambda items: progress(items, f"{work.job.label}: photos"))
+    return PhotoGallery(published.name, results.names, photos, results.params.method)
 
 
 def _read(work: Work, prefix: str) -> dict[str, Any]:

@@ -50,10 +50,28 @@ def test_each_of_many_lines_has_a_panel_with_the_others_behind_it() -> None:
     assert [re.findall(r'<polyline points="([^"]*)"', panel) for _, _, panel in panels] == [[line] for line in muted]
 
 
-@pytest.mark.parametrize(("highest", "value"), [(False, "2"), (True, "7")])
+@pytest.mark.parametrize(("highest", "value"), [(False, "2"), (True, "7 at 1")])
 def test_a_line_is_labelled_with_its_last_or_highest_value(highest: bool, value: str) -> None:
     chart = charts.line_chart("peak", "x", "y", {"a": [(0, 1), (1, 7), (2, 2)]}, highest)
     assert chart is not None
     (line,) = chart.lines
     assert line.value == value
     assert line.mark == line.points[1 if highest else 2]
+
+
+def test_dots_lie_on_a_common_axis_beside_their_names() -> None:
+    rows = {"a": {"x": 20.0, "y": 50.0}, "b": {"y": 12.5}, "c": {}}
+    chart = charts.dot_chart("steps", "mIoU (%)", rows, ["x", "y"])
+    assert chart is not None
+    assert [label for _, label in chart.x_ticks] == ["0", "10", "20", "30", "40", "50"]
+    assert [row.dots for row in chart.rows] == [[(0, 40.0, "20.0"), (1, 100.0, "50.0")], [(1, 25.0, "12.5")], []]
+    template: Any = ENVIRONMENT.get_template("charts.html.j2").module
+    page = str(template.dots(chart))
+    body = page.partition("<tbody>")[2]
+    assert re.findall(r'<th scope="row">(\w)</th>', body) == ["a", "b", "c"]
+    assert re.findall(r'<i class="(s\d)" style="left:([\d.]+)%" title="(\w: [\d.]+)"', body) == [
+        ("s0", "40.00", "x: 20.0"),
+        ("s1", "100.00", "y: 50.0"),
+        ("s1", "25.00", "y: 12.5"),
+    ]
+    assert re.findall(r"<td>([\d.–]+)</td>", body) == ["50.0", "12.5", "–"]  # of the last step

@@ -24,7 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.inference import batching, segment
 from pipeline.inference.batching import batches, pixels_per_batch
 from pipeline.inference.localize import localization_maps
-from pipeline.inference.segment import segmentations
+from pipeline.inference.segment import DOUBT, LABELS, segmentations
 from pipeline.labels.crf import dense_crf
 from pipeline.runtime import Runtime
 from pipeline.stores.raster import RasterStore
@@ -224,7 +224,8 @@ class Scores(nn.Module):
 
 
 def labels_of(images: Sequence[Image], **settings: Any) -> dict[str, NDArray[np.uint8]]:
-    return {name: values for name, _, values in segmentations(Scores(), images, schema.Test(**settings), CPU, map)}
+    rows = segmentations(Scores(), images, schema.Test(**settings), CPU, map)
+    return {name: values for name, kind, values in rows if kind == LABELS}
 
 
 def chances(image: Image, scales: Sequence[float], flip: bool) -> Tensor:
@@ -288,7 +289,7 @@ class TestSegmentation:
 
         monkeypatch.setattr(segment, "dense_crf", unchanged)
         monkeypatch.setattr(segment, "class_probabilities", lambda *_: torch.from_numpy(values)[None])
-        ((_, _, label),) = segmentations(Scores(), [image], schema.Test(crf=Crf()), CPU, map)
+        (_, _, label), _ = segmentations(Scores(), [image], schema.Test(crf=Crf()), CPU, map)
         assert np.array_equal(seen[0], values[[0, 1, 4]])
         assert label.dtype == np.uint8
         assert label[5, 7] == 4
@@ -310,7 +311,23 @@ class TestSegmentation:
 
         rows = list(segmentations(Scores(), images, schema.Test(crf=Crf(iterations=1)), CPU, mapper))
         assert sorted(calls) == [1, 1, 2]
-        assert {name: values.shape for name, _, values in rows} == {i.id: (i.height, i.width) for i in images}
+        shapes = {(name, kind): values.shape for name, kind, values in rows}
+        assert shapes == {(i.id, LABELS): i.size for i in images} | {
+            (i.id, DOUBT): (-(-(i.height - 4) // 8), -(-(i.width - 4) // 8)) for i in images
+        }
+
+    @pytest.mark.parametrize("crf", [None, Crf(iterations=1)])
+    @pytest.mark.parametrize(("scales", "flip"), [((1.0,), False), ((1.0, 1.5), True)])
+    def test_doubt_is_the_rest_of_the_largest_probability(
+        self, images: list[Image], scales: tuple[float, ...], flip: bool, crf: Crf | None
+    ) -> None:
+        settings = schema.Test(scales=scales, flip=flip, crf=crf)
+        rows = segmentations(Scores(), images, settings, CPU, map)
+        doubt = {name: values for name, kind, values in rows if kind == DOUBT}
+        assert set(doubt) == {image.id for image in images}
+        for image in images:
+            rest = 1 - chances(image, scales, flip).amax(0).numpy()
+            assert doubt[image.id] == pytest.approx(255 * rest[4::8, 4::8], abs=0.51)
 
 
 class TestBatches:
@@ -406,7 +423,8 @@ class TestStages:
     def work(self, folder: Path, index: Path, block: Any, settings: Any, output: str) -> Work:
         file_of(block, folder / "model.pt")
         inputs = {"index": index, "model": folder / "model.pt"}
-        outputs = {output: folder / f"{output}.h5", "model": folder / "model.safetensors"}
+        stores = {name: folder / f"{name}.h5" for name in (output, "doubt")}
+        outputs = {**stores, "model": folder / "model.safetensors"}
         values = {"experiment": "test", "seed": 0, "dataset.working_megapixels": 2.5}
         job = Job("test", "x", inputs, outputs, values, settings, used_blocks=(block,))
         return Work(job, inputs, outputs, Runtime(device="cpu", threads=1), "", folder / "checkpoint")
@@ -445,6 +463,9 @@ class TestStages:
         store = RasterStore(tmp_path / "labels.h5")
         assert store.ids == [image.id for image in Index(index).images("evaluation")]
         assert all(store.get(name).shape == (24, 32) and store.get(name).max() <= K for name in store)
+        doubt = RasterStore(tmp_path / "doubt.h5")
+        assert doubt.ids == store.ids
+        assert all(doubt.classes(name) == [0] and doubt.get(name).shape == (3, 4) for name in doubt)
 
 
 def test_the_crf_takes_a_network_that_knows_nothing(images: list[Image]) -> None:
@@ -454,5 +475,5 @@ def test_the_crf_takes_a_network_that_knows_nothing(images: list[Image]) -> None
         def forward(self, x: Tensor) -> Tensor:
             return torch.zeros(len(x), 21, x.shape[2] // 8, x.shape[3] // 8)
 
-    ((_, _, label),) = segmentations(Uniform(), images[:1], schema.Test(crf=Crf(iterations=1)), CPU, map)
+    (_, _, label), _ = segmentations(Uniform(), images[:1], schema.Test(crf=Crf(iterations=1)), CPU, map)
     assert not label.any()

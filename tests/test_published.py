@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.report.published import ASPP_RESNET101, ASPP_VGG16, PUBLISHED, RESNET101, VGG16, Published
+from tests.test_photo_gallery import again, as_voc
 from tests.test_report import RAW, experiment
 
 PAPERS = Path(__file__).parents[1] / "../shared/papers"
@@ -48,7 +49,9 @@ def test_published_figures_are_those_of_the_papers(entry: Published) -> None:
 
 def test_published_figures_are_marked_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    experiment(RAW, train=2, held=1)
+    graph = experiment({**RAW, "dataset": {"root": "data/drawn"}}, train=2, held=1, masks=False)
+    as_voc(graph, "2007_{:06d}")
+    again(graph.find("report"))
     html = " ".join(Path("results/drawn/report.html").read_text().split())  # as browsers fold white space
     assert html.index("<h2>Methods</h2>") < html.index("<h2>Published figures on PASCAL VOC 2012</h2>")
     section = html.partition("<h2>Published figures on PASCAL VOC 2012</h2>")[2].partition("</section>")[0]

@@ -38,7 +38,12 @@ RAW: dict[str, Any] = {
     "experiment": "drawn",
     "seed": 3,
     "method": "oaa_plus",
-    "dataset": {"root": "data/drawn", "classes": "classes.txt", "masks": "SegmentationClass"},
+    "dataset": {
+        "root": "data/drawn",
+        "classes": "classes.txt",
+        "masks": "SegmentationClass",
+        "demo": {"train": 8, "evaluation": 5, "size": SIDE},
+    },
     "saliency": {"kind": "folder", "path": "data/drawn/Saliency"},
     "classifiers": {"base": SMALL},
     "refinements": {"oaa_plus": {"source": "classifiers/base", **SMALL}},
@@ -214,7 +219,9 @@ def fill(writer: RasterWriter, kind: str, name: str, drawn: Any, splits: Any, ma
             _, mask, tags = drawn[key]
             for tag in tags if kind.endswith("maps") else ():
                 writer.append(key, blurred(mask, tag, quality), tag)
-            if kind.endswith("labels"):
+            if kind.endswith("doubt"):
+                writer.append(key, np.full((SIDE // 8, SIDE // 8), 8 * int(key[1:]) % 256, np.uint8))
+            elif kind.endswith("labels"):
                 writer.append(key, damaged(mask, quality, random, ignore=kind != "prediction labels"))
 
 
@@ -236,7 +243,7 @@ def test_report_shows_every_row_and_needs_nothing_beside_it(place: Path, capsys:
     assert all(source.startswith(("data:image/", "#")) for source in sources)
     # 4 images: photo, mask, saliency, CAM, cumulative, refined, label; photo, mask, five rows
     assert len(re.findall(r"<img", html)) == 4 * 7 + 4 * 7
-    assert html.count('<svg class="chart"') == 6
+    assert html.count('<svg class="chart"') == 5
     last = capsys.readouterr().out.splitlines()[-5:]
     assert [line.split()[0] for line in last] == ["cam", "oaa", ">", "mixed", "supervised"]
 

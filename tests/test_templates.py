@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import json
+import re
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,12 +14,14 @@ from jinja2 import UndefinedError
 
 from pipeline.report import charts, tables
 from pipeline.report.page import ENVIRONMENT, TEMPLATES
+from pipeline.report.photos import Photo, PhotoGallery
 from pipeline.report.sections import Results, document
 from stages import report
 from tests import test_report as drawn
 
 MARK = "_x1x"  # ends every name that a user chooses
-HOSTILE = """"'><script>&lt;{{ 7 }}"""
+HOSTILE = """"'><script>&lt;{{ 7 }}<!--\u2028\u2029"""
+END = "</script>"  # is added to names of photos and classes, but no block's name may have a slash
 NAMES = ["circle", "square", "cross"]
 
 
@@ -57,6 +61,15 @@ def marked() -> dict[str, Any]:
     return raw
 
 
+def with_marked_names(photos: PhotoGallery) -> PhotoGallery:
+    def marked_photo(photo: Photo) -> Photo:
+        image = dataclasses.replace(photo.source.image, id=f"{photo.source.image.id}{MARK}{END}")
+        return dataclasses.replace(photo, source=dataclasses.replace(photo.source, image=image))
+
+    names = [name + END for name in photos.names]
+    return dataclasses.replace(photos, names=names, photos=[marked_photo(photo) for photo in photos.photos])
+
+
 def hostile(value: Any) -> Any:
     """``value`` with HOSTILE instead of MARK in every string that it holds."""
     match value:
@@ -73,8 +86,13 @@ def hostile(value: Any) -> Any:
     return value
 
 
-def test_names_are_escaped_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Params refuse such names of blocks, class names and experiments may hold anything; the page trusts neither."""
+@pytest.mark.parametrize("own", [False, True])
+def test_names_are_escaped_everywhere(own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Params refuse such names of blocks, class names and experiments may hold anything; the page trusts neither.
+
+    Args:
+        own: the photos are the user's own, with a gallery whose data are JSON in a script.
+    """
     caught: list[Results] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(drawn, "NAMES", [name + MARK for name in NAMES])
@@ -82,18 +100,30 @@ def test_names_are_escaped_everywhere(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(charts, "COLOURS", 2)  # the two classifiers share a chart, the five rows have panels
     monkeypatch.setattr(report, "document", lambda results: caught.append(results) or "")
     raw = marked()
+    if own:
+        del raw["dataset"]["demo"]
     drawn.experiment(raw)
     (results,) = caught
+    if own:
+        assert results.photos
+        results = dataclasses.replace(results, photos=with_marked_names(results.photos))
     index = copy.copy(results.index)
     index.classes = hostile(index.classes)
     page = document(dataclasses.replace(hostile(results), index=index))
     shown, expected = Outline(page), Outline(document(results))
     assert HOSTILE not in page
+    assert not set("\u2028\u2029") & set("".join(re.findall(r"<script.*?</script>", page, re.DOTALL)))
     assert shown.tags == expected.tags
+    assert ("script" in shown.texts) is own
+    if own:
+        found, plain = (json.loads(outline.texts.pop("script")[0]) for outline in (shown, expected))
+        assert found == hostile(plain)
+        assert found["id"][0] == f"i008{HOSTILE}{END}"
+        assert found["classes"]["1"][0] == f"circle{HOSTILE}{END}"
+        assert any(text.startswith(f"circle{HOSTILE}{END} (") for text in shown.texts["option"])
     assert shown.values["class"].count("class") == len(NAMES) + 1 + len(NAMES) + 1  # upright: IoU, confusion
     for row in drawn.RAW["segmentations"]:
-        assert shown.texts["th"].count(row + HOSTILE) >= 3  # methods, protocol, IoU by class
-        assert row + HOSTILE in shown.texts["text"]  # SVG
+        assert shown.texts["th"].count(row + HOSTILE) >= 4  # methods, chart, protocol, IoU by class
         assert row + HOSTILE in shown.texts["title"]  # tooltip of the training's loss
         assert row + HOSTILE in shown.texts["span"]  # heading of its panel
         assert f"Training loss of segmentations: {row}{HOSTILE}" in shown.values["aria-label"]
@@ -103,9 +133,9 @@ def test_names_are_escaped_everywhere(tmp_path: Path, monkeypatch: pytest.Monkey
         assert name + HOSTILE in shown.texts["i"]  # beside its colour in the legend
     assert f"{raw['experiment'].replace(MARK, HOSTILE)}: weakly supervised segmentation" in shown.texts["h1"]
     assert f"head of drs{HOSTILE}, i000" in shown.values["alt"]
-    for found, plain in ((shown.texts, expected.texts), (shown.values, expected.values)):
-        for key in plain.keys() - {"x", "cx", "d", "points"}:  # the dot chart's margin grows with the names
-            assert found[key] == [value.replace(MARK, HOSTILE) for value in plain[key]], key
+    for there, usual in ((shown.texts, expected.texts), (shown.values, expected.values)):
+        for key in usual:
+            assert there[key] == [value.replace(MARK, HOSTILE) for value in usual[key]], key
 
 
 def test_an_unknown_name_in_a_template_is_an_error() -> None:
@@ -118,4 +148,4 @@ def test_templates_are_package_data() -> None:
     (pattern,) = project["tool"]["setuptools"]["package-data"]["pipeline.report"]
     package = TEMPLATES.parent
     assert set(package.glob(pattern)) == set(TEMPLATES.iterdir())
-    assert {path.suffix for path in TEMPLATES.iterdir()} == {".j2", ".css"}
+    assert {path.suffix for path in TEMPLATES.iterdir()} == {".j2", ".css", ".js"}

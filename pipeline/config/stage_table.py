@@ -99,6 +99,7 @@ KINDS = {
 REPORTED = (
     "maps",
     "labels",
+    "doubt",
     "features",
     "layers",
     "log",
@@ -243,7 +244,7 @@ _TABLE = (
             "prediction",
             "predictions",
             _INDEX,
-            writes=("labels.h5", "model.safetensors"),
+            writes=("labels.h5", "doubt.h5", "model.safetensors"),
             targets=("segmentations", "one_step"),
             target_files=("model",),
             settings="test",

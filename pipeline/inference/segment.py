@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pipeline.stores.blocks import Row
 
 Map = Callable[..., Iterator[NDArray[np.uint8]]]
+LABELS, DOUBT = 0, 1  # the kinds of rasters that ``segmentations`` yields
+DOUBT_STRIDE = 8  # a doubt map has every eighth pixel of every eighth row
 
 
 def segmentations(
@@ -31,7 +33,11 @@ def segmentations(
     mapper: Map,
     precision: str = "auto",
 ) -> "Iterator[Row]":
-    """Yield label maps at the images' size: the softmax averaged over scales and flips, the optional CRF, and argmax.
+    """Yield two rasters per image: LABELS, its label map, and DOUBT, its doubt map.
+
+    Labels have the image's size: the softmax averaged over scales and flips, the optional CRF, and argmax. The doubt
+    map holds, of every eighth pixel, one minus the probability of the most probable class, before the CRF; 255 stands
+    for 1.
 
     Args:
         mapper: ``map``, or an equivalent over worker processes, because the CRF takes much longer than the network.
@@ -39,7 +45,8 @@ def segmentations(
     for part, inputs in batches(images, lambda image: image.size, pixels_per_batch(device)):
         labels: Iterable[NDArray[np.uint8]]
         if settings.crf is None:
-            labels = _labels(network, part, inputs.to(device), settings, precision).cpu().numpy()
+            found, doubts = _labels_and_doubts(network, part, inputs.to(device), settings, precision)
+            labels = found.cpu().numpy()
         else:
             mean = class_probabilities(network, part, inputs.to(device), settings, precision)
             plausible = _plausible(mean).cpu()
@@ -48,8 +55,22 @@ def segmentations(
                 for image, scores, kept in zip(part, mean, plausible, strict=True)
             ]
             labels = mapper(_refined, tasks)
-        for image, label in zip(part, labels, strict=True):
-            yield image.id, 0, label
+            doubts = _doubts(_sampled(mean))
+        for image, label, doubt in zip(part, labels, doubts.cpu().numpy(), strict=True):
+            yield image.id, LABELS, label
+            yield image.id, DOUBT, doubt
+
+
+def _sampled(scores: Tensor) -> Tensor:
+    """The scores, B x C x H x W, of the pixels of a doubt map: the middles of cells of ``DOUBT_STRIDE`` pixels."""
+    first = (min(DOUBT_STRIDE // 2, size // 2) for size in scores.shape[2:])
+    rows, columns = (slice(start, None, DOUBT_STRIDE) for start in first)
+    return scores[:, :, rows, columns]
+
+
+def _doubts(probabilities: Tensor) -> Tensor:
+    """One minus the largest of B x C x h x w probabilities, as B x h x w uint8."""
+    return ((1 - probabilities.amax(1)) * 255).round().clamp_min(0).to(torch.uint8)
 
 
 def label_map(probabilities: Tensor, size: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -112,12 +133,16 @@ def _highest(scores: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _labels(network: nn.Module, images: Sequence[Identified], inputs: Tensor, settings: Test, precision: str) -> Tensor:
-    """B x H x W uint8 labels of highest probability. The softmax of a single view does not change them."""
+def _labels_and_doubts(
+    network: nn.Module, images: Sequence[Identified], inputs: Tensor, settings: Test, precision: str
+) -> tuple[Tensor, Tensor]:
+    """B x H x W uint8 labels of highest probability, which the softmax of a single view does not change; and doubts."""
     views = _views(network, images, inputs, settings, precision)
     if _count(settings) == 1:
-        return _highest(next(views)).to(torch.uint8)
-    return _highest(_mean(views, settings)).to(torch.uint8)
+        logits = next(views)
+        return _highest(logits).to(torch.uint8), _doubts(_sampled(logits).softmax(1))
+    mean = _mean(views, settings)
+    return _highest(mean).to(torch.uint8), _doubts(_sampled(mean))
 
 
 @torch.inference_mode()

@@ -1,4 +1,7 @@
-"""Geometry of the report's charts, which templates/charts.html.j2 draws as inline SVG in the page's colours."""
+"""Geometry of the report's charts, which templates/charts.html.j2 draws in the page's colours.
+
+Lines are inline SVG. Dots lie in the cells of a table, so that their texts do not shrink with the window.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,13 +25,13 @@ class Frame:
     ticks: int
 
 
-OVERLAY = Frame(width=520, height=230, left=46, right=14, top=8, bottom=24, ticks=6)
+OVERLAY = Frame(width=400, height=200, left=40, right=14, top=8, bottom=24, ticks=5)
 PANEL = Frame(width=200, height=112, left=34, right=10, top=8, bottom=20, ticks=4)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series. ``value`` is its last or highest y as text, and ``mark`` is the SVG position of that point."""
+    """One series. ``value`` is its last y as text, or its highest with its x; ``mark`` is that point's SVG position."""
 
     name: str
     points: Sequence[Point]  # SVG units
@@ -43,7 +46,7 @@ class LineChart:
     title: str
     x_label: str
     y_label: str
-    value_label: str  # meaning of Line.value: 'last' or 'highest'
+    value_label: str  # meaning of Line.value
     frame: Frame
     x_ticks: Sequence[Tick]
     y_ticks: Sequence[Tick]
@@ -56,23 +59,18 @@ class LineChart:
 
 @dataclass(frozen=True)
 class DotRow:
-    """One row of a dot chart: ``dots`` holds (series number, SVG x, value as text)."""
+    """One row of a dot chart: ``dots`` holds (series number, percent of the axis, value as text)."""
 
     name: str
-    y: float
     dots: Sequence[tuple[int, float, str]]
 
 
 @dataclass(frozen=True)
 class DotChart:
-    """A chart with a row for each method and a dot for each series."""
+    """A chart with a row for each method and a dot for each series. Positions are in percent of the axis."""
 
     title: str
     x_label: str
-    width: int
-    left: int
-    top: int
-    bottom: int
     x_ticks: Sequence[Tick]
     series: Sequence[str]
     rows: Sequence[DotRow]
@@ -106,13 +104,14 @@ def line_chart(
 
     def line(name: str, points: Sequence[Point]) -> Line:
         x, y = max(points, key=lambda point: point[1]) if highest else points[-1]
-        return Line(name, [at(*point) for point in points], f"{y:.3g}", at(x, y))
+        value = f"{y:.3g} at {x:.3g}" if highest else f"{y:.3g}"
+        return Line(name, [at(*point) for point in points], value, at(x, y))
 
     return LineChart(
         title,
         x_label,
         y_label,
-        "highest" if highest else "last",
+        f"highest value of each line and its {x_label}" if highest else "last value of each line",
         frame,
         [(at(x, 0)[0], f"{x:g}") for x in x_ticks if x0 <= x <= x1],
         [(at(x0, y)[1], f"{y:g}") for y in y_ticks],
@@ -127,23 +126,15 @@ def dot_chart(
     values = [value for row in rows.values() for value in row.values()]
     if not values:
         return None
-    left, pitch, width, top = 12 + 7 * max(map(len, rows)), 26, 760, 6
     steps = ticks(0.0, max(values))
     end = max(steps[-1], max(values), 1e-9)
-
-    def at(value: float) -> float:
-        return left + value / end * (width - left - 40)
-
     drawn = [
         DotRow(
-            name,
-            top + pitch * (number + 0.5),
-            [(index, at(row[key]), f"{row[key]:.1f}") for index, key in enumerate(series) if key in row],
+            name, [(index, 100 * row[key] / end, f"{row[key]:.1f}") for index, key in enumerate(series) if key in row]
         )
-        for number, (name, row) in enumerate(rows.items())
+        for name, row in rows.items()
     ]
-    x_ticks = [(at(value), f"{value:g}") for value in steps]
-    return DotChart(title, x_label, width, left, top, top + pitch * len(rows), x_ticks, series, drawn)
+    return DotChart(title, x_label, [(100 * value / end, f"{value:g}") for value in steps], series, drawn)
 
 
 def ticks(low: float, high: float, least: float = 0.0, most: int = 6) -> list[float]:

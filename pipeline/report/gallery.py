@@ -94,7 +94,7 @@ def gallery(
     images: Sequence[Image], steps: Sequence[Step], names: Sequence[str], masks: RasterStore | None = None
 ) -> Gallery:
     """Draw every step of the images. ``names``: class names by id, background first."""
-    legend = [*(_chip(class_id, name) for class_id, name in enumerate(names)), _chip(255, "ignored")]
+    legend = [*(chip(class_id, name) for class_id, name in enumerate(names)), chip(255, "ignored")]
     rows = []
     for image in images:
         photo = read_photo(image)
@@ -127,7 +127,7 @@ def holds(store: RasterStore, image: Image) -> bool:
 
 def _subject(image: Image, photo: Pixels, names: Sequence[str]) -> Subject:
     picture = Picture(data_uri(photo, lossless=False), f"photo of {image.id}")
-    return Subject(image.id, [_chip(tag, names[tag]) for tag in image.tags], picture)
+    return Subject(image.id, [chip(tag, names[tag]) for tag in image.tags], picture)
 
 
 def _picture(step: Step, image: Image, photo: Pixels) -> Picture | None:
@@ -150,6 +150,7 @@ def _layer(network: Network, layer: str, image: Image, photo: Pixels) -> Picture
     return Picture(data_uri(heat(raster, size), lossless=False), f"{layer} of {network.name}, {image.id}")
 
 
-def _chip(class_id: int, name: str) -> Chip:
+def chip(class_id: int, name: str) -> Chip:
+    """The name and palette colour of a class."""
     red, green, blue = PALETTE[class_id].tolist()
     return Chip(name, f"rgb({red},{green},{blue})")

@@ -1,5 +1,6 @@
 """The sections of the report, in order, and the data of their templates."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,18 @@ from pipeline.config.stage_table import TRAINED
 from pipeline.data.census import Census
 from pipeline.data.index import Image, Index
 from pipeline.data.sample import choose
+from pipeline.data.voc import CLASSES as VOC_CLASSES
 from pipeline.report import protocol, tables
 from pipeline.report.charts import LineChart, dot_chart, line_chart, thin
 from pipeline.report.gallery import Gallery, Network, Step, gallery, holds, layer_gallery
 from pipeline.report.metrics import Chains, Metrics, Scores, supervision
 from pipeline.report.page import Section, page
+from pipeline.report.photos import PhotoGallery
 from pipeline.report.published import PUBLISHED
 from pipeline.stores.raster import RasterStore
 
 Content = dict[str, Any]  # variables of a section's template; empty if there is nothing to show
+VOC_ID = re.compile(r"20(0[7-9]|1[0-2])_\d{6}")  # of the images of VOC 2012, such as 2007_000033
 LAYER_IMAGES = 4  # images whose layers are shown, each with a row for every classifier
 
 
@@ -35,11 +39,23 @@ class Results:
     logs: Mapping[str, Mapping[str, Any]]
     layers: Mapping[str, Sequence[str]]  # layer names, shallow to deep, of each feature store
     stores: Mapping[str, RasterStore]
+    photos: PhotoGallery | None = None  # only if no stage creates the dataset
 
     @property
     def names(self) -> list[str]:
         """Class names by class id."""
         return ["background", *self.index.classes]
+
+    @property
+    def is_voc(self) -> bool:
+        """Whether the dataset is PASCAL VOC 2012 or a part of it: its classes and evaluation images are VOC's."""
+        ids = self.index.splits["evaluation"]
+        return tuple(self.index.classes) == VOC_CLASSES and all(map(VOC_ID.fullmatch, ids))
+
+    @property
+    def is_benchmark(self) -> bool:
+        """Whether the dataset is VOC, or generated, downloaded or converted, rather than the user's own photos."""
+        return self.is_voc or bool(self.params.dataset.preparation_stages)
 
     def masked(self, split: str) -> list[Image]:
         """The split's images that have a mask."""
@@ -57,15 +73,22 @@ class Results:
 
 
 def document(results: Results) -> str:
-    """Render the report as one HTML document."""
+    """Render the report as one HTML document.
+
+    Own photos come first. Those of a benchmark come last, and published figures are shown for VOC only.
+    """
     index = results.index
     train, evaluation = (len(index.splits[split]) for split in ("train", "evaluation"))
+    own = results.photos
+    photos = Section("Photos", "photos.html.j2", {"gallery": own} if own and own.photos else {})
+    published = {"published": PUBLISHED} if results.is_voc else {}
     return page(
         f"{results.params.experiment}: weakly supervised segmentation",
         f"{train} training images with tags, {evaluation} evaluation images, {index.num_classes} classes.",
         [
+            *(() if results.is_benchmark else (photos,)),
             Section("Methods", "methods.html.j2", methods(results)),
-            Section("Published figures on PASCAL VOC 2012", "published.html.j2", {"published": PUBLISHED}),
+            Section("Published figures on PASCAL VOC 2012", "published.html.j2", published),
             Section("Protocol", "protocol.html.j2", conditions(results)),
             Section("Dataset", "dataset.html.j2", dataset(results)),
             Section("Classes", "classes.html.j2", classes(results)),
@@ -74,6 +97,7 @@ def document(results: Results) -> str:
             Section("From tags to pseudo labels", "train.html.j2", train_gallery(results)),
             Section("Feature maps", "features.html.j2", feature_gallery(results)),
             Section("Predictions", "predictions.html.j2", evaluation_gallery(results)),
+            *((photos,) if results.is_benchmark else ()),
         ],
     )
 

@@ -8,7 +8,7 @@ import io
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -42,10 +42,30 @@ class Sized(Identified, Protocol):
 _Image = TypeVar("_Image", bound=Sized)
 
 
+class Writer(Protocol):
+    def add_image(self, image_id: str) -> None: ...
+
+    def append(self, image_id: str, raster: Raster, class_id: int = 0) -> None: ...
+
+
+class Writers:
+    """Stores with one raster per image each, which are computed together. A row's class id selects its store."""
+
+    def __init__(self, stores: Mapping[int, RasterWriter]) -> None:
+        self._stores = stores
+
+    def add_image(self, image_id: str) -> None:
+        for store in self._stores.values():
+            store.add_image(image_id)
+
+    def append(self, image_id: str, raster: Raster, class_id: int = 0) -> None:
+        self._stores[class_id].append(image_id, raster)
+
+
 def write_blocks(
     images: Sequence[_Image],
     compute: Callable[[Sequence[_Image]], Iterable[Row]],
-    writer: RasterWriter,
+    writer: Writer,
     checkpoint: Path,
     size: int = 128,
     progress: Callable[[Sequence[_Image]], Iterable[_Image]] = iter,

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,8 +45,14 @@ def partial(path: Path) -> Path:
 
 
 def publish(path: Path, temporary: Path | None = None) -> None:
-    """Flush ``temporary`` (``partial(path)``) to disk and rename it to ``path``."""
+    """Flush ``temporary`` (``partial(path)``) to disk and rename it to ``path``.
+
+    A folder replaces the one at ``path``. The files in it are not flushed, since they may be thousands: a manifest
+    detects those that a power failure loses.
+    """
     temporary = temporary or partial(path)
+    if temporary.is_dir() and path.is_dir():
+        shutil.rmtree(path)
     flush(temporary)
     os.replace(temporary, path)
 

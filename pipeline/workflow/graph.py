@@ -25,6 +25,8 @@ from pipeline.stores import kept, manifest
 from pipeline.stores.hashes import fingerprint
 from pipeline.workflow import closure
 
+PICTURES = "report_files"  # the folder beside report.html
+
 
 class Part(NamedTuple):
     """What a stage reads of an input folder: files, and folders with the number of levels of folders."""
@@ -61,8 +63,9 @@ class Job:
 
     @property
     def files(self) -> list[Path]:
-        """The outputs, unless they are a dataset's folder, and the manifest."""
-        return [*(() if self.manifest_folder else self.outputs.values()), self.folder / manifest.NAME]
+        """The outputs that are files, and the manifest: not a dataset's folder or that of the report's pictures."""
+        files = (path for key, path in self.outputs.items() if key != "pictures")
+        return [*(() if self.manifest_folder else files), self.folder / manifest.NAME]
 
     @cached_property
     def params(self) -> dict[str, Any]:
@@ -221,7 +224,8 @@ class Graph:
     def _report(self) -> Job:
         """Return the job of the report, which reads outputs of all other jobs.
 
-        A store is keyed by its reference, a JSON file by 'KEY of REFERENCE'.
+        A store is keyed by its reference, doubt maps and JSON files by 'KEY of REFERENCE'. Where no stage creates the
+        dataset, it may be the user's own photos, and the report has a folder with pictures of all of them.
         """
         inputs: dict[str, Path] = {}
         named = {read.job for read in STAGES["report"].reads.values()}
@@ -233,13 +237,16 @@ class Graph:
             )
             for key in REPORTED:
                 if path := job.outputs.get(key):
-                    inputs[reference if path.suffix == ".h5" else f"{key} of {reference}"] = path
+                    is_store = path.suffix == ".h5" and key != "doubt"
+                    inputs[reference if is_store else f"{key} of {reference}"] = path
         values = {"method": self.params.method, "gallery": self.params.gallery, "rows": self._chains()}
         outputs = {
             "report": self.results / "report.html",
             "table": self.results / "metrics.json",
             "metrics": Path("metrics.json"),
         }
+        if not self.params.dataset.preparation_stages:
+            outputs["pictures"] = self.results / PICTURES
         job = self._job(STAGES["report"], "", inputs)
         rules = tuple(self.params.pseudo_labels.values())  # the report prints their descriptions
         return replace(job, outputs=outputs, values=values, block=self.params, used_blocks=rules)

@@ -146,7 +146,8 @@ def declared_inputs(job: Job) -> list[Path]:
     """Return the inputs that the rule of a job declares: outputs of other jobs, or else the stage's file.
 
     Its outputs are the job's ``files``. A dataset rule declares only its manifest, since Snakemake deletes declared
-    outputs before it runs a rule, which would delete the user's images.
+    outputs before it runs a rule, which would delete the user's images. Nor is the folder with the report's pictures
+    declared, from which the next report takes over those that are still right.
 
     A manifest replaces a dataset and all that lies in it. User-supplied files are not declared: Snakemake fails a job
     whose input is dated in the future. The manifests record their contents, and ``plan`` checks that they exist.
