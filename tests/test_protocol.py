@@ -135,6 +135,16 @@ class TestIntervals:
         low, high = confusion.bootstrap(matrix.images(), 100, 0)
         assert low == high == pytest.approx(prediction_scores(matrix, NAMES)["miou"])
 
+    def test_a_class_that_resamples_lack_does_not_shift_it(self) -> None:
+        """One image each of background, and of a class that is never found: the mean over both is 1/2 or less."""
+        empty = np.zeros((4, 4), np.uint8)
+        pairs = [(empty, empty)] * 7 + [(np.full((4, 4), 2, np.uint8), empty)]
+        matrix = matrix_of(pairs)
+        low, high = confusion.bootstrap(matrix.images(), 1000, 0)
+        miou = float(prediction_scores(matrix, NAMES)["miou"])
+        assert miou == pytest.approx(7 / 16)
+        assert low < miou < high <= 0.5
+
     def test_without_images(self) -> None:
         assert all(np.isnan(value) for value in confusion.bootstrap(ConfusionMatrix(2).images(), 10, 0))
 

@@ -119,7 +119,10 @@ def mean(ratios: Ratios) -> Ratios:
 def bootstrap(images: Counts, resamples: int, seed: int, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of the mIoU over resamples of the images, with replacement; NaN without images.
 
-    It covers the choice of the evaluation images only, neither the training images nor the seed of the training.
+    A class that a resample lacks keeps its IoU over all images. Left out, it would shift the means of small sets, whose
+    resamples lack just the rare, difficult classes.
+
+    The interval covers the choice of the evaluation images only, neither that of the training images nor the seed.
 
     Args:
         images: (N, 3, K+1) counts of ``ConfusionMatrix.images``.
@@ -130,7 +133,10 @@ def bootstrap(images: Counts, resamples: int, seed: int, level: float = 0.95) ->
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
     sums = (draws.astype(np.float64) @ images.reshape(count, -1)).reshape(resamples, *images.shape[1:])
     hits, masked, predicted = np.moveaxis(np.rint(sums).astype(np.int64), 1, 0)
-    low, high = np.quantile(mean(ratio(hits, masked + predicted - hits)), [(1 - level) / 2, (1 + level) / 2])
+    resampled = ratio(hits, masked + predicted - hits)
+    hits, masked, predicted = images.sum(0)
+    resampled = np.where(np.isnan(resampled), ratio(hits, masked + predicted - hits), resampled)
+    low, high = np.quantile(mean(resampled), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
