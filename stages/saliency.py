@@ -57,6 +57,9 @@ def _source(settings: Saliency, inputs: dict[str, Path], images: list[Image]) ->
         missing = [image.id for image in images if image.id not in store or 0 not in store.classes(image.id)]
         _refuse_missing(str(store.path), missing)
         return partial(saliency.read_stored, store)
+    if settings.kind == "rembg":
+        saliency.u2net()
+        return _find_objects
     saliency.detector(settings.kind)
     return partial(_detect, settings.kind)
 
@@ -74,6 +77,10 @@ def _attempt(source: Source, image: Image) -> Raster | PipelineError:
         return source(image)
     except PipelineError as fault:
         return fault
+
+
+def _find_objects(image: Image) -> Raster:
+    return saliency.salient_objects(read_rgb(image))
 
 
 def _detect(kind: str, image: Image) -> Raster:

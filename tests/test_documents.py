@@ -126,7 +126,7 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     "python -m pipeline.workflow.reproduce": Covered("test_reproduce.py", "reproduce"),
     # wsss
     "python -m wsss": Run("usage: wsss", (("wsss", "wsss --help"),)),
-    "wsss new PHOTOS TAGS --name mine": Needs("the command `wsss new`"),
+    "wsss new PHOTOS TAGS --name mine": Covered("test_new.py::test_every_kind_of_tags", '"--name", "pets"'),
     "wsss run mine": Covered(
         "test_run.py::test_a_profile_runs_to_the_end_and_goes_on_after_sigkill_and_ctrl_c", 'begin(project, "tiny")'
     ),

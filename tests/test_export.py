@@ -1,6 +1,7 @@
 """``wsss export``: the masks of a row, and the content of stores."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,36 @@ def test_export_of_a_row(folder: Path, model: wsss.Model, target: str) -> None:
     store = RasterStore(MODEL.parent / "labels.h5")
     tags = json.loads(Path("data/tags.json").read_text())
     for name, ids in tags.items():
-        exported = mask(Path(f"out/masks/{name}.png"))
-        if name in store:  # an evaluation photo: the mask that was scored
-            assert np.array_equal(exported, store.get(name))
-        else:
-            names = [CLASSES[number - 1] for number in ids]
-            assert np.array_equal(exported, model.predict(f"data/JPEGImages/{name}.jpg", names).mask)
+        names = [CLASSES[number - 1] for number in ids]
+        expected = model.predict(f"data/JPEGImages/{name}.jpg", names).mask
+        assert np.array_equal(mask(Path(f"out/masks/{name}.png")), expected)
     assert len(json.loads(Path("out/labelstudio.json").read_text())) == len(tags)
+    assert command("export", target, "--out", "out", "--use-tags", "train") == 0
+    for name in tags:
+        if name in store:  # an evaluation photo: the mask that was scored
+            assert np.array_equal(mask(Path(f"out/masks/{name}.png")), store.get(name))
+
+
+def test_photos_without_a_class_get_empty_masks(folder: Path, model: wsss.Model) -> None:
+    Path("results").unlink()
+    for part in ("index/index.json", str(MODEL.relative_to("results/test"))):
+        Path("results/test", part).parent.mkdir(parents=True, exist_ok=True)
+    experiment = Path(os.path.realpath("data")).parent / "results/test"
+    Path("results/test", MODEL.relative_to("results/test")).symlink_to(experiment / MODEL.relative_to("results/test"))
+    index = json.loads((experiment / "index/index.json").read_text())
+    negatives = ["img_000", "img_010"]  # a training and an evaluation photo
+    for name in negatives:
+        index["images"][name]["tags"] = []
+    Path("results/test/index/index.json").write_text(json.dumps(index))
+    assert any(model.predict(f"data/JPEGImages/{name}.jpg").mask.any() for name in negatives)
+    assert command("export", f"test/{ROW}", "--out", "out") == 0
+    assert not any(mask(Path(f"out/masks/{name}.png")).any() for name in negatives)
+    for name in index["splits"]["evaluation"]:  # now the tags of all evaluation photos are unknown
+        index["images"][name]["tags"] = []
+    Path("results/test/index/index.json").write_text(json.dumps(index))
+    assert command("export", f"test/{ROW}", "--out", "out") == 0
+    assert mask(Path("out/masks/img_010.png")).any()
+    assert not mask(Path("out/masks/img_000.png")).any()
 
 
 def test_export_of_a_split_and_tags(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """``wsss run``: a profile to the end, what it prints, its faults, and how it goes on after an interruption."""
 
+import json
 import os
 import re
 import signal
@@ -11,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from tests.project import ROOT, copy, environment
 from tests.trained import command, mask
-from tests.voc_tree import make_tree
+from tests.voc_tree import CLASSES, make_tree
 
 ROW = "supervised"
 WSSS = [sys.executable, "-m", "wsss"]
@@ -170,3 +172,39 @@ def test_without_a_checkout_or_the_extra(
     monkeypatch.setattr(found, lambda name: object())
     os.unlink("Snakefile")
     assert "has no Snakefile; wsss run runs in a clone of the project" in refusal(capsys, "tiny")
+
+
+@pytest.mark.slow
+def test_own_photos_from_tags_to_masks(tmp_path: Path) -> None:
+    """The profile of ``wsss new`` runs as it is, negatives included, and the model segments a new photo."""
+    folder = checkout(tmp_path / "project")
+    make_tree(folder / "data/tiny", train=12, evaluation=0, size=(45, 67))
+    photos = folder / "Fotos 2024"
+    photos.mkdir()
+    table = ["Datei;Schlagwort"]
+    for number, names in enumerate(json.loads((folder / "data/tiny/tags.json").read_text()).values()):
+        (folder / f"data/tiny/JPEGImages/img_{number:03d}.jpg").rename(photos / f"Käfer {number}.JPG")
+        table += [f"Käfer {number}.JPG;{CLASSES[name - 1]}" for name in names]
+    for number in range(4):
+        grey = np.random.default_rng(number).integers(100, 140, (45, 67, 3)).astype(np.uint8)
+        Image.fromarray(grey).save(photos / f"nichts {number}.png")
+    (folder / "tags.csv").write_text("\n".join(table), encoding="utf-8")
+    new = ("new", photos.name, "tags.csv", "--weights", "none", "--negatives", "--leave-out", "bird")
+    done = subprocess.run([*WSSS, *new], cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = run(folder, "mine")
+    assert done.returncode == 0, done.stdout + done.stderr
+    masks = folder / "results/mine/export/cam_irn/masks"
+    assert len(list(masks.iterdir())) == 16
+    assert not any(mask(masks / f"nichts {number}.png").any() for number in range(4))
+    tags = json.loads((folder / "data/mine/tags.json").read_text())
+    classes = (folder / "data/mine/classes.txt").read_text().split()
+    assert classes == ["cat", "dog"]
+    for name, names in tags.items():
+        assert set(np.unique(mask(masks / f"{name}.png"))) <= {0, *(classes.index(one) + 1 for one in names)}
+    predict = re.search(r"new photos: wsss (predict .*)", done.stdout)
+    assert predict
+    typed = [{"PHOTOS": photos.name, "FOLDER": "out"}.get(word, word) for word in predict[1].split()]
+    again = [*WSSS, *typed]
+    done = subprocess.run(again, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert "16 photos segmented" in done.stdout, done.stderr

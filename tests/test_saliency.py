@@ -1,6 +1,8 @@
 """The saliency stage: every kind of source, and the inputs it refuses."""
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,11 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image as Picture
 
 from pipeline.config.schema import Saliency
 from pipeline.errors import PipelineError
+from pipeline.labels import saliency
 from pipeline.labels.saliency import detect
 from pipeline.runtime import Runtime
 from pipeline.stores.raster import RasterStore, RasterWriter
@@ -181,3 +185,31 @@ def test_voc_sized_maps_from_the_users_folder(tmp_path: Path) -> None:
     given = run(tmp_path, Saliency("folder", str(root / "Saliency")))
     assert given.ids == [file.stem for file in files]
     assert np.array_equal(given.get(given.ids[0]), grey(files[0]))
+
+
+def test_rembg_finds_objects_and_says_what_it_lacks(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the package, which downloads its network: the interface is that of rembg 2."""
+    monkeypatch.setitem(sys.modules, "rembg", None)
+    saliency.u2net.cache_clear()
+    with pytest.raises(PipelineError, match=r"rembg is not installed; pip install 'rembg\[cpu\]'"):
+        saliency.u2net()
+    stand_in = types.ModuleType("rembg")
+
+    def no_network(name: str) -> object:
+        raise ConnectionError("no route\nto host")
+
+    stand_in.new_session = no_network  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "rembg", stand_in)
+    with pytest.raises(PipelineError, match=r"cannot load u2net.onnx \(no route to host\)"):
+        saliency.u2net()
+    stand_in.new_session = lambda name: name  # type: ignore[attr-defined]
+
+    def remove(picture: Picture.Image, session: str, only_mask: bool) -> Picture.Image:
+        assert (session, only_mask) == ("u2net", True)
+        return picture.convert("L")
+
+    stand_in.remove = remove  # type: ignore[attr-defined]
+    assert np.array_equal(saliency.salient_objects(np.full((4, 6, 3), 90, np.uint8)), np.full((4, 6), 90))
+    store = run(dataset, Saliency("rembg"))
+    assert {name: store.get(name).shape for name in SIZES} == SIZES
+    saliency.u2net.cache_clear()

@@ -12,6 +12,7 @@ from pipeline.errors import exit_on_faults
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 COMMANDS = {  # name and help of each command; its module in this package has the rest
+    "new": "write a profile for your own photos and tags",
     "run": "train on the photos of a profile, and write their masks",
     "predict": "segment new photos with a model file",
     "export": "export the masks of a trained row in the formats of other tools",

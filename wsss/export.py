@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("all", *SPLITS), default="all", help="the photos; default: all")
     parser.add_argument(
         "--use-tags",
-        choices=("train", "all", "none"),
-        default="train",
-        help="the photos whose tags bar all other classes; default: those of the training list, so that the masks of "
+        choices=("all", "train", "none"),
+        default="all",
+        help="the photos whose tags bar all other classes; default: all that have tags. With 'train' the masks of "
         "evaluation photos are those that were scored",
     )
     add_options(parser)

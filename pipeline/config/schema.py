@@ -100,10 +100,11 @@ class Saliency:
     """The source of the saliency maps.
 
     ``folder`` holds grey PNG files with the stem and size of the images. ``store`` is an HDF5 raster store.
-    ``spectral_residual`` and ``fine_grained`` are OpenCV's detectors, which need no weights.
+    ``rembg`` computes them by U2-Net (the package rembg, which downloads the network). ``spectral_residual`` and
+    ``fine_grained`` are OpenCV's detectors, which need no weights and are far weaker.
     """
 
-    kind: Literal["folder", "store", "spectral_residual", "fine_grained", "none"]
+    kind: Literal["folder", "store", "rembg", "spectral_residual", "fine_grained", "none"]
     path: FilePath | None = None
 
     def faults(self) -> Iterator[str]:

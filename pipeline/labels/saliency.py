@@ -1,5 +1,6 @@
-"""Saliency maps: user-supplied files or stores, and two OpenCV detectors that need no weights."""
+"""Saliency maps: user-supplied files or stores, U2-Net, and two OpenCV detectors that need no weights."""
 
+from functools import cache
 from typing import Any
 
 import cv2
@@ -89,3 +90,38 @@ def detect(image: NDArray[np.uint8], kind: str) -> Raster:
     if high - low < 1e-6:
         return np.zeros(smooth.shape, np.uint8)
     return np.rint((smooth - low) * (255 / (high - low))).astype(np.uint8)
+
+
+@cache
+def u2net() -> Any:
+    """Load U2-Net, once in each process.
+
+    Raises:
+        PipelineError: the package rembg is not installed, or its network cannot be loaded or downloaded.
+    """
+    try:
+        from rembg import new_session
+    except ImportError:
+        raise PipelineError(
+            "saliency.kind: rembg is not installed; pip install 'rembg[cpu]', or choose another kind"
+        ) from None
+    try:
+        return new_session("u2net")
+    except Exception as error:  # no network, or a damaged file
+        reason = " ".join(str(error).split())
+        raise PipelineError(
+            f"saliency.kind: rembg cannot load u2net.onnx ({reason}); download the file to ~/.u2net"
+        ) from error
+
+
+def salient_objects(image: NDArray[np.uint8]) -> Raster:
+    """U2-Net's map of what stands out in an H x W x 3 RGB image: H x W uint8, value / 255.
+
+    Raises:
+        PipelineError: see ``u2net``.
+    """
+    from PIL import Image as Picture
+    from rembg import remove
+
+    mask = remove(Picture.fromarray(image), session=u2net(), only_mask=True)
+    return np.asarray(mask.convert("L"), np.uint8)
