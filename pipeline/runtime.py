@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError
 CACHE_SHARE = 0.5  # of the free memory, for the decoded images of the trainings that use all cores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     """Execution options; see above for those that results depend on."""
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from pipeline import memory, runtime
-from pipeline.config.schema import Augmentation, Training
+from pipeline.config.schema import Augmentation, Dataset, Training
 from pipeline.data import loading
 from pipeline.data.cache import Cache
 from pipeline.data.index import Index
@@ -24,7 +25,7 @@ from pipeline.training.loop import Loop
 from pipeline.workflow import stage
 from tests.test_augment import blocks
 from tests.test_training import TinyTask
-from tests.voc_tree import make_index
+from tests.voc_tree import make_index, make_tree, minimal_params
 
 CPU = torch.device("cpu")
 
@@ -226,3 +227,17 @@ class TestOption:
             stage._gigabytes(text)
         assert stage._gigabytes("") is None
         assert stage._gigabytes("0") == 0
+
+    def test_options_of_the_command_reach_the_stage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each in its own field: the positions of two once differed, and every training ran without a cache."""
+        make_tree(tmp_path / "data", train=1, evaluation=1)
+        Path(tmp_path, "params.yaml").write_text(yaml.safe_dump(minimal_params(Dataset("data"))))
+        monkeypatch.chdir(tmp_path)
+        seen: list[Runtime] = []
+        monkeypatch.setattr(stage, "execute", lambda job, work, runtime, force: seen.append(runtime))
+        stage.run("index", lambda work: None, [])
+        options = ["--cache", "2", "--deterministic", "--workers", "3", "--threads", "2", "--device", "cpu"]
+        stage.run("index", lambda work: None, [*options, "--checkpoint-every", "5"])
+        assert seen[0].cache is None
+        assert not seen[0].deterministic
+        assert seen[1] == Runtime(device="cpu", workers=3, threads=2, checkpoint_every=5, cache=2, deterministic=True)

@@ -76,6 +76,7 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     "make reproduce": Dry("python -m pipeline.workflow.reproduce"),
     "make test": Dry("python -m pytest"),
     "make audit": Dry(".ci/audit.py"),
+    "pip install 'wsss[photos]'": Covered("test_environment.py::test_the_extras", '"photos"'),
     "pip install .": Covered("test_wheel.py::test_the_wheel_segments_a_photo_in_an_empty_environment", '"install"'),
     "git init": Covered(f"{ORCHESTRATION}::finished", '"git", "init"'),
     # Snakemake

@@ -15,6 +15,7 @@ import yaml
 from snakemake.io import is_flagged
 
 from pipeline.config.stage_table import STAGES as STAGE_TABLE
+from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
 from pipeline.stores import manifest
 from pipeline.stores.files import partial, sha256
@@ -263,16 +264,26 @@ def test_masks_and_maps_are_compared_with_the_index(path: Path, label: str) -> N
     assert line.endswith("run the index stage again")
 
 
+def content(path: Path) -> bytes | dict[str, bytes]:
+    """The bytes of a file, or of each file of a folder."""
+    if path.is_file():
+        return path.read_bytes()
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
 @pytest.mark.parametrize("label", ["classifier base", "report", "index"])
 def test_killed_between_the_renames_of_another_run_nothing_counts_as_this_runs(label: str) -> None:
     """With other params, at each rename; then the params are put back."""
-    overrides = {"seed": 9, "gallery": 1, "saliency": {"kind": "none", "path": None}}
+    overrides = {"seed": 9, "gallery": 1, "saliency": {"kind": "fine_grained", "path": None}}
     job, other = (next(job for job in g.jobs if job.label == label) for g in (graph(), graph(**overrides)))
-    before = {path: path.read_bytes() for path in job.outputs.values()}
+    before = {path: content(path) for path in job.outputs.values()}
     assert other.params != job.params
 
     def write(work: Work) -> None:
-        for path in work.outputs.values():
+        for name, path in work.outputs.items():
+            if job.outputs[name].is_dir():
+                path.mkdir()
+                path /= "page.txt"
             path.write_text("of the other run")
 
     for published in range(len(job.outputs) + 1):
@@ -280,7 +291,7 @@ def test_killed_between_the_renames_of_another_run_nothing_counts_as_this_runs(l
             execute(other, write, Runtime(), force=True)
         assert label in outdated()
         perform(job)
-        assert {path: path.read_bytes() for path in job.outputs.values()} == before
+        assert {path: content(path) for path in job.outputs.values()} == before
         assert label not in outdated()
 
 
@@ -376,9 +387,19 @@ def test_what_is_listed_is_refused_in_a_line(path: Path, kind: str) -> None:
     else:
         path.unlink()
     PLACED[kind](path)
+    is_folder = kind in ("a folder", "a link to the folder above")
+    if path.name == "JPEGImages" and kind == "a link to the folder above":
+        with pytest.raises(PipelineError, match=r"dataset\.images: JPEGImages contains the working folder"):
+            graph()
+        return
     assert "index" in outdated()
+    if path == MASK and is_folder:  # folders may have any name, and a training image needs no mask
+        perform(graph().find("index"))
+        return
     lines = refused(graph().find("index"), force=False)
     named = [line for line in lines if line.startswith(str(path.with_suffix("")))]
+    if path == OWN and is_folder:
+        named = [line for line in lines if line.startswith(f"{EXTRA}: no class folder")]
     assert named or path.name == "JPEGImages", lines
     assert len(lines) == 1 or path.suffix in ("", ".txt", ".json"), lines
 

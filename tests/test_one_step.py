@@ -225,7 +225,7 @@ def test_the_report_shows_its_row_as_weak(tmp_path: Path, monkeypatch: pytest.Mo
     assert "mIoU of agen, the selected method" in html
     assert "Training loss of one_step" in html
     table = json.loads(Path("results/drawn/metrics.json").read_text())
-    assert set(table["agen"]) == {"miou", "pixel_accuracy"}
+    assert set(table["agen"]) == {"miou", "miou_low", "miou_high", "pixel_accuracy"}
     assert {"maps_recall", "labels_miou", "miou"} < set(table["agen_two_step"])
     chains = graph.find("report").params["rows"]
     assert {metrics.supervision(chains[row]) for row in ("agen", "agen_two_step")} == {"weak"}

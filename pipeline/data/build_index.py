@@ -202,8 +202,6 @@ def _read_extra(folder: Path, classes: Sequence[str], faults: Faults) -> ExtraIm
     for class_id, name in enumerate(classes, 1):
         stems = files_by_id(folder / name, SUFFIXES, "dataset.extra", faults, deep=False) if name in names else {}
         for stem, files in sorted((stems or {}).items()):
-            if len(files) == 1:
-                check_id(stem, files, faults)
             extra.files.setdefault(stem, []).extend(files)
             extra.tags.setdefault(stem, (class_id,))
     if not extra.files and len(faults) == faults_before:

@@ -27,44 +27,60 @@ def is_fit(name: str) -> bool:
 
 
 def files_by_id(
-    folder: Path, suffixes: tuple[str, ...], key: str, faults: Faults, deep: bool = True
+    folder: Path, suffixes: tuple[str, ...], key: str, faults: Faults, deep: bool = True, strict: bool = False
 ) -> dict[str, list[Path]] | None:
     """Files with one of ``suffixes``, in any case, in a folder and its subfolders, sorted, by id.
 
-    Hidden files and folders are skipped. Links are followed; a folder that links reach twice counts once.
+    Hidden files and folders are skipped. Links are followed; a folder that links reach twice counts once, and one that
+    contains ``folder`` does not count.
 
     Args:
         key: the key of params.yaml that names the folder, for messages.
         deep: whether subfolders count.
+        strict: whether a subfolder that cannot be listed is a fault. Otherwise it counts as empty.
 
     Returns:
         None, and a fault, if the folder cannot be listed.
     """
     ids: dict[str, list[Path]] = {}
-    visited: set[tuple[int, int]] = set()
+    visited = {_identity(parent) for parent in Path(os.path.realpath(folder)).parents}
     waiting = [""]
     while waiting:
         prefix = waiting.pop()
         path = folder / prefix
         try:
-            status = os.stat(path)
-            if (status.st_dev, status.st_ino) in visited:
+            if (identity := _identity(path)) in visited:
                 continue
-            visited.add((status.st_dev, status.st_ino))
+            visited.add(identity)
             with os.scandir(path) as entries:
                 shown = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
         except OSError as error:
             fix = f"correct its permissions or {key}" if prefix else f"create it or correct {key}"
-            faults.add("folder", f"{path}: cannot be listed ({error.strerror}); {fix}")
+            if strict or not prefix:
+                faults.add("folder", f"{path}: cannot be listed ({error.strerror}); {fix}")
             if not prefix:
                 return None
             continue
         if deep:
-            waiting.extend(f"{prefix}{entry.name}/" for entry in reversed(shown) if entry.is_dir())
+            waiting.extend(f"{prefix}{entry.name}/" for entry in reversed(shown) if _is_folder(entry))
         for entry in shown:
-            if os.path.splitext(entry.name)[1].lower() in suffixes and not entry.is_dir():
+            if os.path.splitext(entry.name)[1].lower() in suffixes and not _is_folder(entry):
                 ids.setdefault(file_id(prefix + entry.name), []).append(path / entry.name)
     return ids
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Device and inode."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; a link to itself is neither."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def find_photos(folder: Path, faults: Faults) -> dict[str, str]:
@@ -74,7 +90,7 @@ def find_photos(folder: Path, faults: Faults) -> dict[str, str]:
     """
     faults_before = len(faults)
     photos: dict[str, str] = {}
-    for name, files in (files_by_id(folder, SUFFIXES, "the path of the photos", faults) or {}).items():
+    for name, files in (files_by_id(folder, SUFFIXES, "the path of the photos", faults, strict=True) or {}).items():
         check_id(name, files, faults)
         photos[name] = files[0].relative_to(folder).as_posix()
     if not photos and len(faults) == faults_before:

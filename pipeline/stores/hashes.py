@@ -64,9 +64,10 @@ def fingerprint(*paths: Path, depth: int = sys.maxsize) -> str:
 def _walk(top: str, prefix: str, depth: int) -> Iterator[tuple[str, str, os.stat_result | str]]:
     """Yield (name, path, status) of all files below ``top``; a reason replaces the status of what cannot be read.
 
-    A folder that links reach twice is walked once.
+    A folder that links reach twice is walked once, and one that contains ``top`` not at all.
     """
-    folders: dict[tuple[int, int], str] = {}  # name by device and inode
+    above = [os.stat(folder) for folder in Path(os.path.realpath(top)).parents if folder.exists()]
+    folders = {(folder.st_dev, folder.st_ino): ".." for folder in above}  # name by device and inode
     waiting = [(prefix, top, depth)]
     while waiting:
         name, path, levels = waiting.pop()

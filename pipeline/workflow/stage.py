@@ -52,7 +52,14 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
         job = graph.find(stage, options.name)
         parameters.check(job.block, " + ".join(options.params))
         threads = options.threads or default_threads(STAGES[stage])
-        runtime = Runtime(options.device, options.workers, threads, options.checkpoint_every, options.deterministic)
+        runtime = Runtime(
+            device=options.device,
+            workers=options.workers,
+            threads=threads,
+            checkpoint_every=options.checkpoint_every,
+            cache=_gigabytes(options.cache),
+            deterministic=options.deterministic,
+        )
         folder = job.outputs["root"] if job.manifest_folder else job.folder
         with disk_faults(folder), shortage(job.label, _less_memory(job)), deterministic_only(job.label):
             execute(job, work, runtime, options.force)
