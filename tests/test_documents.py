@@ -150,6 +150,7 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     "wsss export results/demo/pseudo_labels/oaa/labels.h5 --formats png,overlay": Run("results/demo/pseudo_labels/oaa"),
     "wsss export results/demo/localizations/cam/maps.h5 --formats probabilities": Run("results/demo/localizations/cam"),
     **dict.fromkeys(("wsss new", "wsss run", "wsss predict"), Mention()),
+    "python -m tests.manual.own_photos": Needs("../shared/data/voc12_mini and about 15 minutes"),
     # Benchmarks take minutes; they must start
     **{
         f"python -m benchmarks.{name}": Dry("usage: ", "--help")
