@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from pipeline.data.streams import Purpose, rng
 from pipeline.evaluation import confusion
 from pipeline.evaluation.confusion import ConfusionMatrix
 from pipeline.evaluation.maps import HalfMaximum, MapPixels, ThresholdSweep
@@ -116,7 +117,7 @@ class TestIntervals:
     def test_is_that_of_resampled_images(self) -> None:
         """Every resample scored anew, image by image."""
         pairs = examples(True)
-        draws = np.random.default_rng(7).multinomial(5, np.full(5, 1 / 5), 40)
+        draws = rng(7, Purpose.BOOTSTRAP).multinomial(5, np.full(5, 1 / 5), 40)
         scores = [
             as_irn([pair for pair, times in zip(pairs, draw, strict=True) for _ in range(times)]) for draw in draws
         ]

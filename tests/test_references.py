@@ -25,7 +25,7 @@ CHAINS: dict[str, Any] = {  # a row of each kind, on two classifiers and a one-s
     "experiment": "chains",
     "seed": 1,
     "method": "finer",
-    "dataset": {"root": "data/chains", "demo": {}},
+    "dataset": {"root": "data/chains", "demo": {}, "masks": "SegmentationClass"},
     "saliency": {"kind": "fine_grained"},
     "classifiers": {"base": NETWORK, "other": NETWORK},
     "refinements": {"finer": {**NETWORK, "source": "localizations/base"}},

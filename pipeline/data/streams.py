@@ -13,6 +13,7 @@ class Purpose(Enum):
     AUGMENTATION = 1  # keyed by epoch and image
     OCCLUSION = 2  # attention drop layer; keyed by epoch and image
     MIXTURE = 3  # choice of the images that use their masks
+    BOOTSTRAP = 4  # images drawn for the interval of a score
 
 
 def rng(seed: int, purpose: Purpose, epoch: int = 0, number: int = 0) -> np.random.Generator:

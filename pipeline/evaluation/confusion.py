@@ -8,6 +8,8 @@ mmsegmentation; ``conventions`` counts as other public codes do.
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.streams import Purpose, rng
+
 IGNORE = 255
 
 Labels = NDArray[np.uint8]
@@ -130,7 +132,7 @@ def bootstrap(images: Counts, resamples: int, seed: int, level: float = 0.95) ->
     count = len(images)
     if not count:
         return float("nan"), float("nan")
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+    draws = rng(seed, Purpose.BOOTSTRAP).multinomial(count, np.full(count, 1 / count), resamples)
     sums = (draws.astype(np.float64) @ images.reshape(count, -1)).reshape(resamples, *images.shape[1:])
     hits, masked, predicted = np.moveaxis(np.rint(sums).astype(np.int64), 1, 0)
     resampled = ratio(hits, masked + predicted - hits)
