@@ -20,6 +20,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from pipeline.data.index import write
 from pipeline.stores.files import sha256
 
 HEIGHT, WIDTH, CLASSES = 375, 500, 20
@@ -52,7 +53,7 @@ def write_index(folder: Path, images: int) -> Path:
         "images": entries,
     }
     path = folder / "index.json"
-    path.write_text(json.dumps(index))
+    write(path, index)
     return path
 
 

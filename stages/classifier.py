@@ -1,6 +1,6 @@
 """Train an image-level classifier and accumulate its attention during training (OAA)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.workflow.stage import Work, run
 class ClassifierTask:
     """The training task of a method, with attention accumulation and, optionally, the attention drop layer."""
 
-    def __init__(self, network: Method, images: list[Image], epochs: int, seed: int, work: Work) -> None:
+    def __init__(self, network: Method, images: Sequence[Image], epochs: int, seed: int, work: Work) -> None:
         self.network = network
         self.settings: Classifier = work.job.block
         drop = self.settings.attention_drop

@@ -1,6 +1,7 @@
 """Score maps, label maps or predictions against masks, and write scores.json."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.config import stage_table
@@ -22,7 +23,7 @@ def main(work: Work) -> None:
     masks = RasterStore(work.inputs["ground_truth"])
     kind = stage_table.kind(work.job.name.split("/")[0])
     split = stage_table.KINDS[kind].split
-    images = [image for image in index.images(split) if image.id in masks and masks.classes(image.id)]
+    images = index.images(split).having(lambda name: name in masks and bool(masks.classes(name)))
     scores: dict[str, Any] = {"kind": kind, "split": split, "images": len(images), "classes": index.classes}
     scores["arithmetic"] = RasterStore(work.inputs["maps" if kind == "maps" else "labels"]).arithmetic
     if images and kind == "maps":
@@ -35,7 +36,7 @@ def main(work: Work) -> None:
     print(f"{work.job.name} on {len(images)} {split} images: {summary}", flush=True)
 
 
-def score_labels(work: Work, index: Index, masks: RasterStore, images: list[Image], kind: str) -> dict[str, Any]:
+def score_labels(work: Work, index: Index, masks: RasterStore, images: Sequence[Image], kind: str) -> dict[str, Any]:
     """Return mIoU and accuracy of the label maps, one per image."""
     store = RasterStore(work.inputs["labels"])
     _refuse_missing(store, [image for image in images if image.id not in store or not store.classes(image.id)])
@@ -49,7 +50,7 @@ def score_labels(work: Work, index: Index, masks: RasterStore, images: list[Imag
     return score(matrix, ["background", *index.classes])
 
 
-def score_maps(work: Work, index: Index, masks: RasterStore, images: list[Image]) -> dict[str, Any]:
+def score_maps(work: Work, index: Index, masks: RasterStore, images: Sequence[Image]) -> dict[str, Any]:
     """Return recall, noise, the threshold sweep and, if the maps of every epoch were saved, coverage by epoch."""
     store = RasterStore(work.inputs["maps"])
     _refuse_missing(store, [image for image in images if image.tags and image.id not in store])
@@ -66,7 +67,7 @@ def score_maps(work: Work, index: Index, masks: RasterStore, images: list[Image]
 
 
 def coverage_by_epoch(
-    snapshots: RasterStore, num_classes: int, masks: RasterStore, images: list[Image]
+    snapshots: RasterStore, num_classes: int, masks: RasterStore, images: Sequence[Image]
 ) -> dict[str, Any]:
     """Return the coverage of the cumulative attention after each epoch (OAA Fig. 11).
 

@@ -15,7 +15,8 @@ from pipeline.workflow.stage import Work, progress, run
 
 
 def main(work: Work) -> None:
-    device = prepare(work.runtime.device, work.runtime.threads, work.runtime.deterministic)
+    runtime = work.runtime
+    device = prepare(runtime.device, runtime.threads, runtime.deterministic, runtime.slots)
     index = Index(work.inputs["index"])
     network = models.load(work.inputs["model"], index.num_classes, device)
     assert isinstance(network, Method)

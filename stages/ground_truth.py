@@ -14,13 +14,14 @@ from pipeline.workflow.stage import Work, progress, run
 def main(work: Work) -> None:
     index = Index(work.inputs["index"])
     training = set(index.splits["train"])
-    images = [image for image in index.images() if image.mask]
     faults = Faults()
     with (
         RasterWriter(work.outputs["masks"], "labels") as masks,
         RasterWriter(work.outputs["labels"], "labels") as labels,
     ):
-        for image in progress(images, work.job.label):
+        for image in progress(index.images(), work.job.label):
+            if image.mask is None:
+                continue
             try:
                 mask = read_mask(image)
             except PipelineError as error:

@@ -4,13 +4,12 @@ index.json describes all images. train.json is the part that trainings depend on
 saliency. Only the report reads dataset.json.
 """
 
-import json
 import os
 from functools import partial
 from pathlib import Path
 
 from pipeline.data.build_index import build_index
-from pipeline.data.index import training_part
+from pipeline.data.index import training_part, write
 from pipeline.workflow.stage import Work, progress, run
 
 
@@ -23,7 +22,7 @@ def main(work: Work) -> None:
     parts = {"index": survey.index, "train": training_part(survey.index)}
     parts["saliency"] = training_part(survey.index, maps=True)
     for name, part in parts.items():
-        work.outputs[name].write_text(json.dumps(part, indent=1) + "\n")
+        write(work.outputs[name], part)
     work.outputs["dataset"].write_text(survey.census.dump())
     print(survey.census.text(), flush=True)
 

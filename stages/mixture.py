@@ -13,7 +13,7 @@ from pipeline.workflow.stage import Work, progress, run
 
 def main(work: Work) -> None:
     mixture: Mixture = work.job.block
-    ids = [image.id for image in Index(work.inputs["index"]).images("train")]
+    ids = list(Index(work.inputs["index"]).images("train").ids)
     labels, masks = RasterStore(work.inputs["labels"]), RasterStore(work.inputs["ground_truth"])
     masked = [image_id for image_id in ids if image_id in masks and masks.classes(image_id)]
     count = round(mixture.share * len(ids))

@@ -18,7 +18,8 @@ from pipeline.workflow.stage import Work, progress, run
 
 
 def main(work: Work) -> None:
-    device = prepare(work.runtime.device, work.runtime.threads, work.runtime.deterministic)
+    runtime = work.runtime
+    device = prepare(runtime.device, runtime.threads, runtime.deterministic, runtime.slots)
     index = Index(work.inputs["index"])
     network = models.load(work.inputs["model"], index.num_classes, device)
     workers = work.runtime.workers if work.job.block.crf else 0

@@ -42,7 +42,7 @@ def main(work: Work) -> None:
             write_blocks(images, compute, writer, work.checkpoint, progress=partial(progress, label=work.job.label))
 
 
-def _source(settings: Saliency, inputs: dict[str, Path], images: list[Image]) -> Source:
+def _source(settings: Saliency, inputs: dict[str, Path], images: Sequence[Image]) -> Source:
     """Return the function that yields the map of an image.
 
     Raises:

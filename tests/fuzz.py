@@ -259,7 +259,7 @@ def _load_weights(path: Path) -> None:
 def _index(path: Path) -> None:
     index = Index(path)
     for split in ("train", "evaluation"):
-        index.images(split)
+        list(index.images(split))
 
 
 _READS: dict[str, Read] = {

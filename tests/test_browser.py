@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.index import write
 from pipeline.report.pictures import PALETTE
 from tests import test_report as drawn
 from tests.browser import Visit, chromium, visiting
@@ -28,7 +29,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         index = json.loads(path.read_text())
         index["classes"][0] = HOSTILE
         index["images"]["i000"]["tags"] = []
-        path.write_text(json.dumps(index))
+        write(path, index)
         again(graph.find("report"))
     return folder / "results/drawn/report.html"
 

@@ -109,7 +109,7 @@ class Scripted(Stateless):
 
 
 def train(task: Scripted, index: Index, path: Path | None = None, **settings: Any) -> dict[str, Any]:
-    data = TrainingSet(index.images("train") * 5, 3, Augmentation(crop=20), seed=0)  # 45 images
+    data = TrainingSet(index.images("train")[:] * 5, 3, Augmentation(crop=20), seed=0)  # 45 images
     training = Training(1, 0.1, precision="fp32", **settings)
     return Loop(task, data, training, CPU, runtime=Runtime(checkpoint_every=1e9), path=path, label="x").run()
 

@@ -157,7 +157,7 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
         for name in (
             *("accumulator", "agen_memory", "boundary", "collaboration", "confusion", "crf", "cuda", "deeplab_memory"),
             *("kill classifier base", "kill classifier base --kills 5", "kill segmentation supervised --kills 5"),
-            *("loading", "loop", "memory", "suppression", "training", "walk"),
+            *("growth", "loading", "loop", "memory", "suppression", "training", "walk"),
         )
     },
 }

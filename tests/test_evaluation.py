@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.data.index import write
 from pipeline.errors import PipelineError
 from pipeline.evaluation import confusion
 from pipeline.evaluation.confusion import ConfusionMatrix
@@ -172,7 +173,7 @@ def dataset(tmp_path: Path) -> Path:
         "root": ".",
         "images": {name: {**entry, "tags": found} for name, found in tags.items()},
     }
-    (tmp_path / "index.json").write_text(json.dumps(index))
+    write(tmp_path / "index.json", index)
     store(tmp_path / "masks.h5", {name: {0: mask} for name, mask in MASKS.items()})
     return tmp_path
 

@@ -10,6 +10,7 @@ import pytest
 import wsss
 from pipeline.config.schema import Dataset
 from pipeline.data.build_index import build_index
+from pipeline.data.index import write
 from pipeline.stores.raster import RasterStore, RasterWriter
 from tests.trained import MODEL, ROW, command, mask
 from tests.voc_tree import CLASSES
@@ -43,13 +44,13 @@ def test_photos_without_a_class_get_empty_masks(folder: Path, model: wsss.Model)
     negatives = ["img_000", "img_010"]  # a training and an evaluation photo
     for name in negatives:
         index["images"][name]["tags"] = []
-    Path("results/test/index/index.json").write_text(json.dumps(index))
+    write(Path("results/test/index/index.json"), index)
     assert any(model.predict(f"data/JPEGImages/{name}.jpg").mask.any() for name in negatives)
     assert command("export", f"test/{ROW}", "--out", "out") == 0
     assert not any(mask(Path(f"out/masks/{name}.png")).any() for name in negatives)
     for name in index["splits"]["evaluation"]:  # now the tags of all evaluation photos are unknown
         index["images"][name]["tags"] = []
-    Path("results/test/index/index.json").write_text(json.dumps(index))
+    write(Path("results/test/index/index.json"), index)
     assert command("export", f"test/{ROW}", "--out", "out") == 0
     assert mask(Path("out/masks/img_010.png")).any()
     assert not mask(Path("out/masks/img_000.png")).any()
@@ -98,7 +99,7 @@ def test_export_of_maps_and_what_is_no_store(folder: Path, capsys: pytest.Captur
     Path("results/mine/maps").mkdir(parents=True)
     Path("results/mine/index").mkdir()
     survey = build_index(Dataset(root="data", classes="classes.txt", masks="SegmentationClass"))
-    Path("results/mine/index/index.json").write_text(json.dumps(survey.index))
+    write(Path("results/mine/index/index.json"), survey.index)
     values = np.arange(12, dtype=np.uint8).reshape(3, 4)
     with RasterWriter(Path("results/mine/maps/maps.h5"), "localization") as writer:
         writer.append("img_000", values, 2)

@@ -16,7 +16,7 @@ from pipeline.config.params import load
 from pipeline.config.schema import Dataset
 from pipeline.data.build_index import build_index
 from pipeline.data.images import read_rgb
-from pipeline.data.index import Index
+from pipeline.data.index import Index, write
 from pipeline.errors import PipelineError
 from pipeline.report import protocol
 from pipeline.stores import manifest
@@ -75,7 +75,7 @@ def test_extra_images_are_read_where_root_is_a_link(dataset: Dataset, tmp_path: 
     (tmp_path / "disk/deep").mkdir(parents=True)
     shutil.move("data", "disk/deep/voc")
     Path("data").symlink_to("disk/deep/voc")
-    Path("index.json").write_text(json.dumps(build_index(dataset).index))
+    write(Path("index.json"), build_index(dataset).index)
     image = Index(Path("index.json"))["a_bird"]
     assert image.file == Path("more/bird/a_bird.jpeg")
     assert read_rgb(image).shape == (20, 28, 3)

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+import pickle
+import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +24,7 @@ from pipeline.config.schema import Dataset
 from pipeline.data.build_index import build_index
 from pipeline.data.checks import mask_values
 from pipeline.data.complete import InvalidFile
-from pipeline.data.index import Index
+from pipeline.data.index import Index, write
 from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
 from pipeline.stores.raster import RasterStore
@@ -310,7 +313,7 @@ def test_ground_truth_holds_exactly_the_masks(tmp_path: Path) -> None:
     dataset = make_tree(tmp_path)
     (tmp_path / "SegmentationClass/img_001.png").unlink()
     index = tmp_path / "index.json"
-    index.write_text(json.dumps(build_index(dataset).index))
+    write(index, build_index(dataset).index)
     job = truth(index)
     execute(job, ground_truth.main, Runtime())
     masked = ["img_000", "img_002", "img_003", "img_004", "img_005"]
@@ -335,3 +338,68 @@ def test_ground_truth_refuses_masks_that_changed(tmp_path: Path) -> None:
     assert changed.startswith(f"{mask}: changed since it was indexed: sha256 is ")
     assert gone.startswith(f"{tmp_path}/SegmentationClass/img_003.png: cannot be read (No such file or directory)")
     assert not truth(index).outputs["labels"].exists()
+
+
+class TestFile:
+    def raw(self, ids: list[str]) -> dict[str, Any]:
+        entry = {"file": "a.jpg", "height": 2, "width": 3, "tags": [1], "mask": None, "saliency": None}
+        splits = {"train": ids[1:], "evaluation": ids[:1]}
+        return {"root": "r", "classes": ["a"], "splits": splits, "images": {name: dict(entry) for name in ids}}
+
+    def test_it_is_json_with_one_line_per_image(self, tmp_path: Path) -> None:
+        raw = self.raw(["b", "a", "c"])
+        write(tmp_path / "index.json", raw)
+        text = (tmp_path / "index.json").read_text()
+        assert json.loads(text) == raw
+        assert len(re.findall(r'^"[abc]":\t\{.*\},?$', text, re.MULTILINE)) == 3
+
+    @pytest.mark.parametrize("name", ['"images": {', '":\t{', "\n", ",\n", "}}", "\t", "é", "\\", '\\"'])
+    def test_any_id_is_kept(self, tmp_path: Path, name: str) -> None:
+        write(tmp_path / "index.json", self.raw(["first", name, "last"]))
+        index = Index(tmp_path / "index.json")
+        assert index.splits == {"train": [name, "last"], "evaluation": ["first"]}
+        assert index[name].id == name
+        assert [image.id for image in index.images()] == ["first", name, "last"]
+
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_a_few_images(self, tmp_path: Path, count: int) -> None:
+        write(tmp_path / "index.json", self.raw(["a"][:count]))
+        assert len(Index(tmp_path / "index.json")) == count
+
+    @pytest.mark.parametrize("end", [10, -1, -5, -60])
+    def test_a_file_that_was_cut_off_is_refused(self, tmp_path: Path, end: int) -> None:
+        path = tmp_path / "index.json"
+        write(path, self.raw(["a", "b"]))
+        path.write_bytes(path.read_bytes()[:end])
+        with pytest.raises(PipelineError, match=r"index\.json: not an index .*; run the index stage again"):
+            Index(path)
+
+    def test_a_damaged_line_is_named_when_it_is_read(self, tmp_path: Path) -> None:
+        path = tmp_path / "index.json"
+        write(path, self.raw(["a", "b"]))
+        path.write_bytes(path.read_bytes().replace(b'"height": 2', b'"height"; 2'))
+        with pytest.raises(PipelineError, match=r"index\.json: not an index"):
+            list(Index(path).images())
+
+    def test_images_are_a_sequence(self, tmp_path: Path) -> None:
+        write(tmp_path / "index.json", self.raw(["a", "b", "c", "d"]))
+        images = Index(tmp_path / "index.json").images("train")
+        assert [image.id for image in images[1:]] == ["c", "d"] == list(images.ids)[1:]
+        assert images[-1].id == "d"
+        assert list(images.having(lambda name: name != "c").ids) == ["b", "d"]
+        again = pickle.loads(pickle.dumps(images))
+        assert again == images == list(images)
+        with pytest.raises(IndexError):
+            images[3]
+
+    def test_its_memory_is_little_more_than_that_of_the_ids(self, tmp_path: Path) -> None:
+        ids = [f"image_{number:07d}" for number in range(20_000)]
+        write(tmp_path / "index.json", self.raw(ids))
+        tracemalloc.start()
+        index = Index(tmp_path / "index.json")
+        for image in index.images():
+            assert image.height == 2
+        held, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert held / len(ids) < 200  # bytes an image
+        assert peak / len(ids) < 500

@@ -1,6 +1,5 @@
 """Label rules on hand-worked cases, and the stages around them: pseudo labels, mixture, export."""
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 import stages.mixture
 import stages.pseudo_labels
 from pipeline.config.schema import Crf, Mixture
+from pipeline.data.index import write
 from pipeline.errors import PipelineError
 from pipeline.labels import base
 from pipeline.labels.background import Power
@@ -239,7 +239,7 @@ def write_index(root: Path, tags: dict[str, list[int]], size: tuple[int, int]) -
     }
     splits = {"train": [name for name in tags if name != "val"], "evaluation": [name for name in tags if name == "val"]}
     index = {"classes": ["a", "b", "c"], "tag_source": "test", "splits": splits, "root": str(root), "images": images}
-    (root / "index.json").write_text(json.dumps(index))
+    write(root / "index.json", index)
 
 
 def write_store(path: Path, kind: str, rasters: dict[str, dict[int, Raster]]) -> Path:

@@ -19,7 +19,7 @@ from pipeline.config.schema import Dataset
 from pipeline.data.build_index import Survey, build_index
 from pipeline.data.checks import read_mask
 from pipeline.data.images import read_rgb
-from pipeline.data.index import Image, Index
+from pipeline.data.index import Image, Index, write
 from pipeline.data.palette import voc_palette
 from pipeline.errors import PipelineError
 from pipeline.labels.saliency import read_file
@@ -49,7 +49,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
 def image(dataset: Dataset, name: str = "img_000", saliency: bool = False) -> Image:
     survey = build_index(dataset, Path(dataset.root) / "Saliency" if saliency else None)
-    Path("index.json").write_text(json.dumps(survey.index))
+    write(Path("index.json"), survey.index)
     return Index(Path("index.json"))[name]
 
 

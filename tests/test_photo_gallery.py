@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.config import params as parameters
 from pipeline.data import voc
+from pipeline.data.index import write
 from pipeline.errors import PipelineError
 from pipeline.report import photos
 from pipeline.runtime import Runtime
@@ -143,7 +144,7 @@ def test_unknown_tags_contradict_nothing() -> None:
     index = json.loads(path.read_text())
     for name in ("i008", "i000"):
         index["images"][name]["tags"] = []
-    path.write_text(json.dumps(index))
+    write(path, index)
     again(graph.find("report"))
     columns = zip(*(data()[key] for key in ("tags", "untagged", "shares")), strict=True)
     shown = dict(zip(data()["id"], columns, strict=True))
@@ -293,7 +294,7 @@ def as_voc(graph: Graph, name: str) -> None:
     index["classes"] = list(voc.CLASSES)
     index["images"] = {new[old]: entry for old, entry in index["images"].items()}
     index["splits"] = {split: [new[old] for old in ids] for split, ids in index["splits"].items()}
-    path.write_text(json.dumps(index))
+    write(path, index)
     for store in {path for path in graph.find("report").inputs.values() if path.suffix == ".h5"}:
         with h5py.File(store, "a") as file:
             ids = [new.get(old.decode(), old.decode()).encode() for old in file["image_ids"][:]]

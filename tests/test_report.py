@@ -18,7 +18,7 @@ from pipeline.config import references
 from pipeline.data import census
 from pipeline.data.duplicates import fingerprint
 from pipeline.data.faults import Faults
-from pipeline.data.index import training_part
+from pipeline.data.index import training_part, write
 from pipeline.data.sample import choose
 from pipeline.report import metrics, pictures, protocol
 from pipeline.runtime import Runtime
@@ -128,9 +128,9 @@ def experiment(raw: dict[str, Any], train: int = 8, held: int = 5, masks: bool =
         for key, path in job.outputs.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             if key == "index":
-                path.write_text(json.dumps(index))
+                write(path, index)
             elif key in ("train", "saliency"):
-                path.write_text(json.dumps(training_part(index)))
+                write(path, training_part(index))
             elif key == "dataset":
                 path.write_text(counted(drawn, splits["train"], masks).dump())
             elif key == "log":

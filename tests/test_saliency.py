@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 
 from pipeline.config.schema import Saliency
+from pipeline.data.index import write
 from pipeline.errors import PipelineError
 from pipeline.labels import saliency
 from pipeline.labels.saliency import detect
@@ -56,7 +57,7 @@ def dataset(tmp_path: Path) -> Path:
         images[name] = {"file": f"{name}.png", "height": size[0], "width": size[1], "tags": [1]}
         images[name] |= {"mask": None, "saliency": str(path)}
     index = {"classes": ["disc"], "tag_source": "test", "splits": {"train": list(SIZES), "evaluation": []}}
-    (tmp_path / "index.json").write_text(json.dumps({**index, "root": str(tmp_path), "images": images}))
+    write(tmp_path / "index.json", {**index, "root": str(tmp_path), "images": images})
     return tmp_path
 
 
@@ -102,7 +103,7 @@ def test_folder_names_missing_maps(dataset: Path) -> None:
 def test_folder_refuses_a_map_changed_since_it_was_indexed(dataset: Path) -> None:
     index = json.loads((dataset / "index.json").read_text())
     index["images"]["b"]["saliency_sha256"] = "0" * 64
-    (dataset / "index.json").write_text(json.dumps(index))
+    write(dataset / "index.json", index)
     with pytest.raises(PipelineError, match=r"b\.png: changed since it was indexed"):
         run(dataset, Saliency("folder", str(dataset / "Saliency")))
 
@@ -129,7 +130,7 @@ def test_store_names_twenty_of_the_missing(dataset: Path) -> None:
     index = json.loads((dataset / "index.json").read_text())
     index["images"] |= {f"x{number:02d}": index["images"]["a"] for number in range(25)}
     index["splits"]["train"] = list(index["images"])
-    (dataset / "index.json").write_text(json.dumps(index))
+    write(dataset / "index.json", index)
     with pytest.raises(PipelineError, match=r"no saliency map of 25 images: x00, x01, .*, x19 and 5 more;"):
         run(dataset, users_store(dataset / "own.h5", SIZES))
 
@@ -181,7 +182,7 @@ def test_voc_sized_maps_from_the_users_folder(tmp_path: Path) -> None:
         images[file.stem] = {"file": f"JPEGImages/{file.stem}.jpg", "height": height, "width": width, "tags": [1]}
         images[file.stem] |= {"mask": None, "saliency": str(file)}
     index = {"classes": ["object"], "tag_source": "test", "splits": {"train": list(images), "evaluation": []}}
-    (tmp_path / "index.json").write_text(json.dumps({**index, "root": str(root), "images": images}))
+    write(tmp_path / "index.json", {**index, "root": str(root), "images": images})
     given = run(tmp_path, Saliency("folder", str(root / "Saliency")))
     assert given.ids == [file.stem for file in files]
     assert np.array_equal(given.get(given.ids[0]), grey(files[0]))

@@ -1,6 +1,5 @@
 """Large images: every stage works at the size to which dataset.working_megapixels reduces them."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from pipeline.data.build_index import build_index
 from pipeline.data.checks import read_mask
 from pipeline.data.images import read_rgb, working_size
-from pipeline.data.index import Index
+from pipeline.data.index import Index, write
 from pipeline.errors import PipelineError
 from pipeline.labels import saliency
 from tests.voc_tree import make_tree
@@ -39,7 +38,7 @@ def test_an_image_above_the_working_size_is_reduced_with_its_mask_and_saliency_m
     assert all("file_size" not in entry for entry in whole.values())
     survey = build_index(replace(dataset, working_megapixels=0.001), tmp_path / "Saliency")
     path = tmp_path / "index.json"
-    path.write_text(json.dumps(survey.index))
+    write(path, survey.index)
     (line,) = (line for line in survey.census.remarks if "working_megapixels" in line)
     assert line.startswith("6 images are larger than dataset.working_megapixels and are reduced to 0.001 megapixels")
     for image in Index(path).images():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.config.schema import Dataset
 from pipeline.data.build_index import build_index
-from pipeline.data.index import Index
+from pipeline.data.index import Index, write
 from pipeline.data.palette import voc_palette
 from pipeline.data.photos import examine
 
@@ -55,7 +55,7 @@ def make_index(root: Path, saliency: bool = True, **tree: Any) -> Path:
     """Write a tree to ``root`` and its index to root/index.json; ``tree`` is passed to ``make_tree``."""
     dataset = make_tree(root, **tree)
     path = root / "index.json"
-    path.write_text(json.dumps(build_index(dataset, root / "Saliency" if saliency else None).index))
+    write(path, build_index(dataset, root / "Saliency" if saliency else None).index)
     Index(path)
     return path
 

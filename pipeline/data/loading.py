@@ -204,7 +204,7 @@ class TrainingSet(Dataset[Item]):
         group: int = 1,
         maps: "RasterStore | None" = None,
     ) -> None:
-        self.images = list(images)
+        self.images = images
         self.settings = settings
         self.seed = seed
         self.labels, self.maps = labels, maps

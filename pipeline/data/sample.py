@@ -10,14 +10,14 @@ def choose(images: Sequence[Image], count: int) -> list[Image]:
 
     The result keeps the order of the list.
     """
-    several = [image for image in images if len(image.tags) > 1]
-    single = [image for image in images if len(image.tags) <= 1]
+    tags = [len(image.tags) for image in images]
+    several = [number for number, have in enumerate(tags) if have > 1]
+    single = [number for number, have in enumerate(tags) if have <= 1]
     chosen = _spread(several, count)
     chosen += _spread(single, count - len(chosen))
-    picked = {image.id for image in chosen}
-    return [image for image in images if image.id in picked]
+    return [images[number] for number in sorted(chosen)]
 
 
-def _spread(images: Sequence[Image], count: int) -> list[Image]:
-    count = min(count, len(images))
-    return [images[number * len(images) // count] for number in range(count)]
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    count = min(count, len(numbers))
+    return [numbers[number * len(numbers) // count] for number in range(count)]

@@ -98,7 +98,7 @@ class AttentionAccumulator:
         """
         self.settings = settings
         self.last_epoch = epochs - 1
-        self.images = list(images)
+        self.images = images
         self.grids = {image.id: _grid(image, settings.cells) for image in images}
         by_grid: dict[Grid, list[tuple[int, str, int]]] = {}  # pairs: number and id of the image, tag
         for number, image in enumerate(images):

@@ -120,9 +120,9 @@ def layer_gallery(images: Sequence[Image], networks: Sequence[Network], names: S
     return LayerGallery(layers, blocks)
 
 
-def holds(store: RasterStore, image: Image) -> bool:
+def holds(store: RasterStore, image_id: str) -> bool:
     """Whether the store has a raster of the image."""
-    return image.id in store and bool(store.classes(image.id))
+    return image_id in store and bool(store.classes(image_id))
 
 
 def _subject(image: Image, photo: Pixels, names: Sequence[str]) -> Subject:
@@ -131,7 +131,7 @@ def _subject(image: Image, photo: Pixels, names: Sequence[str]) -> Subject:
 
 
 def _picture(step: Step, image: Image, photo: Pixels) -> Picture | None:
-    if not holds(step.store, image):
+    if not holds(step.store, image.id):
         return None
     alt = f"{step.heading} of {image.id}"
     if step.kind == "maps":

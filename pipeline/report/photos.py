@@ -137,10 +137,10 @@ def sources(
     found = []
     for split in ("evaluation", "train"):
         for image in index.images(split):
-            if holds(predictions, image):
-                known = doubt if doubt is not None and holds(doubt, image) else None
+            if holds(predictions, image.id):
+                known = doubt if doubt is not None and holds(doubt, image.id) else None
                 found.append(Source(image, split, "prediction", predictions, known))
-            elif labels is not None and holds(labels, image):
+            elif labels is not None and holds(labels, image.id):
                 found.append(Source(image, split, "pseudo label", labels, None))
     return found
 

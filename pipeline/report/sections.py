@@ -9,7 +9,7 @@ from pipeline.config import references
 from pipeline.config.schema import Classifier, Params
 from pipeline.config.stage_table import TRAINED
 from pipeline.data.census import Census
-from pipeline.data.index import Image, Index
+from pipeline.data.index import Images, Index
 from pipeline.data.sample import choose
 from pipeline.data.voc import CLASSES as VOC_CLASSES
 from pipeline.report import protocol, tables
@@ -57,9 +57,9 @@ class Results:
         """Whether the dataset is VOC, or generated, downloaded or converted, rather than the user's own photos."""
         return self.is_voc or bool(self.params.dataset.preparation_stages)
 
-    def masked(self, split: str) -> list[Image]:
+    def masked(self, split: str) -> Images:
         """The split's images that have a mask."""
-        return [image for image in self.index.images(split) if holds(self.stores["ground_truth"], image)]
+        return self.index.images(split).having(lambda name: holds(self.stores["ground_truth"], name))
 
     @property
     def arithmetic(self) -> dict[str, str]:
@@ -271,7 +271,8 @@ def feature_gallery(results: Results) -> Content:
         Network(name, _remark(blocks[name], several), layers[f"features/{name}"], results.stores[f"features/{name}"])
         for name in [*plain, *suppressed]
     ]
-    complete = [image for image in results.index.images("train") if all(holds(row.store, image) for row in networks)]
+    images = results.index.images("train")
+    complete = images.having(lambda name: all(holds(row.store, name) for row in networks))
     if not (suppressed and complete):
         return {}
     return {"gallery": layer_gallery(choose(complete, LAYER_IMAGES), networks, results.names)}

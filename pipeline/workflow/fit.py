@@ -42,11 +42,11 @@ def fit(
         PipelineError: the block does not fit the data, or the training diverged.
     """
     settings, seed, runtime = work.job.block, work.job.params["seed"], work.runtime
-    device = prepare(runtime.device, runtime.threads, runtime.deterministic)
+    device = prepare(runtime.device, runtime.threads, runtime.deterministic, runtime.slots)
     index = Index(work.inputs["index"])
     images = index.images("train")
     if labels is not None and skip_unlabelled:
-        images = [image for image in images if image.id in labels] or images
+        images = images.having(labels.__contains__) or images
     torch.manual_seed(seed)
     network = models.build(settings, index.num_classes)
     dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed, labels, group(network), maps)
