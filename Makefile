@@ -36,7 +36,7 @@ audit: $(INSTALLED)
 	-@python .ci/audit.py
 
 clean:
-	rm -rf data/demo data/.lock-demo results/demo results/.hashes metrics.json .lock-metrics.json .snakemake
+	rm -rf data/demo data/.lock-demo results/demo results/.hashes* metrics.json .lock-metrics.json .snakemake
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 with venv on the PATH; install one or set PYTHON"; exit 1; }

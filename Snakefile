@@ -43,7 +43,7 @@ for stage in PLAN.stages:
             "environment.yml"
         threads: PLAN.threads(stage)
         resources:
-            gpu=int(stage.gpu),
+            gpu=PLAN.slots(stage),
         params:
             command=PLAN.command(stage),
         shell:

@@ -1,18 +1,18 @@
 """Execution options and hardware detection.
 
-``workers``, ``checkpoint_every`` and ``cache`` never change a result. ``device``, ``threads`` and ``deterministic``
-choose the arithmetic of the networks: a training with another device or number of threads adds in another order, which
-its many steps amplify. Inference and label stages have given the same bytes with one thread and with two. No option is
-part of a job's key, so that results remain valid on other machines; ``pipeline.arithmetic`` records what was used.
+``slots``, ``workers``, ``checkpoint_every`` and ``cache`` never change a result. ``device``, ``threads`` and
+``deterministic`` choose the arithmetic of the networks: a training with another device or number of threads adds in
+another order, which its many steps amplify. Inference and label stages have given the same bytes with one thread and
+with two. No option is part of a job's key, so that results remain valid on other machines; ``pipeline.arithmetic``
+records what was used.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from pipeline import memory
+from pipeline import cards, memory
 from pipeline.config.stage_table import Stage
 from pipeline.errors import PipelineError
 
@@ -24,6 +24,7 @@ class Runtime:
     """Execution options; see above for those that results depend on."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:N
+    slots: int = 1  # of a GPU; see ``pipeline.cards``
     workers: int = 0  # extra processes that load and label images; 0: the main process does it
     threads: int = 1  # arithmetic threads
     checkpoint_every: float = 60.0  # seconds between two checkpoints
@@ -45,11 +46,6 @@ def deterministic_only(where: str) -> Iterator[None]:
         ) from error
 
 
-def gpus() -> int:
-    """Count the NVIDIA cards without loading CUDA."""
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
 def cache_budget(runtime: Runtime) -> int:
     """Return the bytes of memory that a training may use for decoded images.
 
@@ -67,4 +63,4 @@ def default_threads(stage: Stage) -> int:
 
     It is the one that Snakemake uses on this machine, so that all three end with the same bytes.
     """
-    return min(len(os.sched_getaffinity(0)), stage.threads if gpus() else stage.local_threads)
+    return min(len(os.sched_getaffinity(0)), stage.threads if cards.visible() else stage.local_threads)

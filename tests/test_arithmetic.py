@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import arithmetic, runtime
+from pipeline import arithmetic, cards
 from pipeline.config.params import load
 from pipeline.config.stage_table import STAGES
 from pipeline.stores import manifest
@@ -167,13 +167,13 @@ def test_blocks_computed_before_an_interruption_keep_their_arithmetic(
     assert capsys.readouterr().out == ("note: resumed in B after blocks in A\n" if kinds[1] == "B" else "")
 
 
-@pytest.mark.parametrize("cards", [0, 1])
+@pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("cores", [1, 2, 16])
 def test_snakemake_dvc_and_a_start_by_hand_use_the_same_threads(
-    cards: int, cores: int, monkeypatch: pytest.MonkeyPatch
+    number: int, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training's bytes depend on it. Snakemake caps the threads of a rule at its cores, by default all."""
-    monkeypatch.setattr(runtime, "gpus", lambda: cards)
+    monkeypatch.setattr(cards, "visible", lambda: (cards.Card("H100", "GPU-0", 81559),) * number)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.chdir(copies.ROOT)
     commands: list[list[str]] = []
@@ -184,13 +184,13 @@ def test_snakemake_dvc_and_a_start_by_hand_use_the_same_threads(
         "pipeline.workflow.stage.execute", lambda job, work, options, _: by_hand.append(options.threads)
     )
     graph = Graph(load([Path("params.yaml")]))
-    plan = Plan(graph, [], full_threads=bool(cards))
+    plan = Plan(graph, [], full_threads=bool(number))
     jobs = {job.stage: job for job in graph.jobs if STAGES[job.stage].gpu}
     assert {"classifier", "segmentation", "prediction"} <= jobs.keys()
     for stage, job in jobs.items():
         name = job.name
         threads = min(cores, plan.threads(STAGES[stage]))
-        snakemake = plan.command(STAGES[stage])(SimpleNamespace(name=name), threads)
+        snakemake = plan.command(STAGES[stage])(SimpleNamespace(name=name), threads, None)
         dvc.run(dvc.name_of(job))
         run(stage, lambda _: None, [name])
         assert commands[-1][1:] == snakemake.split()[1:]

@@ -14,7 +14,7 @@ from pipeline.workflow import closure
 from pipeline.workflow.graph import Graph
 from tests import project
 
-CACHES = (closure.digest, closure._data, closure._tree, closure._imports, closure._code)
+CACHES = (closure.digest, closure._data, closure._imports, closure._source, closure._known)
 
 
 @pytest.fixture

@@ -217,7 +217,7 @@ def test_the_first_report_is_planned_only_before_the_last(graph: Graph) -> None:
 def test_every_gpu_stage_gets_its_threads_where_there_are_enough(graph: Graph) -> None:
     plan = Plan(graph, [], full_threads=True)
     shown = {
-        stage.name: plan.command(stage)(SimpleNamespace(name="base"), plan.threads(stage)).split("base ")[1]
+        stage.name: plan.command(stage)(SimpleNamespace(name="base"), plan.threads(stage), None).split("base ")[1]
         for stage in plan.stages
         if stage.gpu
     }

@@ -19,6 +19,7 @@ import yaml
 from pipeline.config.params import load
 from pipeline.config.stage_table import SECTIONS, STAGES
 from pipeline.data.build_index import build_index
+from pipeline.data.index import write
 from pipeline.errors import PipelineError
 from pipeline.stores.raster import RasterWriter
 from pipeline.workflow import graph as graphs
@@ -181,7 +182,7 @@ def test_paths_are_quoted_in_commands(
         {"dataset": {"root": f"data/{path}", "extra": path or "a"}, "saliency": {"path": f"a{path}"}}
     )
     plan = Plan(Graph(load([Path(file)], json.loads(overrides))), ["--params", file, "--set", overrides], False)
-    command = plan.command(STAGES["demo"])(SimpleNamespace(), 1)
+    command = plan.command(STAGES["demo"])(SimpleNamespace(), 1, None)
     assert shell(f"{command} 2>&1 | tee ./{shlex.quote(name)}") == [
         ["-m", "stages.demo", "--params", file, "--set", overrides]
     ]
@@ -233,7 +234,7 @@ def test_an_export_stays_in_its_folder(
     store = experiment / "deep/er/labels.h5"
     for path in (experiment / "index/index.json", store):
         path.parent.mkdir(parents=True)
-    (experiment / "index/index.json").write_text(json.dumps(index))
+    write(experiment / "index/index.json", index)
     with RasterWriter(store, "labels") as writer:
         for name in (image_id, "img_001"):
             image = index["images"][name]

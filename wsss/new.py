@@ -197,9 +197,9 @@ def _exist(request: "Request", faults: "Faults") -> bool:
 
 
 def _machine() -> recipe.Machine:
-    from pipeline import runtime
+    from pipeline import cards
 
-    return recipe.Machine(runtime.gpus(), len(os.sched_getaffinity(0)))
+    return recipe.Machine(len(cards.visible()), len(os.sched_getaffinity(0)))
 
 
 def _block(options: argparse.Namespace, root: Path) -> "Dataset":

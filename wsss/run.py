@@ -132,11 +132,11 @@ def read_plan(options: argparse.Namespace) -> Plan:
 
 def _threads(params: "Params", cores: int) -> list[str]:
     """Snakemake's arguments that share the cores among the jobs of a stage. With a GPU the stages have their own."""
-    from pipeline import runtime
+    from pipeline import cards
     from pipeline.config.stage_table import STAGES
     from pipeline.workflow.graph import Graph
 
-    if runtime.gpus():
+    if cards.visible():
         return []
     jobs = Counter(job.stage for job in Graph(params).jobs)
     threads = {name: max(1, min(STAGES[name].threads, cores // count)) for name, count in jobs.items()}
@@ -145,10 +145,10 @@ def _threads(params: "Params", cores: int) -> list[str]:
 
 def _outline(plan: Plan) -> list[str]:
     """What a run would do. It reads the settings of all blocks, so that their faults are found."""
-    from pipeline.config.params import load
+    from pipeline.workflow import settings
     from pipeline.workflow.graph import Graph, stale
 
-    graph = Graph(load(plan.files, plan.overrides, resolve=True))
+    graph = Graph(settings.load(plan.files, plan.overrides))
     if faults := graph.missing():
         raise PipelineError(*faults)
     jobs = [job.label for job in stale(graph)]

@@ -1,8 +1,8 @@
 """Read params.yaml and its profiles into ``schema.Params``. All faults are reported together, one per line."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import yaml
 
@@ -124,15 +124,46 @@ def _read_file(file: Path) -> dict[str, Any]:
     return content
 
 
+def choice_faults(block: Any, sound: bool = True) -> Iterator[str]:
+    """Yield the faults in the settings of a block's choices. If the block is ``sound``, also check the two together."""
+    for choice in (value for value in getattr(block, "__dict__", {}).values() if isinstance(value, Choice)):
+        try:
+            settings = choice.settings
+        except PipelineError as error:
+            yield from error.lines
+            continue
+        if sound and (hook := getattr(settings, "faults_in", None)) is not None:
+            yield from prefixed(choice.where.rpartition(".")[0], hook(block))
+
+
+def backbone_faults(block: Any) -> Iterator[str]:
+    """Yield the faults of a block's backbones: settings that the network does not support. This imports torch."""
+    for key, backbone in backbones(block).items():
+        from pipeline.networks.backbones import backbone_faults
+
+        yield from (f"{key}: {line}" for line in backbone_faults(backbone))
+
+
+class Checks(NamedTuple):
+    """The checks that import implementations; a cache may replace them (``pipeline.workflow.settings``)."""
+
+    choices: Callable[[Any, bool], Iterable[str]] = choice_faults
+    backbones: Callable[[Any], Iterable[str]] = backbone_faults
+
+
+CHECKS = Checks()
+
+
 def load(
     files: Sequence[Path],
     overrides: Mapping[str, Any] | None = None,
     resolve: bool = False,
     every_row: bool = False,
     notice: Notice = lambda line: None,
+    checks: Checks = CHECKS,
 ) -> Params:
     """Read, merge and validate params files; see ``read`` and ``validate``."""
-    return validate(read(files, overrides), " + ".join(map(str, files)), resolve, every_row, notice)
+    return validate(read(files, overrides), " + ".join(map(str, files)), resolve, every_row, notice, checks)
 
 
 def validate(
@@ -141,6 +172,7 @@ def validate(
     resolve: bool = False,
     every_row: bool = False,
     notice: Notice = lambda line: None,
+    checks: Checks = CHECKS,
 ) -> Params:
     """Validate a raw mapping against ``schema.Params``, after merging each block over its section's ``defaults``.
 
@@ -152,6 +184,7 @@ def validate(
             imports the methods and networks. Otherwise, each stage checks its own block (``check``).
         every_row: keep all blocks instead.
         notice: called with each line on rows that are left out.
+        checks: how settings and backbones are checked.
 
     Raises:
         PipelineError: the params have faults; it has one line for each.
@@ -174,7 +207,7 @@ def validate(
         sound = not faults
         for section in SECTIONS:
             for block in getattr(params, section).values():
-                faults.extend(_choice_faults(block, sound))
+                faults.extend(checks.choices(block, sound))
     if faults or params is None:
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
     if every_row:
@@ -184,7 +217,7 @@ def validate(
     if resolve:
         for section in SECTIONS:
             for name, block in getattr(remaining, section).items():
-                faults.extend(_backbone_faults(block, f"{section}.{name}"))
+                faults.extend(f"{section}.{name}.{line}" for line in checks.backbones(block))
     if faults:
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
     return remaining
@@ -196,28 +229,8 @@ def check(block: Any, origin: str = "params.yaml") -> None:
     Raises:
         PipelineError: the settings have faults; it has one line for each.
     """
-    if faults := list(_choice_faults(block)):
+    if faults := list(choice_faults(block)):
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
-
-
-def _choice_faults(block: Any, sound: bool = True) -> Iterator[str]:
-    """Yield the faults in the settings of a block's choices. If the block is ``sound``, also check the two together."""
-    for choice in (value for value in getattr(block, "__dict__", {}).values() if isinstance(value, Choice)):
-        try:
-            settings = choice.settings
-        except PipelineError as error:
-            yield from error.lines
-            continue
-        if sound and (hook := getattr(settings, "faults_in", None)) is not None:
-            yield from prefixed(choice.where.rpartition(".")[0], hook(block))
-
-
-def _backbone_faults(block: Any, where: str) -> Iterator[str]:
-    """Yield the faults of a block's backbones: settings that the network does not support."""
-    for key, backbone in backbones(block).items():
-        from pipeline.networks.backbones import backbone_faults  # imports torch
-
-        yield from (f"{where}.{key}: {line}" for line in backbone_faults(backbone))
 
 
 def read_block(kind: type[_T], raw: Mapping[str, Any], origin: str) -> _T:

@@ -7,18 +7,16 @@ the clock (git's 'racily clean' entries). The cache only saves time: it may be l
 """
 
 import hashlib
-import json
 import os
 import stat
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
-from pipeline.stores.files import open_regular, read_regular, sha256
+from pipeline.stores import cache
+from pipeline.stores.files import open_regular, sha256
 
 CACHE = Path("results") / ".hashes"  # of all experiments
 ALWAYS_HASHED = 1 << 20  # bytes; a file that is named by itself, such as a list, is cached only if it is larger
@@ -131,28 +129,14 @@ def _identity(status: os.stat_result) -> _Identity:
 
 
 def _load() -> dict[str, _Entry]:
-    """Read the cache; empty if it is missing or damaged. Its first line is the sha256 of the rest."""
+    """Read the cache; empty if it is missing or damaged."""
     try:
-        checksum, _, content = read_regular(CACHE).partition(b"\n")
-        if hashlib.sha256(content).hexdigest().encode() != checksum:
-            return {}
-        return {path: (tuple(identity), digest) for path, identity, digest in json.loads(content)}
-    except (OSError, ValueError, TypeError, RecursionError):
+        return {path: (tuple(identity), digest) for path, identity, digest in cache.load(CACHE) or ()}
+    except (ValueError, TypeError):
         return {}
 
 
 def _save(new: dict[str, _Entry]) -> None:
-    """Add entries to the cache if its folder can be written to; drop those of files that no longer exist.
-
-    Of two processes that save at the same time, one may lose its entries, which costs it the time to hash again.
-    """
+    """Add entries to the cache; drop those of files that no longer exist."""
     entries = {path: entry for path, entry in _load().items() if path in new or os.path.lexists(path)} | new
-    content = json.dumps([(path, *entry) for path, entry in entries.items()], separators=(",", ":")).encode()
-    temporary = CACHE.with_name(f"{CACHE.name}-{os.getpid()}-{threading.get_ident()}.partial")
-    with suppress(OSError):
-        try:
-            temporary.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-            os.replace(temporary, CACHE)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    cache.save(CACHE, [(path, *entry) for path, entry in entries.items()])

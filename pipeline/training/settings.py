@@ -2,24 +2,20 @@
 
 import functools
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
 import cv2
 import torch
 from torch import nn
 
-from pipeline import arithmetic
+from pipeline import arithmetic, cards
 from pipeline.config.schema import Training
 from pipeline.errors import PipelineError
-from pipeline.stores import locks
-
-_held: list[IO[str]] = []  # open lock files of the GPUs that this process uses
+from pipeline.training import optimizers
 
 
-def prepare(device: str, threads: int, deterministic: bool = False) -> torch.device:
+def prepare(device: str, threads: int, deterministic: bool = False, slots: int = 1) -> torch.device:
     """Choose the device and configure its arithmetic.
 
     Args:
@@ -27,6 +23,7 @@ def prepare(device: str, threads: int, deterministic: bool = False) -> torch.dev
         threads: number of CPU threads.
         deterministic: on CUDA, use kernels that give the same bytes in every run, which are slower. An operation
             without such a kernel raises an error (``runtime.deterministic_only``). A CPU has only such kernels.
+        slots: number of slots to take on a GPU (``pipeline.cards``).
 
     Raises:
         PipelineError: the device does not exist.
@@ -34,18 +31,17 @@ def prepare(device: str, threads: int, deterministic: bool = False) -> torch.dev
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
     torch.set_flush_denormal(True)  # denormal numbers slow a CPU several times and do not affect results
-    if device == "auto":
-        device = _free_card() if torch.cuda.is_available() else "cpu"
+    requested, device = device, cards.choose(device, slots)
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise PipelineError(f"--device {device}: no such device; use auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        if requested != "auto":
+            raise PipelineError(f"--device {requested}: this torch cannot use the GPU; update its driver, or use cpu")
+        print("warning: this torch cannot use the GPU and computes on the CPU; update the GPU's driver", flush=True)
+        return torch.device("cpu")
     if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise PipelineError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
-        if (chosen.index or 0) >= torch.cuda.device_count():
-            raise PipelineError(f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA device(s)")
-        chosen = torch.device("cuda", chosen.index or 0)
         torch.cuda.set_device(chosen)  # else the loader's thread would open a context on card 0
         _configure_cuda(deterministic)
     return chosen
@@ -63,24 +59,6 @@ def _configure_cuda(deterministic: bool) -> None:
         torch.backends.cuda.enable_cudnn_sdp,
     ):
         enable(not deterministic)
-
-
-@functools.cache
-def _free_card() -> str:
-    """Lock the first GPU that no other stage of this user has locked, so that trainings do not share a GPU.
-
-    The lock is held until the process ends. If all GPUs are locked, the first one is shared.
-    """
-    folder = Path(tempfile.gettempdir()) / f"wsss-cards-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    for number in range(torch.cuda.device_count()):
-        file = (folder / str(torch.cuda.get_device_properties(number).uuid)).open("a")
-        if locks.take(file, "trainings may share a GPU; select one for each with --device cuda:N") is locks.Lock.BUSY:
-            file.close()
-            continue
-        _held.append(file)
-        return f"cuda:{number}"
-    return "cuda:0"
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -149,8 +127,8 @@ def parameter_groups(network: nn.Module, new: Iterable[nn.Module], settings: Tra
 
 def build_optimizer(groups: list[dict[str, object]], settings: Training) -> torch.optim.Optimizer:
     if settings.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=settings.lr)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)
+        return optimizers.Adam(groups, lr=settings.lr)
+    return optimizers.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)
 
 
 def learning_rate(settings: Training, step: int, steps_per_epoch: int, steps: int) -> float:

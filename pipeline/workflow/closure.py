@@ -3,27 +3,45 @@
 The imports are read from the syntax trees. Imports inside functions count; imports under ``if TYPE_CHECKING`` do not.
 Implementations that are looked up by name at run time (``pipeline.config.registry``) are not imports: the caller must
 pass their files as roots.
+
+A cache maps the path and content of a file to its imports and hash. Without it, parsing the closure of a training takes
+longer than all else that a stage does before its work, except importing torch.
 """
 
 import ast
 import functools
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.stores import cache
 
 ROOT = Path(__file__).parents[2]
+CACHE = Path("results") / ".hashes-code"  # of all experiments
+LIMIT = 2000  # entries; the oldest are dropped
 PACKAGES = ("pipeline", "stages")
 DATA = (".css", ".html", ".j2", ".js")  # non-Python files that belong to the modules in their folder
 TEMPLATES = "templates"  # a subfolder whose files also belong to these modules
 
 
+class _Source(NamedTuple):
+    """A Python file without comments and docstrings."""
+
+    code: str  # sha256, in hexadecimal
+    modules: tuple[str, ...]  # that it imports; some are names within a module
+
+
 @functools.cache
 def digest(roots: tuple[Path, ...]) -> str:
     """Return the SHA-256 of the import closure of these files, in hexadecimal."""
-    whole = hashlib.sha256()
+    whole, known = hashlib.sha256(), len(_known())
     for file in sorted(files(roots)):
-        content = _code(file) if file.suffix == ".py" else hashlib.sha256(file.read_bytes()).hexdigest()
+        content = _source(file).code if file.suffix == ".py" else hashlib.sha256(file.read_bytes()).hexdigest()
         whole.update(f"{file.relative_to(ROOT).as_posix()} {content}\n".encode())
+    if len(_known()) > known:
+        cache.save(CACHE, dict(list(_known().items())[-LIMIT:]))
     return whole.hexdigest()
 
 
@@ -43,22 +61,41 @@ def _data(folder: Path) -> tuple[Path, ...]:
 
 
 @functools.cache
-def _tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_bytes(), str(file))
+def _source(file: Path) -> _Source:
+    path, content = file.relative_to(ROOT).as_posix(), file.read_bytes()
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"  # whose syntax tree is hashed
+    key = f"{path} {hashlib.sha256(content).hexdigest()} {version}"
+    if key not in _known():
+        tree = ast.parse(content, path)
+        _known()[key] = _Source(_code(tree), tuple(sorted(_modules(tree, path))))
+    return _known()[key]
+
+
+@functools.cache
+def _known() -> dict[str, _Source]:
+    """The cache's entries, and those that this process adds."""
+    try:
+        return {key: _Source(code, tuple(modules)) for key, (code, modules) in (cache.load(CACHE) or {}).items()}
+    except (AttributeError, TypeError, ValueError):
+        return {}
 
 
 @functools.cache
 def _imports(file: Path) -> frozenset[Path]:
+    sources = map(_file, _source(file).modules)
+    return frozenset(part for source in sources if source for part in (source, *_packages(source)))
+
+
+def _modules(tree: ast.Module, path: str) -> set[str]:
     modules: set[str] = set()
-    for node in _statements(_tree(file)):
+    for node in _statements(tree):
         if isinstance(node, ast.Import):
             modules.update(name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            package = ".".join(file.relative_to(ROOT).parts[: -node.level]) if node.level else ""
+            package = ".".join(path.split("/")[: -node.level]) if node.level else ""
             source = ".".join(filter(None, (package, node.module)))
             modules.update((source, *(f"{source}.{name.name}" for name in node.names)))
-    sources = (_source(module) for module in modules)
-    return frozenset(part for source in sources if source for part in (source, *_packages(source)))
+    return modules
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
@@ -73,7 +110,7 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
             yield from _statements(child)
 
 
-def _source(module: str) -> Path | None:
+def _file(module: str) -> Path | None:
     """Return the file of a module of the project; None for other modules and for names that are not modules."""
     parts = module.split(".")
     if parts[0] not in PACKAGES:
@@ -88,10 +125,9 @@ def _packages(file: Path) -> list[Path]:
     return [init for folder in folders if (init := folder / "__init__.py").is_file()]
 
 
-@functools.cache
-def _code(file: Path) -> str:
+def _code(tree: ast.Module) -> str:
     parts: list[str] = []
-    _flatten(_tree(file), parts)
+    _flatten(tree, parts)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -4,7 +4,6 @@ A job is a stage of ``pipeline.config.stage_table`` that runs on one block. The 
 inputs, parameters and code that produced them. The job is up to date if they are unchanged.
 """
 
-import dataclasses
 import os
 import shlex
 import sys
@@ -15,15 +14,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from pipeline.config import params as parameters
 from pipeline.config import references
-from pipeline.config.registry import BACKBONES, Choice, plain
-from pipeline.config.schema import PREPARATION_STAGES, Backbone, Params, backbones
+from pipeline.config.registry import plain
+from pipeline.config.schema import PREPARATION_STAGES, Params, backbones
 from pipeline.config.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, Stage
 from pipeline.errors import PipelineError, warn
 from pipeline.stores import kept, manifest
 from pipeline.stores.hashes import fingerprint
-from pipeline.workflow import closure
+from pipeline.workflow import closure, settings
 
 PICTURES = "report_files"  # the folder beside report.html
 
@@ -69,12 +67,12 @@ class Job:
 
     @cached_property
     def params(self) -> dict[str, Any]:
-        """The parameters as JSON types. This reads the settings of the block's choices and thus imports them.
+        """The parameters as JSON types. This imports the block's choices unless their settings are cached.
 
         Raises:
             PipelineError: the settings have faults; it has one line for each.
         """
-        return cast(dict[str, Any], plain(self.values))
+        return cast(dict[str, Any], settings.as_json(self.values))
 
     @property
     def precision(self) -> str:
@@ -90,7 +88,7 @@ class Job:
         named = {
             file
             for block in (self.block if self.section else None, *self.used_blocks)
-            for file in _implementation_files(block)
+            for file in settings.implementation_files(block)
         }
         return (closure.ROOT / "stages" / f"{self.stage}.py", *sorted(named))
 
@@ -314,19 +312,6 @@ def _leaves(job: Job, read: set[Path]) -> tuple[Path, ...]:
     return tuple(path for path in job.outputs.values() if path not in read)
 
 
-def _implementation_files(value: Any) -> Iterator[Path]:
-    """Yield the files of the implementations that a block names: its method, backbones, rule or network."""
-    if isinstance(value, Choice | Backbone):
-        registry = value.registry if isinstance(value, Choice) else BACKBONES
-        if (file := registry.file(value.name)) is not None:
-            yield file
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _implementation_files(item)
-    elif dataclasses.is_dataclass(value):
-        yield from _implementation_files(vars(value))
-
-
 def missing(job: Job) -> dict[Path, str]:
     """Return the inputs of a job that do not exist or cannot be accessed, each with a message."""
     lines: dict[Path, str] = {}
@@ -401,7 +386,7 @@ def main() -> None:
     """
     files = sys.argv[1:] or ["params.yaml"]
     try:
-        graph = Graph(parameters.load([Path(name) for name in files], resolve=True, notice=warn))
+        graph = Graph(settings.load([Path(name) for name in files], notice=warn))
     except PipelineError as error:
         print("exit 1")
         sys.exit("\n".join(f"error: {line}" for line in error.lines))

@@ -19,12 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
 
-from pipeline import runtime
-from pipeline.config import params as parameters
+from pipeline import cards
 from pipeline.config.stage_table import STAGES, Stage
 from pipeline.errors import PipelineError, warn
 from pipeline.stores import locks
-from pipeline.workflow import dvc
+from pipeline.workflow import dvc, settings
 from pipeline.workflow.graph import Graph, Job, keep_outputs, stale
 
 PARAMS = "params.yaml"
@@ -43,6 +42,7 @@ class Plan:
 
     graph: Graph
     options: list[str]  # arguments that pass this run's params files and overrides to the stages
+    gpu_slots: int = 0  # of this machine, for jobs to share; 0 on a cluster or without a GPU
     full_threads: bool = False  # there is a GPU or a cluster, so stages get all their threads
     outdated: Sequence[Job] = ()  # the jobs that are not up to date
     unset: Set[str] = frozenset()  # labels of jobs whose inputs' times Snakemake must ignore: see ``_set_times``
@@ -88,17 +88,34 @@ class Plan:
         """
         return stage.threads if self.full_threads else stage.local_threads
 
+    def slots(self, stage: Stage) -> Any:
+        """Return the function that gives the slots of a GPU that a job takes (``pipeline.cards``).
+
+        On a cluster, a job takes a card of its own.
+        """
+        if not self.gpu_slots or not stage.gpu:
+            return int(stage.gpu)
+
+        def job_slots(wildcards: Any) -> int:
+            block = self.graph.find(stage.name, wildcards.name).block
+            return min(self.gpu_slots, cards.slots_needed(block, self.graph.params.dataset.demo))
+
+        return job_slots
+
     def priority(self, stage: Stage) -> Any:
         """Return the function that gives the jobs of the first rows priority over all others."""
         first = {job.name for job in self.graph.first if job.stage == stage.name}
         return lambda wildcards: int(getattr(wildcards, "name", "") in first)
 
     def command(self, stage: Stage) -> Any:
-        """Return the function that builds the command of a rule from its wildcards and threads."""
+        """Return the function that builds the command of a rule from its wildcards, threads and resources."""
 
-        def job_command(wildcards: Any, threads: int) -> str:
+        def job_command(wildcards: Any, threads: int, resources: Any) -> str:
             name = [wildcards.name] if stage.has_many_jobs else []
-            return shlex.join(["python", "-m", f"stages.{stage.name}", *name, *stage.arguments(threads), *self.options])
+            arguments = stage.arguments(threads)
+            if self.gpu_slots and stage.gpu:
+                arguments += ["--slots", str(resources.gpu)]
+            return shlex.join(["python", "-m", f"stages.{stage.name}", *name, *arguments, *self.options])
 
         return job_command
 
@@ -167,14 +184,15 @@ def plan(workflow: Any) -> Plan:
     try:
         # Not Snakemake's own merge of the files: it would mix the settings of two implementations.
         notice = warn if workflow.is_main_process else lambda line: None
-        graph = Graph(parameters.load([Path(file) for file in files], overrides, resolve=True, notice=notice))
+        graph = Graph(settings.load([Path(file) for file in files], overrides, notice))
     except PipelineError as error:
         _refuse(error.lines)
     # Snakemake would not suggest a fix, and with --quiet it would print nothing.
     if faults := graph.missing():
         _refuse(faults)
     outdated = stale(graph)
-    cards = runtime.gpus()
+    local = not (workflow.remote_exec or workflow.resource_settings.nodes is not None)
+    gpu_slots = cards.total_slots() if local else 0
     unset: set[str] = set()
     if workflow.is_main_process:
         _note_interrupts()
@@ -182,12 +200,11 @@ def plan(workflow: Any) -> Plan:
             _drop_dead_locks(Path(".snakemake"))
             keep_outputs(outdated)
         unset = _set_times(graph, outdated)
-        if cards and workflow.resource_settings.nodes is None:
-            workflow.global_resources.setdefault("gpu", cards)
+        if gpu_slots:
+            gpu_slots = workflow.global_resources.setdefault("gpu", gpu_slots)
     customised = files != [PARAMS] or overrides
     options = ["--params", *files, "--set", json.dumps(overrides)] if customised else []
-    full_threads = bool(cards or workflow.remote_exec or workflow.resource_settings.nodes is not None)
-    return Plan(graph, options, full_threads, outdated, unset)
+    return Plan(graph, options, gpu_slots, bool(gpu_slots) or not local, outdated, unset)
 
 
 def _note_interrupts() -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import shutil
 import sys
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline import arithmetic
+from pipeline import arithmetic, cards
 from pipeline.config import params as parameters
 from pipeline.config.reader import quoted
 from pipeline.config.registry import plain
@@ -51,11 +52,11 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
         graph = Graph(parameters.load(files, _overrides(options.set)))
         job = graph.find(stage, options.name)
         parameters.check(job.block, " + ".join(options.params))
-        threads = options.threads or default_threads(STAGES[stage])
         runtime = Runtime(
             device=options.device,
+            slots=options.slots or cards.slots_needed(job.block, graph.params.dataset.demo),
             workers=options.workers,
-            threads=threads,
+            threads=options.threads or default_threads(STAGES[stage]),
             checkpoint_every=options.checkpoint_every,
             cache=_gigabytes(options.cache),
             deterministic=options.deterministic,
@@ -102,6 +103,7 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--set", default="{}", metavar="JSON", help="overrides, merged over the params files")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--slots", type=int, default=0, help="slots of a GPU to take; 0: as many as the block needs")
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
     parser.add_argument("--threads", type=int, default=0, help="arithmetic threads; 0: as under Snakemake and DVC")
     parser.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS")
@@ -134,6 +136,9 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
     with _lock(job):
         if _skip(job, force):
             return
+        if "SLURM_JOB_ID" in os.environ:
+            node = os.environ.get("SLURMD_NODENAME", platform.node())
+            print(f"{job.label}: SLURM job {os.environ['SLURM_JOB_ID']} on {node}", flush=True)
         inputs = _check_inputs(job)
         code = job.code
         key = _key(job, inputs, code)

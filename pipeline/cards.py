@@ -1,0 +1,214 @@
+"""GPUs, and the slots by which jobs share them.
+
+A card has a slot for every ``SLOT`` MiB of its memory, or as many as the environment variable WSSS_GPU_SLOTS says. A
+job takes the slots that it needs (``slots_needed``) on one card and holds them until its process ends; a job that finds
+too few waits. Only visible cards count: CUDA_VISIBLE_DEVICES may hold numbers, UUIDs of cards and UUIDs of MIG
+instances. On a card in MIG mode, each instance counts as a card.
+
+The cards are listed by nvidia-smi, before CUDA starts, since a process sees at most one MIG instance, which
+CUDA_VISIBLE_DEVICES must select before. Where nvidia-smi is missing, torch lists them.
+"""
+
+import functools
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.config.schema import Augmentation, Demo, Training
+from pipeline.errors import PipelineError
+from pipeline.stores import locks
+
+SLOT = 8000  # MiB
+VARIABLE = "WSSS_GPU_SLOTS"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+POLL = 1.0  # seconds between two looks for free slots
+# The memory of a training, estimated for ResNet-101 at an output stride of 8; most networks need less.
+CONTEXT = 2000  # MiB: CUDA itself, the weights, the optimizer and the workspace of convolutions
+PER_PIXEL = 6.0  # kB per input pixel of a batch: activations and gradients
+UNKNOWN_SIDE = 512  # assumed side of an input that is neither resized nor cropped
+
+_UNGUARDED = "jobs may share a GPU beyond its slots; select one for each with --device cuda:N"
+_held: list[IO[str]] = []  # lock files of this process's slots
+_chosen: dict[str, str] = {}  # by what was asked for; a process takes slots once
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU or a MIG instance."""
+
+    name: str
+    uuid: str
+    memory: int  # MiB
+
+    @property
+    def slots(self) -> int:
+        """The number of slots; at least 1."""
+        text = os.environ.get(VARIABLE, "")
+        if text and not (text.isdecimal() and int(text) >= 1):
+            raise PipelineError(f"{VARIABLE}={text}: must be a number of slots per GPU, at least 1")
+        return int(text) if text else max(1, self.memory // SLOT)
+
+
+def slots_needed(block: Any, demo: Demo | None) -> int:
+    """Return the slots that a job on this block needs: one for inference, more for a training on large batches.
+
+    The memory of a training is ``CONTEXT`` + ``PER_PIXEL`` x pixels of a batch, for each of its backbones.
+
+    Args:
+        demo: the dataset if it is generated; its images have a known size.
+    """
+    training, augmentation = getattr(block, "training", None), getattr(block, "augmentation", None)
+    if not isinstance(training, Training) or not isinstance(augmentation, Augmentation):
+        return 1
+    side = augmentation.crop or (augmentation.length[1] if augmentation.length else demo.size if demo else UNKNOWN_SIDE)
+    if augmentation.scale and not augmentation.crop:
+        side = round(side * augmentation.scale[1])
+    backbones = len(getattr(block, "backbones", ())) or 1
+    memory = CONTEXT + backbones * PER_PIXEL * training.batch_size * side**2 / 1024
+    return max(1, -(-round(memory) // SLOT))
+
+
+@functools.cache
+def visible() -> tuple[Card, ...]:
+    """List the cards that CUDA_VISIBLE_DEVICES leaves, in its order, without loading CUDA.
+
+    Its numbers are those of nvidia-smi. As in CUDA, an entry that names no card ends the list.
+    """
+    text = _smi("--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    memories = [int(line) if line.isdecimal() else 0 for line in text]
+    cards: list[Card] = []
+    instances: dict[str, list[Card]] = {}  # of a card in MIG mode, by its UUID
+    for line in _smi("--list-gpus"):
+        if card := re.match(r"GPU \d+: (.+) \(UUID: (GPU-[^)]+)\)", line):
+            cards.append(Card(card[1], card[2], memories[len(cards)] if len(cards) < len(memories) else 0))
+        elif mig := re.match(r"\s+MIG (\S*?(\d+)gb\S*)\s+Device\s+\d+: \(UUID: (MIG-[^)]+)\)", line):
+            part = Card(f"{cards[-1].name} MIG {mig[1]}", mig[3], int(mig[2]) * 1000)
+            instances.setdefault(cards[-1].uuid, []).append(part)
+    chosen = os.environ.get(VISIBLE)
+    if chosen is None:
+        return tuple(part for card in cards for part in instances.get(card.uuid, [card]))
+    selected: list[Card] = []
+    for entry in chosen.split(","):
+        whole = _named(entry.strip(), cards)
+        parts = instances.get(whole.uuid, [whole]) if whole else _instance(entry.strip(), instances)
+        if not parts:
+            break
+        selected += [part for part in parts if part not in selected]
+    return tuple(selected)
+
+
+def _named(entry: str, cards: Sequence[Card]) -> Card | None:
+    if entry.isdecimal():
+        return cards[int(entry)] if int(entry) < len(cards) else None
+    matching = [card for card in cards if entry.startswith("GPU-") and card.uuid.startswith(entry)]
+    return matching[0] if len(matching) == 1 else None
+
+
+def _instance(entry: str, instances: Mapping[str, Sequence[Card]]) -> list[Card]:
+    return [part for parts in instances.values() for part in parts if entry and part.uuid.startswith(entry)][:1]
+
+
+def _smi(*arguments: str) -> list[str]:
+    try:
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def total_slots() -> int:
+    """The number of slots of all visible cards; 0 without a card."""
+    return sum(card.slots for card in visible())
+
+
+def choose(device: str, needed: int) -> str:
+    """Take slots for this process, and return the device to use.
+
+    Call this before CUDA starts. Of the cards with enough free slots, the one with the most is chosen.
+
+    Args:
+        device: 'auto' (a GPU if there is one, else the CPU), 'cpu', 'cuda' (a GPU) or 'cuda:N' (the GPU N).
+        needed: number of slots; a card with fewer is taken whole.
+
+    Raises:
+        PipelineError: there is no such GPU.
+    """
+    if device != "auto" and not device.startswith("cuda"):
+        return device
+    if device in _chosen:
+        return _chosen[device]
+    import torch  # here, since planning imports this module
+
+    starting = torch.version.cuda is not None and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    selectable = visible() if starting else ()  # by CUDA_VISIBLE_DEVICES; other cards are selected by number
+    cards = selectable or _torch_cards()
+    if not cards:
+        if device == "auto":
+            return "cpu"
+        raise PipelineError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+    number = device.removeprefix("auto").removeprefix("cuda").removeprefix(":")
+    if number and not (number.isdecimal() and int(number) < len(cards)):
+        raise PipelineError(f"--device {device}: the GPUs are cuda:0 to cuda:{len(cards) - 1}")
+    wanted = range(len(cards)) if not number else range(int(number), int(number) + 1)
+    taken, slots = _take({index: cards[index] for index in wanted}, needed)
+    card = cards[taken]
+    shown = ", ".join(map(str, slots))
+    print(f"device: {card.name} ({card.uuid}), slot{'s'[: len(slots) > 1]} {shown} of {card.slots}", flush=True)
+    if selectable:
+        os.environ[VISIBLE] = card.uuid
+    _chosen[device] = "cuda:0" if selectable else f"cuda:{taken}"
+    return _chosen[device]
+
+
+def _torch_cards() -> tuple[Card, ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    properties = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return tuple(Card(each.name, f"GPU-{each.uuid}", each.total_memory >> 20) for each in properties)
+
+
+def _take(cards: Mapping[int, Card], needed: int) -> tuple[int, list[int]]:
+    """Lock slots on one of the cards; wait until there are enough. Return its number and those of the slots."""
+    folder = Path(tempfile.gettempdir()) / f"wsss-cards-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    wanted = {number: min(needed, card.slots) for number, card in cards.items()}
+    waited = False
+    while True:
+        with (folder / "choosing").open("a") as choosing:  # otherwise two jobs could each take half of what both need
+            locks.take(choosing, _UNGUARDED, wait=True)
+            free = {number: _lock_free(folder, card) for number, card in cards.items()}
+            fitting = [number for number in cards if len(free[number]) >= wanted[number]]
+            number = max(fitting, key=lambda each: (len(free[each]), -each), default=None)
+            slots = [] if number is None else list(free[number])[: wanted[number]]
+            for each, files in free.items():
+                for slot, file in files.items():
+                    if each == number and slot in slots:
+                        _held.append(file)
+                    else:
+                        file.close()
+        if number is not None:
+            return number, slots
+        if not waited:
+            print(f"waiting: no GPU has {needed} free slots; {VARIABLE} changes their number", flush=True)
+            waited = True
+        time.sleep(POLL)
+
+
+def _lock_free(folder: Path, card: Card) -> dict[int, IO[str]]:
+    """Lock all free slots of a card."""
+    free: dict[int, IO[str]] = {}
+    for slot in range(card.slots):
+        file = (folder / f"{card.uuid}.{slot}").open("a")
+        if locks.take(file, _UNGUARDED) is locks.Lock.BUSY:
+            file.close()
+        else:
+            free[slot] = file
+    return free

@@ -1,0 +1,279 @@
+"""Which GPU a job takes, and how jobs share it, with a stand-in for nvidia-smi and for torch.cuda."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import cards
+from pipeline.config.params import load
+from pipeline.config.stage_table import STAGES
+from pipeline.errors import PipelineError
+from pipeline.training import settings
+from pipeline.workflow.graph import Graph
+from pipeline.workflow.snakemake import Plan
+from tests import project
+
+TWO = """\
+GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-11111111-aaaa)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-12222222-bbbb)
+"""
+MIG = """\
+GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c89852c)
+  MIG 3g.20gb     Device  0: (UUID: MIG-aaaa)
+  MIG 1g.5gb+me   Device  1: (UUID: MIG-bbbb)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-5c891111)
+"""
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Install an nvidia-smi that prints a list of cards and their memory; the function that sets both is the value."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+
+    def install(listed: str, *memories: int | str) -> None:
+        memory = "\n".join(map(str, memories))
+        program.write_text(
+            f"#!/bin/sh\ncase $1 in --list-gpus) cat <<'E'\n{listed}E\n;; *) cat <<'E'\n{memory}\nE\nesac\n"
+        )
+        program.chmod(0o755)
+        cards.visible.cache_clear()
+
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv(cards.VISIBLE, raising=False)
+    monkeypatch.delenv(cards.VARIABLE, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(cards, "_held", [])
+    monkeypatch.setattr(cards, "_chosen", {})
+    monkeypatch.setattr(cards, "POLL", 0.01)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    yield install
+    for file in cards._held:
+        file.close()
+    cards.visible.cache_clear()
+
+
+def choose(device: str = "auto", needed: int = 1) -> tuple[str, str | None]:
+    """Choose as a new process does, except that this process keeps its locks. Return the device and visible cards."""
+    cards._chosen.clear()
+    before = os.environ.get(cards.VISIBLE)
+    try:
+        return cards.choose(device, needed), os.environ.get(cards.VISIBLE)
+    finally:
+        if before is None:
+            os.environ.pop(cards.VISIBLE, None)
+        else:
+            os.environ[cards.VISIBLE] = before
+
+
+def uuids() -> list[str]:
+    cards.visible.cache_clear()
+    return [card.uuid for card in cards.visible()]
+
+
+class TestVisible:
+    @pytest.mark.parametrize(
+        ("variable", "expected"),
+        [
+            (None, [1, 2]),
+            ("0,1", [1, 2]),
+            ("1", [2]),
+            ("1,0", [2, 1]),
+            ("GPU-12222222-bbbb", [2]),
+            ("GPU-11", [1]),  # a prefix suffices
+            ("GPU-1", []),  # unless it is ambiguous
+            ("0,7,1", [1]),  # the rest after an invalid entry is ignored
+            ("", []),
+            ("-1", []),
+            ("0,0", [1]),
+        ],
+    )
+    def test_cuda_visible_devices_is_obeyed(
+        self, machine: Any, monkeypatch: pytest.MonkeyPatch, variable: str | None, expected: list[int]
+    ) -> None:
+        machine(TWO, 81559, 81559)
+        if variable is not None:
+            monkeypatch.setenv(cards.VISIBLE, variable)
+        assert uuids() == [{1: "GPU-11111111-aaaa", 2: "GPU-12222222-bbbb"}[number] for number in expected]
+
+    @pytest.mark.parametrize(
+        ("variable", "expected"),
+        [
+            (None, ["MIG-aaaa", "MIG-bbbb", "GPU-5c891111"]),
+            ("MIG-bbbb", ["MIG-bbbb"]),
+            ("0", ["MIG-aaaa", "MIG-bbbb"]),
+            ("1,MIG-aaaa", ["GPU-5c891111", "MIG-aaaa"]),
+        ],
+    )
+    def test_mig_instances_replace_their_card(
+        self, machine: Any, monkeypatch: pytest.MonkeyPatch, variable: str | None, expected: list[str]
+    ) -> None:
+        machine(MIG, 40960, 40960)
+        if variable is not None:
+            monkeypatch.setenv(cards.VISIBLE, variable)
+        assert uuids() == expected
+
+    def test_slots_follow_the_memory(self, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        machine(TWO, 81559, 24564)
+        assert [card.slots for card in cards.visible()] == [10, 3]
+        assert cards.total_slots() == 13
+        machine(MIG, 40960, 40960)
+        assert [card.slots for card in cards.visible()] == [2, 1, 5]
+        machine(TWO, "[N/A]", "[N/A]")
+        assert cards.total_slots() == 2
+        monkeypatch.setenv(cards.VARIABLE, "4")
+        assert cards.total_slots() == 8
+        monkeypatch.setenv(cards.VARIABLE, "0")
+        with pytest.raises(PipelineError, match="WSSS_GPU_SLOTS=0: must be a number of slots per GPU, at least 1"):
+            cards.total_slots()
+
+    def test_a_machine_without_the_program_has_none(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        cards.visible.cache_clear()
+        assert cards.visible() == ()
+
+
+class TestChoose:
+    def test_jobs_spread_over_cards_and_then_share_them(
+        self, machine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        machine(TWO, 81559, 81559)
+        monkeypatch.setenv(cards.VARIABLE, "2")
+        first, second = "GPU-11111111-aaaa", "GPU-12222222-bbbb"
+        assert [choose() for _ in range(4)] == [("cuda:0", uuid) for uuid in (first, second, first, second)]
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[0] == f"device: NVIDIA H100 80GB HBM3 ({first}), slot 0 of 2"
+        assert shown[3] == f"device: NVIDIA H100 80GB HBM3 ({second}), slot 1 of 2"
+
+    def test_a_job_takes_all_its_slots_on_one_card(self, machine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        machine(TWO, 24564, 81559)
+        assert choose(needed=8)[1] == "GPU-12222222-bbbb"
+        assert choose(needed=3)[1] == "GPU-11111111-aaaa"
+        assert capsys.readouterr().out.splitlines()[1].endswith("slots 0, 1, 2 of 3")
+
+    def test_a_card_with_fewer_slots_is_taken_whole(self, machine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        machine(TWO.splitlines()[0] + "\n", 24564)
+        choose(needed=5)
+        assert capsys.readouterr().out.endswith("slots 0, 1, 2 of 3\n")
+
+    def test_a_job_waits_until_enough_slots_are_free(
+        self, machine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        machine(TWO.splitlines()[0] + "\n", 24564)
+        choose(needed=2)
+        release = threading.Timer(0.2, lambda: [cards._held.pop(0).close() for _ in range(2)])
+        release.start()
+        choose(needed=2)
+        release.join()
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[1].startswith("waiting: no GPU has 2 free slots")
+        assert shown[2].endswith("slots 0, 1 of 3")
+
+    def test_slots_of_a_killed_process_are_free(self, machine: Any, tmp_path: Path) -> None:
+        machine(TWO.splitlines()[0] + "\n", 8100)
+        code = "import tempfile; tempfile.tempdir = {!r}; from pipeline import cards; import torch; "
+        code += "torch.version.cuda = '13'; cards.choose('auto', 1); import os; os.kill(os.getpid(), 9)"
+        done = subprocess.run([sys.executable, "-c", code.format(str(tmp_path))], cwd=project.ROOT)
+        assert done.returncode == -9
+        assert choose()[1] == "GPU-11111111-aaaa"
+
+    def test_a_named_card_is_taken_and_locked(self, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        machine(TWO, 81559, 81559)
+        assert choose("cuda:1") == ("cuda:0", "GPU-12222222-bbbb")
+        assert choose("auto")[1] == "GPU-11111111-aaaa"  # which has more free slots
+        with pytest.raises(PipelineError, match="--device cuda:2: the GPUs are cuda:0 to cuda:1"):
+            choose("cuda:2")
+
+    def test_a_process_takes_slots_once(self, machine: Any) -> None:
+        machine(TWO.splitlines()[0] + "\n", 8100)
+        cards._chosen.clear()
+        try:
+            assert cards.choose("auto", 1) == cards.choose("auto", 1) == "cuda:0"
+        finally:
+            os.environ.pop(cards.VISIBLE)
+
+    def test_without_the_program_torch_lists_the_cards(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        card = {"name": "card", "total_memory": 10 << 30}
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: SimpleNamespace(uuid=number, **card))
+        assert [choose() for _ in range(2)] == [("cuda:0", None), ("cuda:1", None)]
+        assert capsys.readouterr().out.splitlines()[1] == "device: card (GPU-1), slot 0 of 1"
+
+    def test_a_torch_for_the_cpu_ignores_cards(self, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        machine(TWO, 81559, 81559)
+        monkeypatch.setattr("torch.version.cuda", None)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        assert choose() == ("cpu", None)
+        with pytest.raises(PipelineError, match="--device cuda: this torch sees no CUDA device; use --device cpu"):
+            choose("cuda")
+
+    def test_a_card_that_torch_cannot_use_is_named(
+        self, machine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        machine(TWO, 81559, 81559)
+        monkeypatch.setenv(cards.VISIBLE, "0")
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        assert settings.prepare("auto", 1).type == "cpu"
+        assert "warning: this torch cannot use the GPU" in capsys.readouterr().out
+        with pytest.raises(PipelineError, match="--device cuda: this torch cannot use the GPU; update its driver"):
+            settings.prepare("cuda", 1)
+
+
+class TestSlots:
+    def test_the_rule(self) -> None:
+        """The demo's trainings need one slot; a batch of 16 crops of 321 pixels in one backbone, two."""
+        demo = load([project.ROOT / "params.yaml"])
+        sections = (demo.classifiers, demo.refinements, demo.affinities, demo.segmentations, demo.one_step)
+        blocks = [block for section in sections for block in section.values()]
+        assert {cards.slots_needed(block, demo.dataset.demo) for block in blocks} == {1}
+        block = demo.segmentations["cam"]
+        large = dataclasses.replace(
+            block,
+            training=dataclasses.replace(block.training, batch_size=16),
+            augmentation=dataclasses.replace(block.augmentation, crop=321, scale=(0.5, 2.0)),
+        )
+        assert cards.slots_needed(large, None) == 2
+        assert cards.slots_needed(demo.localizations["cam"], None) == 1
+
+    def test_snakemake_counts_slots(self) -> None:
+        graph = Graph(load([project.ROOT / "params.yaml", project.ROOT / "profiles/voc2012.yaml"]))
+        stage, wildcards = STAGES["segmentation"], SimpleNamespace(name="oaa_vgg16")
+        plan = Plan(graph, [], gpu_slots=10, full_threads=True)
+        slots = plan.slots(stage)(wildcards)
+        assert slots == cards.slots_needed(graph.find("segmentation", "oaa_vgg16").block, None) > 1
+        assert plan.slots(STAGES["evaluation"]) == 0
+        command = plan.command(stage)(wildcards, 8, SimpleNamespace(gpu=slots))
+        assert re.search(rf" --slots {slots}\b", command)
+        limited = Plan(graph, [], gpu_slots=1, full_threads=True)
+        assert limited.slots(stage)(wildcards) == 1
+
+    def test_a_job_on_a_cluster_takes_a_card(self) -> None:
+        plan = Plan(Graph(load([project.ROOT / "params.yaml"])), [], full_threads=True)
+        assert {plan.slots(stage) for stage in plan.stages if stage.gpu} == {1}
+        assert "--slots" not in plan.command(STAGES["walk"])(SimpleNamespace(name="cam_irn"), 8, SimpleNamespace(gpu=1))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_chosen_card_computes(tmp_path: Path) -> None:
+    code = "from pipeline.training.settings import prepare; import torch; d = prepare('auto', 1); "
+    code += "print(d, torch.cuda.device_count(), float(torch.ones(3, device=d).sum()))"
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PATH": os.environ["PATH"].split(os.pathsep, 1)[1]}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project.ROOT, env=environment, capture_output=True, text=True
+    )
+    assert re.fullmatch(r"device: .+, slot 0 of \d+\ncuda:0 1 3.0\n", done.stdout), done.stdout + done.stderr
