@@ -43,7 +43,7 @@ def files_by_id(
         None, and a fault, if the folder cannot be listed.
     """
     ids: dict[str, list[Path]] = {}
-    visited = {_identity(parent) for parent in Path(os.path.realpath(folder)).parents}
+    visited = {_identity(parent) for parent in Path(os.path.realpath(folder)).parents if parent.exists()}
     waiting = [""]
     while waiting:
         prefix = waiting.pop()
