@@ -15,7 +15,7 @@ import yaml
 from pipeline.config import schema
 from pipeline.config.schema import Climbing, Localization
 from pipeline.data.build_index import build_index
-from pipeline.data.index import Index
+from pipeline.data.index import Index, write
 from pipeline.data.sampling import epoch_order
 from pipeline.errors import PipelineError
 from pipeline.inference.localize import localization_maps
@@ -87,7 +87,7 @@ def test_a_batch_of_negatives_has_no_maps(tmp_path: Path, climbing: Climbing | N
     raw = json.loads(path.read_text())
     for entry in raw["images"].values():
         entry["tags"] = []
-    path.write_text(json.dumps(raw))
+    write(path, raw)
     block = schema.Classifier(schema.Backbone("small"), schema.Training(2, 0.1, epochs=1))
     network = models.build(block, 3).eval()
     settings = Localization("classifiers/base", climbing=climbing)
