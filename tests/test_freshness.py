@@ -476,8 +476,8 @@ def test_snakemake_ignores_times_that_it_cannot_set(monkeypatch: pytest.MonkeyPa
 
 def test_a_folder_that_may_not_be_read_is_a_line(project: Path) -> None:
     """At planning, and by hand."""
-    plan = "from pipeline.workflow.graph import *; from pipeline.workflow.settings import load; g = Graph(load([Path('params.yaml')])); "
-    plan += "print(len(stale(g)), *g.missing())"
+    plan = "from pipeline.workflow.graph import *; from pipeline.workflow.settings import load; "
+    plan += "g = Graph(load([Path('params.yaml')])); print(len(stale(g)), *g.missing())"
     for folder, missing in ((DATA / "JPEGImages", ""), (DATA, ""), (SALIENCY, "")):
         folder.chmod(0)
         try:

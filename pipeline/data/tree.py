@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.data.faults import Faults
 from pipeline.data.photos import SUFFIXES
+from pipeline.stores.files import folders_above
 
 _JOINERS = dict.fromkeys(
     (0x200C, 0x200D)
@@ -43,13 +44,14 @@ def files_by_id(
         None, and a fault, if the folder cannot be listed.
     """
     ids: dict[str, list[Path]] = {}
-    visited = {_identity(parent) for parent in Path(os.path.realpath(folder)).parents if parent.exists()}
+    visited = folders_above(folder)
     waiting = [""]
     while waiting:
         prefix = waiting.pop()
         path = folder / prefix
         try:
-            if (identity := _identity(path)) in visited:
+            status = os.stat(path)
+            if (identity := (status.st_dev, status.st_ino)) in visited:
                 continue
             visited.add(identity)
             with os.scandir(path) as entries:
@@ -67,12 +69,6 @@ def files_by_id(
             if os.path.splitext(entry.name)[1].lower() in suffixes and not _is_folder(entry):
                 ids.setdefault(file_id(prefix + entry.name), []).append(path / entry.name)
     return ids
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    """Device and inode."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
@@ -76,3 +76,13 @@ def atomic(path: Path) -> Iterator[Path]:
     except BaseException:
         partial(path).unlink(missing_ok=True)
         raise
+
+
+def folders_above(path: Path) -> set[tuple[int, int]]:
+    """Device and inode of each folder that contains ``path``, links resolved; unreadable ones are left out."""
+    found = set()
+    for folder in Path(os.path.realpath(path)).parents:
+        with suppress(OSError):
+            status = os.stat(folder)
+            found.add((status.st_dev, status.st_ino))
+    return found

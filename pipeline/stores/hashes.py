@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.stores import cache
-from pipeline.stores.files import open_regular, sha256
+from pipeline.stores.files import folders_above, open_regular, sha256
 
 CACHE = Path("results") / ".hashes"  # of all experiments
 ALWAYS_HASHED = 1 << 20  # bytes; a file that is named by itself, such as a list, is cached only if it is larger
@@ -64,8 +64,7 @@ def _walk(top: str, prefix: str, depth: int) -> Iterator[tuple[str, str, os.stat
 
     A folder that links reach twice is walked once, and one that contains ``top`` not at all.
     """
-    above = [os.stat(folder) for folder in Path(os.path.realpath(top)).parents if folder.exists()]
-    folders = {(folder.st_dev, folder.st_ino): ".." for folder in above}  # name by device and inode
+    folders = dict.fromkeys(folders_above(Path(top)), "..")  # name by device and inode
     waiting = [(prefix, top, depth)]
     while waiting:
         name, path, levels = waiting.pop()
