@@ -71,9 +71,11 @@ class Outcome:
 
 
 class Server:
-    """The process that forks."""
+    """The process that forks. It runs stages on ``device``, with further command-line ``options``."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu", *options: str) -> None:
+        self.device = device
+        self._options = ["--device", device, *options]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -86,6 +88,7 @@ class Server:
                 A run with a limit on the size of files always does.
         """
         request = {"folder": str(folder), "stage": job.stage, "name": job.name, "fault": asdict(fault), "tidy": tidy}
+        request["options"] = self._options
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -283,7 +286,7 @@ def _run(request: dict[str, Any], out: int, error: int, accesses: int) -> None:
     if fault.other:
         _take_other_params(stage)
     _inject(fault, accesses)
-    options = ["--device", "cpu", "--threads", "1", "--checkpoint-every", "0"]
+    options = [*request["options"], "--threads", "1", "--checkpoint-every", "0"]
     status: Any = 0
     try:
         stage.run(request["stage"], work, [request["name"], *options])

@@ -13,6 +13,7 @@ from pipeline.methods.base import Method
 from pipeline.networks.base import observe
 from pipeline.networks.finite import check_outputs
 from pipeline.stores.blocks import Row
+from pipeline.training.settings import autocast
 
 LONG_SIDE = 321  # maximum long side of an input, in pixels: the side of DRS's training crops
 
@@ -39,6 +40,7 @@ def _size(image: Image) -> tuple[int, int]:
 
 @torch.inference_mode()
 def _channel_means(network: Method, inputs: Tensor) -> list[Tensor]:
-    """Channel means, B x h x w, of the output of each layer's last module, after forward hooks."""
+    """Channel means, B x h x w, of the output of each layer's last module, after forward hooks, in fp32."""
     last = [modules[-1] for modules in network.layers().values()]
-    return observe(network, last, inputs, lambda output: output.float().mean(1))
+    with autocast(inputs.device, "fp32"):
+        return observe(network, last, inputs, lambda output: output.float().mean(1))

@@ -1,0 +1,148 @@
+"""Every stage that uses a GPU, with every registered method and network: in bf16 on the CPU, and on a GPU if marked so.
+
+``--deterministic`` is on. Each training runs twice and is once killed between two checkpoints and resumed; all three
+must end with the same bytes.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import params as parameters
+from pipeline.config import references
+from pipeline.config.registry import METHODS, ONE_STEP, REFINEMENTS, SEGMENTATIONS
+from pipeline.config.stage_table import STAGES
+from pipeline.workflow.graph import Graph, Job
+from tests.faults import DEMO, SHORT, Fault, Project, Server
+from tests.project import ROOT
+from tests.test_deeplab import NEAR
+from tests.test_faults import those
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+    ),
+]
+OVERRIDES = {
+    "experiment": "test",
+    "dataset": {"demo": DEMO},
+    "defaults": {
+        "classifiers": {"accumulate": {"skip_epochs": 0}},
+        "pseudo_labels": {"rule": {"threshold": {"background": 0.3}}},  # it labels pixels whatever the maps are
+    },
+    "localizations": {"climbed": {"model": "classifiers/base", "climbing": {"iterations": 2}}},
+    "walks": {"climbed": {"affinity": "affinities/cam", "maps": "localizations/climbed"}},
+    "pseudo_labels": {"climbed": {"source": "walks/climbed"}},
+    "segmentations": {
+        "climbed": {"labels": "pseudo_labels/climbed"},
+        **{name: {"labels": "ground_truth", "network": {name: settings}} for name, settings in NEAR.items()},
+    },
+    "test": {"scales": [1.0, 0.75], "flip": True, "crf": {}},
+    "gallery": 2,
+}
+PARTS = ("suppression", "attention_drop", "climbing")  # of a block, besides its method or network
+
+
+def kind(job: Job) -> str:
+    """What the job runs: its stage, the registered method or network of its block, and the block's parts."""
+    block: Any = job.block
+    choice = getattr(block, "method", None) or getattr(block, "network", None)
+    return " ".join(
+        [job.stage, *([choice.name] if choice else []), *(part for part in PARTS if getattr(block, part, None))]
+    )
+
+
+def every_kind() -> dict[str, Any]:
+    """params.yaml with short trainings in bf16, and no more rows than it takes to run every kind of job."""
+    raw = parameters.read([ROOT / "params.yaml"], OVERRIDES)
+    for defaults in raw["defaults"].values():
+        if "training" in defaults:
+            defaults["training"] |= {**SHORT, "epochs": 2, "precision": "bf16"}
+    for section in ("classifiers", "refinements", "affinities", "segmentations", "one_step"):
+        for block in raw[section].values():
+            for key in set(SHORT) & set(block.get("training", {})):
+                del block["training"][key]
+    rows: list[str] = []
+    kinds: set[str] = set()
+    for row in references.rows(parameters.validate(raw)):
+        graph = Graph(parameters.validate({**raw, "rows": [row], "first": [], "method": row}))
+        found = {kind(job) for job in graph.jobs if STAGES[job.stage].gpu}
+        if not found <= kinds:
+            rows.append(row)
+            kinds |= found
+    return {**raw, "rows": rows, "first": [], "method": rows[0]}
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    server = Server(request.param, "--deterministic")
+    folder = tmp_path_factory.mktemp("devices") / "demo"
+    folder.mkdir()
+    yield Project(folder, every_kind(), server)
+    server.close()
+
+
+def jobs(project: Project, trains: bool) -> dict[str, Job]:
+    """The first job of each kind that uses a GPU, and that trains or not."""
+    stages = {name for name, stage in STAGES.items() if stage.gpu and stage.trains == trains}
+    found: dict[str, Job] = {}
+    for job in project.graph.jobs:
+        if job.stage in stages:
+            found.setdefault(kind(job), job)
+    return found
+
+
+def test_they_are_all_there(project: Project) -> None:
+    """A registered method or network without a row here needs a block in params.yaml."""
+    found = " ".join(jobs(project, True)).split()
+    registries: list[Any] = [METHODS, REFINEMENTS, SEGMENTATIONS, ONE_STEP]
+    assert {name for registry in registries for name in registry.names() if registry.file(name)} <= set(found)
+    assert set(PARTS[:2]) <= set(found)
+    assert "localization climbing" in jobs(project, False)
+    assert {job.stage for trains in (True, False) for job in jobs(project, trains).values()} == {
+        name for name, stage in STAGES.items() if stage.gpu
+    }
+
+
+def test_they_compute_in_bf16_on_the_device(project: Project) -> None:
+    """But for the pictures of layers, which are fp32."""
+    name = "CPU" if project.server.device == "cpu" else torch.cuda.get_device_name()
+    for label, job in {**jobs(project, True), **jobs(project, False)}.items():
+        precision = "fp32" if job.stage == "features" else "bf16"
+        used = json.loads((project.folder / job.folder / "manifest.json").read_text())["arithmetic"]
+        assert used, label
+        assert all(re.match(rf"{precision}.* on {re.escape(name)}", text) for text in used), (label, used)
+
+
+def test_killed_trainings_end_with_the_same_bytes(project: Project) -> None:
+    wrong = []
+    for label, job in jobs(project, True).items():
+        with project.copy(job) as folder:  # the same bytes in every run
+            run = project.server.run(folder, job)
+            again = f"ends with {run.status}: {run.error}" if run.status else project.difference(folder, job)
+        checkpoints = [
+            number for number in those(run.accesses, "change os.rename") if ".checkpoint" in run.accesses[number - 1]
+        ]
+        assert len(checkpoints) >= 3, label
+        with project.copy(job) as folder:
+            killed = project.server.run(folder, job, Fault(checkpoints[len(checkpoints) // 2]))
+            assert killed.status < 0, label
+            resumed = project.recovers(folder, job)
+        wrong += [f"{label}: {text}" for text in (again, resumed) if text]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_inference_gives_the_same_bytes(project: Project) -> None:
+    wrong = []
+    for label, job in jobs(project, False).items():
+        with project.copy(job) as folder:
+            run = project.server.run(folder, job)
+            text = f"ends with {run.status}: {run.error}" if run.status else project.difference(folder, job)
+            wrong += [f"{label}: {text}"] if text else []
+    assert not wrong, "\n".join(wrong)
