@@ -53,6 +53,10 @@ class ClassifierTask:
             else:
                 occluded = mask
         loss, output = self.network.training_step(images, batch.tags, epoch, occluded)
+        if self.network.learns_attention:
+            cells = output.maps.shape[2], output.maps.shape[3]
+            attention, known = self.accumulator.cumulative(batch.ids, tags, batch.windows, cells, images.device)
+            loss = loss + self.network.attention_loss(output, attention, known, batch.tags)
         self.taken = self.accumulator.take(output.maps, output.logits, tags, batch.ids, batch.windows, epoch)
         return loss
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.config.registry import METHODS, Choice, plain
 from pipeline.config.schema import Backbone, Classifier, Head, Training
-from pipeline.methods.base import Method, Output
+from pipeline.methods.base import Method, Output, Step
 from pipeline.training import models
 from pipeline.training.settings import build_optimizer, parameter_groups
 
@@ -93,6 +93,10 @@ class MethodContract:
     def expected(self, weights: dict[str, Array], images: Array) -> tuple[Array, Array]:
         """Logits B x K and maps B x K x h x w of ``images`` by the paper's formulas, in evaluation mode."""
         raise NotImplementedError
+
+    def step(self, method: Method, images: Tensor, tags: Tensor) -> Step:
+        """A training step as the classifier stage runs it."""
+        return method.training_step(images, tags, 0)
 
     @pytest.fixture
     def method(self) -> Method:
@@ -166,7 +170,7 @@ class MethodContract:
         losses = []
         for step in range(self.steps):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-                loss, output = method.training_step(images, tags.clamp(max=1), 0)
+                loss, output = self.step(method, images, tags.clamp(max=1))
             assert loss.shape == ()
             assert output.logits.shape == (4, K)
             assert output.maps.shape[:2] == (4, K)
@@ -186,7 +190,7 @@ class MethodContract:
         optimizer = build_optimizer(parameter_groups(method, method.new_layers(), settings), settings)
         losses = []
         for _ in range(3):
-            loss, _ = method.training_step(images, torch.zeros(4, K), 0)
+            loss, _ = self.step(method, images, torch.zeros(4, K))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

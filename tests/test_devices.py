@@ -36,10 +36,18 @@ OVERRIDES = {
         "classifiers": {"accumulate": {"skip_epochs": 0}},
         "pseudo_labels": {"rule": {"threshold": {"background": 0.3}}},  # it labels pixels whatever the maps are
     },
-    "localizations": {"climbed": {"model": "classifiers/base", "climbing": {"iterations": 2}}},
+    "classifiers": {"two_branches": {"method": "oaa_localization"}},
+    "localizations": {
+        "climbed": {"model": "classifiers/base", "climbing": {"iterations": 2}},
+        "two_branches": {"model": "classifiers/two_branches"},
+    },
     "walks": {"climbed": {"affinity": "affinities/cam", "maps": "localizations/climbed"}},
-    "pseudo_labels": {"climbed": {"source": "walks/climbed"}},
+    "pseudo_labels": {
+        "climbed": {"source": "walks/climbed"},
+        "two_branches": {"source": "localizations/two_branches"},
+    },
     "segmentations": {
+        "two_branches": {"labels": "pseudo_labels/two_branches"},
         "climbed": {"labels": "pseudo_labels/climbed"},
         **{name: {"labels": "ground_truth", "network": {name: settings}} for name, settings in NEAR.items()},
     },

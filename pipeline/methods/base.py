@@ -48,6 +48,7 @@ class Method(nn.Module, ABC):
         """This method has no settings."""
 
     settings: Any  # an instance of ``Settings``
+    learns_attention = False  # whether the training adds ``attention_loss`` to the loss
 
     def __init__(self, block: Classifier, num_classes: int) -> None:
         super().__init__()
@@ -130,6 +131,20 @@ class Method(nn.Module, ABC):
     def loss(self, output: Output, tags: Tensor) -> Tensor:
         """Scalar classification loss against B x K tags."""
         return functional.binary_cross_entropy_with_logits(output.logits.float(), tags)
+
+    def attention_loss(self, output: Output, attention: Tensor, known: Tensor, tags: Tensor) -> Tensor:
+        """Scalar loss of an output of ``training_step`` against the cumulative attention, for methods that learn it.
+
+        Args:
+            attention: B x K x h x w cumulative attention in [0, 1] over each sample's window, at the size of
+                ``output.maps``; 0 for absent classes and for those without a cumulative map.
+            known: B bool on the CPU; whether all tags of a sample have a cumulative map.
+            tags: B x K, 0 or 1.
+
+        Returns:
+            The mean over the batch; samples that are not ``known`` count as 0.
+        """
+        raise NotImplementedError
 
     def localization(self, output: Output) -> Tensor:
         """Localization maps of an output of ``forward``: B x K x h x w, non-negative, not normalised."""

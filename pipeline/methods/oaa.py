@@ -7,7 +7,7 @@ and crops are undone before a map is fused and redone before it occludes an inpu
 contiguous, so that the maps of a batch are fused as rows of one array and the array is written without copying.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -284,6 +284,36 @@ class AttentionAccumulator:
             return None
         return block.last[row].reshape(grid)
 
+    def cumulative(
+        self, ids: Sequence[str], tags: Tensor, windows: Sequence[Window], size: tuple[int, int], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Resample the cumulative maps of a batch to its windows.
+
+        Args:
+            ids: image ids.
+            tags: B x K, 0 or 1, on the CPU.
+            windows: position of each sample in its image.
+            size: rows and columns of the result.
+            device: where the maps are resampled.
+
+        Returns:
+            B x K x rows x columns attention in [0, 1] on the device, 0 for pairs without a map; and B bool on the CPU:
+            whether all tags of a sample have a map.
+        """
+        maps: dict[tuple[int, int], NDArray[Any]] = {}
+        known = torch.ones(len(ids), dtype=torch.bool)
+        for sample, class_index in tags.nonzero().tolist():
+            grid, row = self.grids[ids[sample]], self._rows[ids[sample]][class_index + 1]
+            block = self._blocks[grid]
+            if block.seen[row]:
+                maps[sample, class_index] = block.values[row].reshape(grid)
+            else:
+                known[sample] = False
+        out = torch.zeros(*tags.shape, *size, device=device)
+        for (sample, class_index), values in resampled(maps, windows, size, device):
+            out[sample, class_index] = values
+        return out, known
+
     def share_seen(self) -> float:
         """Share of the pairs that have a cumulative map."""
         return float(self._seen.mean()) if self._seen.size else 0.0
@@ -311,6 +341,21 @@ class AttentionAccumulator:
         """Restore the result of ``state``."""
         for name, value in state.items():
             getattr(self, name)[:] = value.numpy()  # in place: the blocks are views
+
+
+def resampled(
+    maps: Mapping[tuple[int, int], NDArray[Any]],
+    windows: Sequence[Window],
+    size: tuple[int, int],
+    device: torch.device,
+) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Resample stored maps (levels of 255) by sample and class to the samples' windows, on the device, in [0, 1]."""
+    by_grid: dict[Grid, list[tuple[int, int]]] = {}
+    for pair, values in maps.items():
+        by_grid.setdefault((values.shape[0], values.shape[1]), []).append(pair)
+    for pairs in by_grid.values():
+        levels = on_device(torch.from_numpy(np.stack([maps[pair] for pair in pairs])), device).float() / 255
+        yield from zip(pairs, to_windows(levels, [windows[sample] for sample, _ in pairs], size), strict=True)
 
 
 class AttentionDropLayer:
@@ -350,16 +395,13 @@ class AttentionDropLayer:
         """
         out = torch.zeros(len(ids), 1, *size, dtype=torch.bool, device=device)
         drawn = [rng(self.seed, Purpose.OCCLUSION, epoch, self.numbers[name]).random() for name in ids]
-        by_grid: dict[Grid, list[tuple[int, NDArray[np.uint8]]]] = {}
+        maps: dict[tuple[int, int], NDArray[np.uint8]] = {}
         for sample, class_index in tags.nonzero().tolist():
             if drawn[sample] >= self.settings.beta:
                 continue
             last = self.accumulator.last(ids[sample], class_index + 1)
             if last is not None:
-                by_grid.setdefault(self.accumulator.grids[ids[sample]], []).append((sample, last))
-        for pairs in by_grid.values():
-            maps = on_device(torch.from_numpy(np.stack([last for _, last in pairs])), device).float() / 255
-            resized = to_windows(maps, [windows[sample] for sample, _ in pairs], size)
-            for (sample, _), values in zip(pairs, resized, strict=True):
-                out[sample] |= values > self.settings.delta
+                maps[sample, class_index] = last
+        for (sample, _), values in resampled(maps, windows, size, device):
+            out[sample] |= values > self.settings.delta
         return out
