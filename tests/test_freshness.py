@@ -199,6 +199,39 @@ def test_snakemake_deletes_outputs_but_what_is_unchanged_comes_back() -> None:
     assert not list(RESULTS.rglob(".*.kept"))
 
 
+def test_what_is_unchanged_comes_back_after_a_run_that_failed() -> None:
+    """The index finds a fault in the first run. Its params differ in the second."""
+    add_image("val")
+    (DATA / "SegmentationClass/new.png").unlink()
+    keep_outputs(stale(graph()))
+    delete_as_snakemake(graph().find("index"))
+    assert refused(graph().find("index")) == (
+        f"{DATA}/SegmentationClass/new.png: missing, but it is an evaluation image; add it or unlist it",
+    )
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["dataset"]["masks"] = None
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    plan = stale(graph())
+    keep_outputs(plan)
+    before = {path: path.stat().st_ino for job in plan if job.label in TRAINED for path in job.files}
+    for job in plan:
+        delete_as_snakemake(job)
+        perform(job)
+    assert {path: path.stat().st_ino for path in before} == before
+    assert outdated() == set()
+
+
+def test_outputs_come_back_after_a_run_that_was_killed_before_their_stage() -> None:
+    job = graph().find("classifier", "base")
+    before = job.outputs["model"].stat().st_ino
+    keep_outputs([job])
+    delete_as_snakemake(job)
+    keep_outputs([job])  # the next run
+    perform(job)
+    assert job.outputs["model"].stat().st_ino == before
+    assert outdated() == set()
+
+
 def test_kept_outputs_of_other_inputs_are_replaced() -> None:
     job = graph().find("localization", "cam")
     keep_outputs([job])

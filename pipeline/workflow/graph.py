@@ -329,17 +329,23 @@ def missing(job: Job) -> dict[Path, str]:
     return lines
 
 
+def _record(job: Job) -> dict[str, Any] | None:
+    """Return the manifest of a job if its outputs exist and it records the current parameters and code."""
+    record = manifest.read(job.folder)
+    if record is None or record["stage"] != job.label or not all(map(os.path.exists, job.outputs.values())):
+        return None
+    if not all(isinstance(record["outputs"].get(job.key(path)), str) for path in job.outputs.values()):
+        return None  # no reader would accept them
+    return record if record["code"] == job.code and record["params"] == job.params else None
+
+
 def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:
     """Return whether the outputs of a job exist and its manifest records the current inputs, parameters and code.
 
     ``hashes`` caches the hashes of inputs. The hashes of outputs are read from their manifests, except those of leaves.
     """
-    record = manifest.read(job.folder)
-    if record is None or record["stage"] != job.label or not all(map(os.path.exists, job.outputs.values())):
-        return False
-    if not all(isinstance(record["outputs"].get(job.key(path)), str) for path in job.outputs.values()):
-        return False  # no reader would accept them
-    if record["code"] != job.code or record["params"] != job.params:
+    record = _record(job)
+    if record is None:
         return False
     try:
         for key, path in job.inputs.items():
@@ -369,13 +375,14 @@ def stale(graph: Graph) -> list[Job]:
 def keep_outputs(jobs: list[Job]) -> None:
     """Keep the outputs of those stale jobs that may turn out to be up to date, once the jobs before them have run.
 
-    The report is left out, since it shares an output with other experiments and takes little time.
+    These are all whose parameters and code are unchanged. Their inputs do not count: they may be missing after a run
+    that failed, and the next run may write them again as they were. The report is left out, since it shares an output
+    with other experiments and takes little time.
     """
-    hashes: dict[Path, str] = {}
     for job in jobs:
-        if all(path.parent == job.folder for path in job.files) and is_fresh(job, hashes):
+        if all(path.parent == job.folder for path in job.files) and _record(job):
             kept.keep(job.files)
-        else:
+        elif any(map(os.path.exists, job.files)):  # otherwise a run was killed before the stage could restore them
             kept.drop(job.files)
 
 
