@@ -64,7 +64,8 @@ def create(folder: Path, images: int, links: bool) -> None:
     """Write an index and, with ``links``, the photos, lists and tags that it describes."""
     import cv2
 
-    from pipeline.data.index import training_part, write
+    from pipeline.data.index import write
+    from pipeline.data.parts import parts
     from pipeline.stores.files import sha256
 
     random = np.random.default_rng(0)
@@ -83,8 +84,8 @@ def create(folder: Path, images: int, links: bool) -> None:
     held_out = max(1, images // 10)
     splits = {"train": names[held_out:], "evaluation": names[:held_out]}
     raw = {"root": "data", "classes": classes, "splits": splits, "tag_source": "random", "images": entries}
-    write(folder / "index.json", raw)
-    write(folder / "train.json", training_part(raw))
+    for name, part in parts(raw):
+        write(folder / f"{name}.json", part)
     if links:
         source = first
         for number, name in enumerate(names):

@@ -1,7 +1,7 @@
 """Check the dataset in full, and write its index and its census.
 
-index.json describes all images. train.json is the part that trainings depend on, saliency.json that of the stage
-saliency. Only the report reads dataset.json.
+index.json, train.json, saliency.json and masks.json are the parts of the index that other stages read
+(``pipeline.data.parts``). Only the report reads dataset.json, the census.
 """
 
 import os
@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.data.build_index import build_index
-from pipeline.data.index import training_part, write
+from pipeline.data.index import write
+from pipeline.data.parts import parts
 from pipeline.workflow.stage import Work, progress, run
 
 
@@ -19,9 +20,7 @@ def main(work: Work) -> None:
     survey = build_index(
         work.job.block, Path(folder) if folder else None, threads, progress, partial(print, flush=True)
     )
-    parts = {"index": survey.index, "train": training_part(survey.index)}
-    parts["saliency"] = training_part(survey.index, maps=True)
-    for name, part in parts.items():
+    for name, part in parts(survey.index):
         write(work.outputs[name], part)
     work.outputs["dataset"].write_text(survey.census.dump())
     print(survey.census.text(), flush=True)

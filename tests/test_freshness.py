@@ -159,13 +159,26 @@ def test_another_training_image_retrains_all() -> None:
     assert settled() >= TRAINED
 
 
-def test_an_evaluation_image_without_a_mask_and_no_more_masks_retrain_nothing() -> None:
-    add_image("val")
-    (DATA / "SegmentationClass/new.png").unlink()
+def without_masks() -> None:
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["dataset"]["masks"] = None
     Path("params.yaml").write_text(yaml.safe_dump(params))
+
+
+def test_an_evaluation_image_without_a_mask_and_no_more_masks_retrain_nothing() -> None:
+    add_image("val")
+    (DATA / "SegmentationClass/new.png").unlink()
+    without_masks()
     assert not settled() & TRAINED
+
+
+EVALUATED = ("classifiers/base", "localizations/cam", "pseudo_labels/cam", "predictions/cam")
+
+
+@pytest.mark.parametrize("edit", [without_masks, EDITS["a mask"], EDITS["a deleted mask"]])
+def test_other_masks_affect_only_what_reads_masks(edit: Callable[[], Any]) -> None:
+    edit()
+    assert settled() == {"report", *(f"evaluation {reference}" for reference in EVALUATED)}
 
 
 def test_an_unlisted_image_runs_at_most_the_index_again() -> None:
@@ -208,9 +221,7 @@ def test_what_is_unchanged_comes_back_after_a_run_that_failed() -> None:
     assert refused(graph().find("index")) == (
         f"{DATA}/SegmentationClass/new.png: missing, but it is an evaluation image; add it or unlist it",
     )
-    params = yaml.safe_load(Path("params.yaml").read_text())
-    params["dataset"]["masks"] = None
-    Path("params.yaml").write_text(yaml.safe_dump(params))
+    without_masks()
     plan = stale(graph())
     keep_outputs(plan)
     before = {path: path.stat().st_ino for job in plan if job.label in TRAINED for path in job.files}
@@ -329,7 +340,7 @@ def test_killed_between_the_renames_of_another_run_nothing_counts_as_this_runs(l
 
 
 def test_outputs_without_a_manifest_are_not_read() -> None:
-    for reader, written in (("localization", "classifiers/base/model.pt"), ("ground_truth", "index/index.json")):
+    for reader, written in (("localization", "classifiers/base/model.pt"), ("ground_truth", "index/masks.json")):
         path = RESULTS / written
         manifest.remove(path.parent)
         (line,) = refused(graph().find(reader, "cam" if reader == "localization" else ""))

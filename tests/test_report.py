@@ -18,7 +18,8 @@ from pipeline.config import references
 from pipeline.data import census
 from pipeline.data.duplicates import fingerprint
 from pipeline.data.faults import Faults
-from pipeline.data.index import training_part, write
+from pipeline.data.index import write
+from pipeline.data.parts import parts
 from pipeline.data.sample import choose
 from pipeline.report import metrics, pictures, protocol
 from pipeline.runtime import Runtime
@@ -124,13 +125,12 @@ def experiment(raw: dict[str, Any], train: int = 8, held: int = 5, masks: bool =
     ids = list(drawn)
     splits = {"train": ids[:train], "evaluation": ids[train:]}
     index = {"classes": NAMES, "tag_source": "tags.json", "splits": splits, "root": str(root), "images": images}
+    described = dict(parts(index))
     for job in graph.jobs:
         for key, path in job.outputs.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            if key == "index":
-                write(path, index)
-            elif key in ("train", "saliency"):
-                write(path, training_part(index))
+            if job.stage == "index" and key in described:
+                write(path, described[key])
             elif key == "dataset":
                 path.write_text(counted(drawn, splits["train"], masks).dump())
             elif key == "log":

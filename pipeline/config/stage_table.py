@@ -106,9 +106,10 @@ REPORTED = (
     "scores",
 )  # stems of the outputs that the report reads of all jobs; its own ``reads`` name the others
 
-# A stage reads as little of the index as it needs, so that an image in the evaluation list retrains nothing.
+# A stage reads as little of the index as it needs (``pipeline.data.parts``): an image in the evaluation list retrains
+# nothing, and masks affect only the stages that read them.
 _INDEX = {"index": Input("index.json", job="index")}
-_TRAINING = {"index": Input("train.json", job="index")}  # the training images, without masks and saliency maps
+_TRAINING = {"index": Input("train.json", job="index")}
 _MASKS = {"ground_truth": Input("masks.h5", job="ground_truth")}
 _TRAINING_MASKS = {"ground_truth": Input("labels.h5", job="ground_truth")}
 _MAPS = ("classifiers", "localizations", "walks")
@@ -151,15 +152,15 @@ _TABLE = (
     Stage(
         "index",
         "index",
-        writes=("index.json", "train.json", "saliency.json", "dataset.json"),
+        writes=("index.json", "train.json", "saliency.json", "masks.json", "dataset.json"),
         params=("dataset", "saliency"),
         external=("root", "extra", "maps of saliency"),
     ),
-    Stage("ground_truth", "ground_truth", _INDEX, ("labels.h5", "masks.h5")),
+    Stage("ground_truth", "ground_truth", {"index": Input("masks.json", job="index")}, ("labels.h5", "masks.h5")),
     Stage(
         "saliency",
         "saliency",
-        {"index": Input("saliency.json", job="index")},  # the training images with their saliency maps
+        {"index": Input("saliency.json", job="index")},
         ("maps.h5",),
         settings="saliency",
         external=("store",),

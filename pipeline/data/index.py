@@ -20,8 +20,8 @@ class Image:
     """One image. ``tags`` are sorted class ids in 1..K; empty if an evaluation image's tags are unknown.
 
     All stages work at ``height`` x ``width``. If its file is larger than ``dataset.working_megapixels``, ``file_size``
-    is the file's (height, width), and whatever is read from files is reduced. Only the ground-truth stage may read
-    ``mask``.
+    is the file's (height, width), and whatever is read from files is reduced. ``mask`` and ``saliency`` are None in the
+    parts of an index for stages that do not read them (``pipeline.data.parts``).
     """
 
     id: str
@@ -199,18 +199,3 @@ def write(path: Path, raw: Mapping[str, Any]) -> None:
 def _below(root: Path, path: str) -> Path:
     """Resolve '..' of files outside of ``root`` lexically, as they were indexed, even if ``root`` is a symlink."""
     return Path(os.path.normpath(root / path))
-
-
-def training_part(raw: dict[str, Any], maps: bool = False) -> dict[str, Any]:
-    """The part of an index that trainings depend on: the training images without their masks and saliency maps.
-
-    The masks reach a training through the ground truth, the maps through the pseudo labels.
-
-    Args:
-        maps: keep the saliency maps.
-    """
-    training = raw["splits"]["train"]
-    hidden = dict.fromkeys(("mask", "mask_sha256") if maps else ("mask", "mask_sha256", "saliency", "saliency_sha256"))
-    images = {name: {**raw["images"][name], **hidden} for name in training}
-    splits = {"train": training, "evaluation": []}
-    return {"root": raw["root"], "classes": raw["classes"], "splits": splits, "images": images}
