@@ -174,7 +174,7 @@ def test_a_photo_large_with_slider_and_keyboard(visit: Visit) -> None:
     assert page.locator("#viewer-next").is_disabled()
     page.keyboard.press("Escape")
     assert not page.locator("#photo-viewer").is_visible()
-    assert page.evaluate("document.activeElement.querySelector('.name').textContent") == "i204"  # on its own page
+    visit.wait_until("document.activeElement.querySelector('.name')?.textContent === 'i204'")  # on its own page
 
 
 def test_a_pseudo_label_has_no_doubt_map(visit: Visit) -> None:
