@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.data import census
 from pipeline.data.index import Index
 from pipeline.errors import PipelineError
-from pipeline.report import metrics
+from pipeline.report import boxes, metrics
 from pipeline.report.photos import PhotoGallery, Pictures, sources
 from pipeline.report.sections import Results, document
 from pipeline.stores.raster import RasterStore
@@ -30,15 +30,20 @@ def main(work: Work) -> None:
         scores=scores,
         logs=_read(work, "log of "),
         layers=_read(work, "layers of "),
+        boxes=boxes.read(_read(work, "boxes of ")),
         stores={name: RasterStore(path) for name, path in work.inputs.items() if path.suffix == ".h5"},
     )
     if "pictures" in work.outputs:
         results = replace(results, photos=_photos(work, results))
     work.outputs["report"].write_text(document(results), encoding="utf-8")
-    _write(work.outputs["table"], table)
+    boxed = boxes.metrics(scores)
+    _write(work.outputs["table"], table | boxed)
     if "metrics" in work.outputs:
-        _write(work.outputs["metrics"], metrics.headline(method, rows, scores))
-    print(metrics.text_table(table, rows, method), flush=True)
+        _write(work.outputs["metrics"], metrics.headline(method, rows, scores) if rows else boxed)
+    if rows:
+        print(metrics.text_table(table, rows, method), flush=True)
+    if boxed:
+        print(boxes.text_table(boxed), flush=True)
     if results.is_mixed:
         print("warning: rows were computed in different arithmetic; see the report's protocol", flush=True)
 

@@ -86,6 +86,7 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     f"{SNAKEMAKE} --config 'rows=[cam,oaa]' method=cam": Dry(),
     f"{SNAKEMAKE} --config seed=2 experiment=demo_seed2": Dry("results/demo_seed2"),
     **{f"{PROFILE}/demo_{name}.yaml": Dry() for name in ("drs", "amr", "edam", "agen")},
+    "snakemake --cores 2 --configfile params.yaml profiles/demo_boxes.yaml": Dry(),
     "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml": Dry("correct dataset.root", status=1),
     "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml profiles/voc12_mini_timm.yaml": Dry(
         "correct dataset.root", status=1
@@ -93,6 +94,9 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     "pip install timm": Covered("test_environment.py::test_the_extras", '"timm"'),
     f"{PROFILE}/voc2012.yaml": Dry("download"),
     f"{PROFILE}/voc2012.yaml profiles/coco_stuff.yaml": Dry("unpack COCO-Stuff 10k v1.1 there", status=1),
+    "snakemake --cores all --resources gpu=1 --configfile params.yaml profiles/voc2012.yaml profiles/cub.yaml": Dry(
+        "unpack CUB_200_2011.tgz there", status=1
+    ),
     f"{PROFILE}/voc2012.yaml profiles/extra.yaml": Dry(),
     f"{PROFILE}/mine.yaml": Dry(),
     "snakemake --configfile params.yaml profiles/voc2012.yaml --profile profiles/slurm": Dry(),

@@ -32,7 +32,8 @@ HEAVY = {
     "pydensecrf": {"pseudo_labels", "prediction"},
     "pycocotools": set[str](),
 }
-SKIPPED = ("download", "coco_stuff")  # they need an archive; they share all imports with demo but zipfile and h5py
+# They need an archive; they share all imports with demo but zipfile, h5py and the decoder of photos
+SKIPPED = ("download", "coco_stuff", "cub")
 RUN = """
 import json, runpy, sys, time
 sys.argv = ["-m", *sys.argv[1:]]

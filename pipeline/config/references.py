@@ -82,8 +82,9 @@ def derived_from(params: Params, references: Sequence[str]) -> set[str]:
 
 
 def keep_rows(params: Params, kept: Sequence[str]) -> Params:
-    """Restrict the params to the rows named in ``kept`` and the blocks that they are derived from."""
-    wanted = derived_from(params, [network for name, network in rows(params).items() if name in kept])
+    """Restrict the params to the rows named in ``kept``, all boxes, and the blocks that these are derived from."""
+    networks = [network for name, network in rows(params).items() if name in kept]
+    wanted = derived_from(params, [*networks, *(f"boxes/{name}" for name in params.boxes)])
     parts = {
         section: {name: block for name, block in getattr(params, section).items() if f"{section}/{name}" in wanted}
         for section in SECTIONS
@@ -92,13 +93,13 @@ def keep_rows(params: Params, kept: Sequence[str]) -> Params:
 
 
 def first_rows(params: Params) -> Params | None:
-    """Restrict the params to the rows to run first; None if there are none or no others."""
+    """Restrict the params to the rows to run first, without boxes; None if there are none or no others."""
     every = rows(params)
     first = tuple(name for name in params.first if name in every)
     if not first or len(first) == len(every):
         return None
     method = params.method if params.method in first else first[0]
-    return keep_rows(replace(params, rows=first, first=(), method=method), first)
+    return keep_rows(replace(params, rows=first, first=(), method=method, boxes={}), first)
 
 
 def cycle(params: Params) -> list[str]:

@@ -18,7 +18,10 @@ def contradictions(params: Params) -> Iterator[str]:
     rows = references.rows(params)
     yield from (f"rows: {row} is none of {', '.join(rows)}" for row in params.rows or () if row not in rows)
     yield from (f"first: {row} is none of {', '.join(rows)}" for row in params.first if row not in rows)
-    if params.method not in (chosen := rows if params.rows is None else params.rows):
+    chosen = rows if params.rows is None else params.rows
+    if not chosen and not params.boxes:
+        yield "rows: there is none, and no boxes either; add a row or a block of boxes"
+    elif chosen and params.method not in chosen:
         yield f"method: {params.method} is none of the rows {', '.join(chosen)}"
     if cycle := references.cycle(params):
         yield f"references form a cycle: {' <- '.join(cycle)}"

@@ -135,7 +135,8 @@ def _data(stage: Stage, folder: str, section: str, key: str) -> Iterator[str]:
     if stage.name == "report":
         # DVC cannot express one dependency per block, so these are folders, and only those that always exist. The
         # manifests of the evaluations contain the hashes of all maps and labels and thus cover all models indirectly.
-        folders = (ROWS, "saliency", "features", "predictions", "evaluation")
+        folders = [ROWS, "saliency", "features", "predictions", "evaluation"]
+        folders += ["box_scores"] if _unfiltered().boxes else []
         yield from (f"{RESULTS}/{name}" for name in folders)
 
 

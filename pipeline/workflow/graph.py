@@ -178,13 +178,15 @@ class Graph:
             stage, block = STAGES[name], getattr(dataset, name)
             values = {"block": block} if stage.settings else {}
             inputs, root = self._user_inputs(stage), {"root": Path(dataset.root)}
-            folders = ("images", "annotations", "imageLists")
-            parts = {key: Part(tuple(path / folder for folder in folders), 1) for key, path in inputs.items()}
+            parts = {
+                key: Part(tuple(path / part for part in EXTERNAL[key].parts), EXTERNAL[key].depth)
+                for key, path in inputs.items()
+            }
             yield Job(name, "", inputs, root, values, block, self._dataset, parts=parts)
         kept = {key: value for key, value in plain(dataset).items() if key not in PREPARATION_STAGES}
         folder = saliency.path if saliency.kind == "folder" else None
         classes = None if dataset.classes == "voc" else dataset.classes
-        names = (dataset.train, dataset.evaluation, dataset.tags, dataset.images, dataset.masks, classes)
+        names = (dataset.train, dataset.evaluation, dataset.tags, dataset.images, dataset.masks, dataset.boxes, classes)
         job = self._job(STAGES["index"])
         parts = {name: Part((path,), 2 if name == "extra" else sys.maxsize) for name, path in job.inputs.items()}
         parts["root"] = Part(tuple(Path(dataset.root) / name for name in names if name), sys.maxsize)
@@ -243,7 +245,7 @@ class Graph:
             "table": self.results / "metrics.json",
             "metrics": Path("metrics.json"),
         }
-        if not self.params.dataset.preparation_stages:
+        if not self.params.dataset.preparation_stages and values["rows"]:
             outputs["pictures"] = self.results / PICTURES
         job = self._job(STAGES["report"], "", inputs)
         rules = tuple(self.params.pseudo_labels.values())  # the report prints their descriptions
