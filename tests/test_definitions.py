@@ -168,7 +168,7 @@ def test_dvc_states_the_graph(graph: Graph, dvc_stages: dict[str, Stage]) -> Non
         assert stage.outputs == names({*job.outputs.values(), *job.files}), job.label
         assert stage.code == names([stage_file(job), "pipeline"]), job.label
         assert stage.command == "python -m pipeline.workflow.dvc run"  # no name that a shell could interpret
-        assert dvc.find(graph, dvc.name_of(job)) is job
+        assert dvc.find(graph.jobs, dvc.name_of(job)) is job
         if job.stage != "report":
             own = {f"{rows}/{job.section}/{job.name.rpartition('/')[2]}"} if job.section else set()
             assert stage.data == names(job.inputs.values()) | own, job.label
