@@ -16,6 +16,7 @@ from pipeline.config.reader import Pattern, Range
 from pipeline.config.registry import Name, Registry
 from pipeline.config.schema import Params
 from pipeline.config.stage_table import SECTIONS
+from pipeline.errors import exit_on_faults
 
 Schema = dict[str, Any]
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -104,4 +105,5 @@ def _object(properties: dict[str, Schema], additional: Schema | bool = False) ->
 
 
 if __name__ == "__main__":
-    print(json.dumps(params_schema(), indent=1))
+    with exit_on_faults():
+        print(json.dumps(params_schema(), indent=1))

@@ -18,7 +18,7 @@ from pipeline.config import references
 from pipeline.config.registry import plain
 from pipeline.config.schema import PREPARATION_STAGES, Params, backbones
 from pipeline.config.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, Stage
-from pipeline.errors import PipelineError, warn
+from pipeline.errors import PipelineError, exit_on_faults, warn
 from pipeline.stores import kept, manifest
 from pipeline.stores.hashes import fingerprint
 from pipeline.workflow import closure, settings
@@ -394,13 +394,14 @@ def main() -> None:
     If the params are invalid, print only ``exit 1``, so that the shell fails too.
     """
     files = sys.argv[1:] or ["params.yaml"]
-    try:
-        graph = Graph(settings.load([Path(name) for name in files], notice=warn))
-    except PipelineError as error:
-        print("exit 1")
-        sys.exit("\n".join(f"error: {line}" for line in error.lines))
-    for job in graph.jobs:
-        print(shlex.join(["python", "-m", f"stages.{job.stage}", *filter(None, [job.name]), "--params", *files]))
+    with exit_on_faults():
+        try:
+            graph = Graph(settings.load([Path(name) for name in files], notice=warn))
+        except PipelineError:
+            print("exit 1")
+            raise
+        for job in graph.jobs:
+            print(shlex.join(["python", "-m", f"stages.{job.stage}", *filter(None, [job.name]), "--params", *files]))
 
 
 if __name__ == "__main__":
