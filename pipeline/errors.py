@@ -2,6 +2,8 @@
 
 import errno
 import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,13 +55,36 @@ def warn(line: str) -> None:
 
 @contextmanager
 def exit_on_faults() -> Iterator[None]:
-    """Print each line of a PipelineError to stderr and exit with status 1."""
+    """The frame of every command-line program: a PipelineError is printed to stderr, and the exit status is 1.
+
+    If the reader of the output has ended (``| head``), the program ends silently with the status 141, as shells expect.
+    """
+    status: Any = None
     try:
-        yield
-    except PipelineError as error:
-        for line in error.lines:
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
+        try:
+            yield
+        except PipelineError as error:
+            status = 1
+            for line in error.lines:
+                print(f"error: {line}", file=sys.stderr)
+        except SystemExit as end:
+            status = end.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        unread = [stream for stream in (1, 2) if _has_no_reader(stream)]
+        if not unread:  # a pipe to another process broke
+            raise
+        for stream in unread:  # Python flushes both once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        status = status or 128 + signal.SIGPIPE
+    if status is not None:
+        sys.exit(status)
+
+
+def _has_no_reader(stream: int) -> bool:
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Check the dataset in full, and write its index and its census.
 
-index.json, train.json, saliency.json and masks.json are the parts of the index that other stages read
+index.json, train.json, saliency.json, masks.json and true_boxes.json are the parts of the index that other stages read
 (``pipeline.data.parts``). Only the report reads dataset.json, the census.
 """
 

@@ -40,8 +40,7 @@ class SegmentationTask(Stateless):
 def main(work: Work) -> None:
     settings: Segmentation = work.job.block
     labels, masks = RasterStore(work.inputs["labels"]), settings.labels == "ground_truth"
-    share = settings.share
-    fit(work, lambda network, _data: SegmentationTask(network, settings), labels, skip_unlabelled=masks, share=share)
+    fit(work, lambda network, _dataset: SegmentationTask(network, settings), labels, skip_unlabelled=masks)
 
 
 if __name__ == "__main__":

@@ -109,19 +109,10 @@ PARAMS = {
         "pseudo_labels": {"rule": {"threshold": {"background": 0.3}}},  # it labels pixels whatever the maps are
     },
     "mixtures": {"mixed": {"labels": "pseudo_labels/cam", "share": 0.5}},
+    "boxes": {"cam": {"model": "classifiers/base"}},
+    "box_test": {"masks": "class"},
     "segmentations": {"mixed": {"labels": "mixtures/mixed"}},
     "gallery": 2,
-}
-TABLES = {  # a table of maps, for which no segmentation network is trained
-    "maps": {
-        "paper": "OAA",
-        "number": "Table 11",
-        "title": "Quality of maps",
-        "published_on": "VOC",
-        "head": ["Strategy"],
-        "columns": {"recall": {"score": "maps_recall"}},
-        "rows": {"cam": {"text": ["CAM"], "published": {"recall": 36.7}}},
-    }
 }
 UNIQUE = ("seconds", "machine")  # keys of a manifest that differ from run to run
 
@@ -159,9 +150,16 @@ def put_coco_stuff() -> None:
     make_source()
 
 
+def put_cub() -> None:
+    from tests.test_cub import make_source
+
+    make_source(30)  # so that a list is larger than an image, which is linked
+
+
 SOURCES = {  # what a stage that creates a dataset needs: its value in params.yaml, and a function that puts its files
     "download": ("voc2012_aug", put_archives),
     "coco_stuff": ("coco", put_coco_stuff),
+    "cub": ("CUB_200_2011", put_cub),
 }
 
 

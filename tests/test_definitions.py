@@ -27,6 +27,8 @@ RUNS = {
     "voc2012": [PARAMS, Path("profiles/voc2012.yaml")],
     "voc2012_small": [PARAMS, Path("profiles/voc2012.yaml"), Path("profiles/voc2012_small.yaml")],
     "coco_stuff": [PARAMS, Path("profiles/voc2012.yaml"), Path("profiles/coco_stuff.yaml")],
+    "demo_boxes": [PARAMS, Path("profiles/demo_boxes.yaml")],
+    "cub": [PARAMS, Path("profiles/voc2012.yaml"), Path("profiles/cub.yaml")],
     "voc12_mini": [PARAMS, Path("profiles/voc12_mini.yaml")],
     "voc12_mini_timm": [PARAMS, Path("profiles/voc12_mini.yaml"), Path("profiles/voc12_mini_timm.yaml")],
 }
@@ -84,7 +86,7 @@ def test_snakemake_states_the_graph(run: str, tmp_path: Path) -> None:
     folder = project.copy(tmp_path / "project", git=False)
     graph = graph_of(RUNS[run])
     dataset = graph.params.dataset
-    if source := dataset.coco_stuff or (None if dataset.demo or dataset.download else dataset.root):
+    if source := dataset.coco_stuff or dataset.cub or (None if dataset.demo or dataset.download else dataset.root):
         (folder / source / "Saliency").mkdir(parents=True)
     for path in {path for job in graph.jobs for key, path in job.inputs.items() if key.startswith("weights of")}:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +168,7 @@ def test_dvc_states_the_graph(graph: Graph, dvc_stages: dict[str, Stage]) -> Non
         assert stage.outputs == names({*job.outputs.values(), *job.files}), job.label
         assert stage.code == names([stage_file(job), "pipeline"]), job.label
         assert stage.command == "python -m pipeline.workflow.dvc run"  # no name that a shell could interpret
-        assert dvc.find(graph, dvc.name_of(job)) is job
+        assert dvc.find(graph.jobs, dvc.name_of(job)) is job
         if job.stage != "report":
             own = {f"{rows}/{job.section}/{job.name.rpartition('/')[2]}"} if job.section else set()
             assert stage.data == names(job.inputs.values()) | own, job.label

@@ -51,6 +51,7 @@ OVERRIDES = {
         "climbed": {"labels": "pseudo_labels/climbed"},
         **{name: {"labels": "ground_truth", "network": {name: settings}} for name, settings in NEAR.items()},
     },
+    "boxes": {"cam": {"model": "classifiers/base"}},
     "test": {"scales": [1.0, 0.75], "flip": True, "crf": {}},
     "gallery": 2,
 }

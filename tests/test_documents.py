@@ -14,7 +14,6 @@ import yaml
 from PIL import Image
 
 from pipeline.config import params as parameters
-from pipeline.config import references
 from tests.documents import DOCUMENTS, commands, fences, headings, links, spans
 from tests.project import ROOT, copy, environment, run, run_stages
 from tests.test_orchestration import edit, shrink
@@ -86,12 +85,8 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     "snakemake -n": Run(NOTHING),
     f"{SNAKEMAKE} --config 'rows=[cam,oaa]' method=cam": Dry(),
     f"{SNAKEMAKE} --config seed=2 experiment=demo_seed2": Dry("results/demo_seed2"),
-    f"{PROFILE}/tables/oaa_4.yaml": Dry("tables oaa_4: 11 trainings"),
-    f"{PROFILE}/tables/*.yaml": Dry("tables agen_1, agen_2"),
-    "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml profiles/tables/oaa_4.yaml": Dry(
-        "correct dataset.root", status=1
-    ),
-    f"{PROFILE}/voc2012.yaml profiles/tables/oaa_4.yaml": Dry(),
+    **{f"{PROFILE}/demo_{name}.yaml": Dry() for name in ("drs", "amr", "edam", "agen")},
+    "snakemake --cores 2 --configfile params.yaml profiles/demo_boxes.yaml": Dry(),
     "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml": Dry("correct dataset.root", status=1),
     "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml profiles/voc12_mini_timm.yaml": Dry(
         "correct dataset.root", status=1
@@ -99,6 +94,9 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     "pip install timm": Covered("test_environment.py::test_the_extras", '"timm"'),
     f"{PROFILE}/voc2012.yaml": Dry("download"),
     f"{PROFILE}/voc2012.yaml profiles/coco_stuff.yaml": Dry("unpack COCO-Stuff 10k v1.1 there", status=1),
+    "snakemake --cores all --resources gpu=1 --configfile params.yaml profiles/voc2012.yaml profiles/cub.yaml": Dry(
+        "unpack CUB_200_2011.tgz there", status=1
+    ),
     f"{PROFILE}/voc2012.yaml profiles/extra.yaml": Dry(),
     f"{PROFILE}/mine.yaml": Dry(),
     "snakemake --configfile params.yaml profiles/voc2012.yaml --profile profiles/slurm": Dry(),
@@ -308,16 +306,11 @@ def test_profiles_in_the_documents_are_valid() -> None:
 
 
 def test_the_five_lines_are_a_row() -> None:
-    text, variants = [
-        fence.text for fence in fences() if (fence.document.name, fence.language) == ("METHODS.md", "yaml")
-    ]
+    (text,) = [fence.text for fence in fences() if fence.document.name == "METHODS.md" and fence.language == "yaml"]
     Path("row.yaml").write_text(text)
     assert len(text.splitlines()) == 5
     assert "r50_plus" in parameters.load([ROOT / "params.yaml", Path("row.yaml")]).segmentations
     assert yaml.safe_load(text)["segmentations"] == {"r50_plus": {"labels": "pseudo_labels/r50_plus"}}
-    Path("variants.yaml").write_text(f"{variants}method: mild\nfirst: []\n")
-    params = parameters.load([ROOT / "params.yaml", Path("variants.yaml")])
-    assert list(references.rows(params)) == ["drs_fixed", "mild", "oaa", "longer"]
 
 
 @pytest.fixture(autouse=True)

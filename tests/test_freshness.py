@@ -370,7 +370,7 @@ def test_every_output_is_either_verified_by_a_reader_or_compared() -> None:
     read = {path for job in jobs for path in job.inputs.values()}
     for job in jobs:
         assert set(job.outputs.values()) - read == set(job.leaves)
-    assert {job.stage for job in jobs if job.leaves} == {"ground_truth", "prediction", "report"}
+    assert {job.stage for job in jobs if job.leaves} == {"index", "ground_truth", "prediction", "report"}
 
 
 ABSENT = object()

@@ -349,6 +349,27 @@ def test_what_is_wrong_is_said_in_one_line(fault: str, capsys: pytest.CaptureFix
     assert not Path("data").exists() or list(Path("data").iterdir()) == []
 
 
+def test_broken_photos_are_left_out_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    (tags,) = truncated()
+    (PHOTOS / "c.png").write_bytes(b"")
+    assert command("new", PHOTOS, tags, "--weights", "none") == 1
+    lines = capsys.readouterr().err.splitlines()
+    named = [f"{PHOTOS}/{name}: " for name in ("c.png", "e.jpg")]
+    assert all(line.startswith(f"error: {start}") for line, start in zip(sorted(lines), named, strict=True))
+    assert all(line.endswith(", or leave it out by --skip-broken") for line in lines)
+    assert command("new", PHOTOS, tags, "--weights", "none", "--skip-broken") == 0
+    printed = capsys.readouterr().out
+    assert "photos:    6: " in printed
+    notes = [line for line in printed.splitlines() if line.startswith("note: left out: ")]
+    assert all(start in line for line, start in zip(sorted(notes), named, strict=True))
+    listed = "".join(Path(f"data/mine/{name}.txt").read_text() for name in ("train", "evaluation")).split("\n")
+    assert not {"c", "e"} & {*listed, *json.loads(Path("data/mine/tags.json").read_text())}
+    for file in PHOTOS.iterdir():
+        file.write_bytes(b"")
+    assert command("new", PHOTOS, tags, "--weights", "none", "--skip-broken", "--force") == 1
+    assert "holds 0 different photos, and 8 that cannot be read; at least 2 are needed" in capsys.readouterr().err
+
+
 def test_folders_without_photos_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for folder, fault in (("nowhere", "PHOTOS nowhere: no such folder"), ("empty", "empty: holds no photo")):
         if folder == "empty":

@@ -205,7 +205,7 @@ def test_dvc_runs_what_the_rows_need(project: Path) -> None:
     (project / "dvc.lock").unlink()
     edit(project, lambda params: params.update(method="cam", rows=["cam"]))
     text = run(project, "dvc", "repro")
-    assert text.count("segmentation oaa: no row of params.yaml's rows needs it") == 1
+    assert text.count("segmentation oaa is left out: row oaa is not listed in rows; add it there") == 1
     assert set(json.loads((project / "results/demo/metrics.json").read_text())) == {"cam"}
     assert planned(project) == set()
     assert CLEAN in run(project, "dvc", "status")
@@ -222,7 +222,7 @@ def test_dvc_runs_what_the_rows_need(project: Path) -> None:
 
 def test_an_experiment_may_have_fewer_rows(project: Path) -> None:
     text = run(project, "dvc", "exp", "run", "--name", "few", "--set-param", "+rows=[oaa]")
-    assert "segmentation cam: no row of params.yaml's rows needs it" in text
+    assert "segmentation cam is left out: row cam is not listed in rows; add it there" in text
     assert worked(text) <= {"report", *(name for name in worked(text) if name.endswith("@cam"))}
     assert set(json.loads((project / "results/demo/metrics.json").read_text())) == {"oaa"}
     assert (project / "results/demo/segmentations/cam/model.pt").stat().st_size > 1000  # what was there stays

@@ -145,7 +145,7 @@ def test_predict_with_tags(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert set(np.unique(mask(Path("out/masks/12.png")))) > {0}
     Path("tags.csv").write_text("filename,tags\n10.jpg,cat\n11.jpg,\n")
     assert command(*arguments, "--tags", "tags.csv") == 0
-    assert "1 photos segmented, 2 up to date" in capsys.readouterr().out
+    assert "1 photo segmented, 2 up to date" in capsys.readouterr().out
     Path("tags.csv").write_text("filename,tags\n10.jpg,kat\n")
     assert command(*arguments, "--tags", "tags.csv") == 1
     assert "did you mean cat?" in capsys.readouterr().err

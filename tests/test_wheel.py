@@ -150,7 +150,7 @@ def test_the_wheel_segments_a_photo_in_an_empty_environment(
     shutil.copy(real, work / "my photo.jpg")
     formats = "png,overlay,coco,cvat,labelstudio,csv,probabilities"
     done = start("wsss", "predict", "model.safetensors", "my photo.jpg", "--out", "out", "--formats", formats)
-    assert (done.returncode, done.stdout) == (0, "out: 1 photos segmented, 0 up to date\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "out: 1 photo segmented, 0 up to date\n"), done.stderr
     with Image.open(real) as picture:
         assert mask(work / "out/masks/my photo.png").shape == picture.size[::-1]
     done = start("python", "-c", "import wsss, pipeline; print(wsss.__file__, pipeline.__file__)")

@@ -32,9 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
             command.epilog = module.EPILOG
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
-    options.arguments = sys.argv[1:] if arguments is None else arguments
     with exit_on_faults():
+        options = parser.parse_args(arguments)
+        options.arguments = sys.argv[1:] if arguments is None else arguments
         sys.exit(options.run(options))
 
 

@@ -11,13 +11,14 @@ from typing import Any
 from pipeline.config.schema import Dataset
 from pipeline.data import duplicates, photos
 from pipeline.data.build_index import build_index
+from pipeline.data.complete import InvalidFile
 from pipeline.data.duplicates import Fingerprint
 from pipeline.data.faults import Faults, hint
 from pipeline.data.tags import collect
 from pipeline.data.tags.names import folded
 from pipeline.data.tree import find_photos
 from pipeline.errors import PipelineError
-from pipeline.stores.files import atomic
+from pipeline.stores.files import atomic, read_regular
 from wsss import split
 
 SHOWN = 5  # names in a line
@@ -32,7 +33,7 @@ class Draft:
     Attributes:
         kind: of the tags, for the summary.
         tags: class names by id of the photo; empty for negatives.
-        remarks: lines about what may be wrong.
+        remarks: lines about what may be wrong, and on the photos that are left out.
         assumed: photos without an entry in the tags, which are negatives.
     """
 
@@ -77,6 +78,7 @@ class Request:
     seed: int
     leave_out: Sequence[str]
     negatives: bool
+    skip_broken: bool
 
 
 def read(request: Request, faults: Faults, threads: int, progress: Progress) -> Draft | None:
@@ -110,14 +112,22 @@ def read(request: Request, faults: Faults, threads: int, progress: Progress) -> 
             faults.add("classes", f"{request.tags}: read as {collected.kind}, names no class of any photo; add tags")
         return None
     masked = _masked(request, found, faults)
-    groups = _groups(request.photos, found, list(tags), threads, progress)
-    train, evaluation = _draw(tags, groups, request, masked)
+    prints, broken = _look(request.photos, {name: found[name] for name in tags}, threads, progress)
+    tags = {name: names for name, names in tags.items() if name not in broken}
+    if not request.skip_broken:
+        for line in broken.values():
+            faults.add("broken photo", f"{line}, or leave it out by --skip-broken")
+    groups = _groups(list(tags), prints)
     if len(groups) < 2:
-        faults.add("few photos", f"{request.photos}: holds {len(groups)} different photos; at least 2 are needed")
+        rest = f", and {len(broken)} that cannot be read" if broken else ""
+        line = f"{request.photos}: holds {len(groups)} different photos{rest}; at least 2 are needed"
+        faults.add("few photos", line)
+        return None
+    train, evaluation = _draw(tags, groups, request, masked)
     if not train or not evaluation:
         return None
-    remarks = [*collected.remarks, *_remarks(classes, tags, groups)]
-    return Draft(collected.kind, classes, tags, train, evaluation, remarks, len(absent))
+    remarks = [*collected.remarks, *_remarks(classes, tags, groups), *(f"left out: {line}" for line in broken.values())]
+    return Draft(collected.kind, classes, tags, train, evaluation, remarks, sum(name in tags for name in absent))
 
 
 def check(
@@ -179,24 +189,38 @@ def _masked(request: Request, found: dict[str, str], faults: Faults) -> set[str]
     return masked
 
 
-def _groups(
-    folder: Path, found: dict[str, str], names: Sequence[str], threads: int, progress: Progress
-) -> list[list[str]]:
-    """Photos that show the same picture, in groups; all others are groups of one. Photos that cannot be read, too."""
+def _look(
+    folder: Path, found: dict[str, str], threads: int, progress: Progress
+) -> tuple[dict[str, Fingerprint], dict[str, str]]:
+    """Read photos: the fingerprint of each by id, and a line on each broken one.
 
-    def look(name: str) -> Fingerprint | None:
+    HEIC photos that lack their package are in neither.
+    """
+    limit = round(Dataset.max_megapixels * 1e6)
+
+    def look(name: str) -> Fingerprint | str | None:
+        file = folder / found[name]
         try:
-            return duplicates.fingerprint(photos.read(folder / found[name]))
-        except PipelineError:
-            return None  # the index names it
+            return duplicates.fingerprint(photos.examine(read_regular(file), limit).rgb)
+        except photos.HeicSupport:
+            return None  # the index names the package
+        except InvalidFile as error:
+            return f"{file}: {error}"
+        except OSError as error:
+            return f"{file}: cannot be read ({error.strerror}); fix its permissions or the disk"
 
     pool = ThreadPoolExecutor(threads)
     try:
-        seen = list(progress(pool.map(look, names), "photos read", len(names)))
+        seen = dict(zip(found, progress(pool.map(look, found), "photos read", len(found)), strict=True))
     finally:
         pool.shutdown(cancel_futures=True)
-    read = [name for name, one in zip(names, seen, strict=True) if one is not None]
-    prints = [one for one in seen if one is not None]
+    prints = {name: one for name, one in seen.items() if isinstance(one, Fingerprint)}
+    return prints, {name: one for name, one in seen.items() if isinstance(one, str)}
+
+
+def _groups(names: Sequence[str], fingerprints: Mapping[str, Fingerprint]) -> list[list[str]]:
+    """Photos that show the same picture, in groups; all others are groups of one. Photos without a fingerprint, too."""
+    read, prints = list(fingerprints), list(fingerprints.values())
     leader = {name: name for name in names}
 
     def lead(name: str) -> str:

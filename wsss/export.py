@@ -140,7 +140,8 @@ def _export_store(path: Path, options: argparse.Namespace, formats: list[str]) -
     if not written and not current:
         raise PipelineError(f"{path}: has none of the dataset's images in --split {options.split}; nothing is exported")
     others = folder.join(formats, classes, lambda record: record.basis == basis)
-    return report(folder, f"{written} images exported, {current} up to date", others, [])
+    images = "image" if written == 1 else "images"
+    return report(folder, f"{written} {images} exported, {current} up to date", others, [])
 
 
 _MISSING = {"mask": "probabilities", "levels": "masks"}

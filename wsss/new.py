@@ -55,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--leave-out", nargs="+", default=[], metavar="CLASS", help="classes to ignore; their photos stay as negatives"
     )
     parser.add_argument("--negatives", action="store_true", help="photos that the tags do not name show no class")
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="leave out photos that cannot be read, and name each in the summary"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite the profile and its lists")
 
 
@@ -86,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
         max(options.seed, 0),
         options.leave_out,
         options.negatives,
+        options.skip_broken,
     )
     threads = len(os.sched_getaffinity(0))
     dataset = draft.read(request, faults, threads, progress) if _exist(request, faults) else None

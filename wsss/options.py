@@ -54,9 +54,11 @@ def report(folder: OutputFolder, counts: str, others: int, faults: list[str]) ->
     """Print the end of a run: what was written, and a line for each broken photo. Return the exit status."""
     print(f"{folder.root}: {counts}")
     if others:
+        kept = "1 photo of an earlier run" if others == 1 else f"{others} photos of earlier runs"
+        verbs = ("keeps its", "is") if others == 1 else ("keep their", "are")
         print(
-            f"{folder.root}: {others} photos of earlier runs with another model or other options keep their own files, "
-            "but are left out of the files that describe all photos"
+            f"{folder.root}: {kept} with another model or other options {verbs[0]} own files, "
+            f"but {verbs[1]} left out of the files that describe all photos"
         )
     for line in faults:
         print(f"error: {line}", file=sys.stderr)

@@ -42,7 +42,8 @@ class Outcome:
     def counts(self) -> str:
         """A line such as '48 photos segmented, 2 up to date, 1 broken'."""
         broken = f", {len(self.faults)} broken" if self.faults else ""
-        return f"{self.segmented} photos segmented, {self.current} up to date{broken}"
+        photos = "photo" if self.segmented == 1 else "photos"
+        return f"{self.segmented} {photos} segmented, {self.current} up to date{broken}"
 
 
 def segment(

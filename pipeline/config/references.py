@@ -68,18 +68,6 @@ def label_rule(params: Params, labels: str) -> PseudoLabels | None:
     return params.pseudo_labels[name] if section == "pseudo_labels" else None
 
 
-def chains(params: Params) -> dict[str, dict[str, str]]:
-    """Map each row to the references of the maps, labels and predictions that its scores come from."""
-    found: dict[str, dict[str, str]] = {}
-    for name in rows(params):
-        found[name] = {"predictions": f"predictions/{name}"}
-        if name in params.segmentations:
-            labels = found[name]["labels"] = params.segmentations[name].labels
-            if rule := label_rule(params, labels):
-                found[name]["maps"] = rule.source
-    return found
-
-
 def derived_from(params: Params, references: Sequence[str]) -> set[str]:
     """Return the references themselves and all those that their blocks are derived from."""
     needs = sources(params)
@@ -94,8 +82,9 @@ def derived_from(params: Params, references: Sequence[str]) -> set[str]:
 
 
 def keep_rows(params: Params, kept: Sequence[str]) -> Params:
-    """Restrict the params to the rows named in ``kept`` and the blocks that they are derived from."""
-    wanted = derived_from(params, [network for name, network in rows(params).items() if name in kept])
+    """Restrict the params to the rows named in ``kept``, all boxes, and the blocks that these are derived from."""
+    networks = [network for name, network in rows(params).items() if name in kept]
+    wanted = derived_from(params, [*networks, *(f"boxes/{name}" for name in params.boxes)])
     parts = {
         section: {name: block for name, block in getattr(params, section).items() if f"{section}/{name}" in wanted}
         for section in SECTIONS
@@ -104,13 +93,13 @@ def keep_rows(params: Params, kept: Sequence[str]) -> Params:
 
 
 def first_rows(params: Params) -> Params | None:
-    """Restrict the params to the rows to run first; None if there are none or no others."""
+    """Restrict the params to the rows to run first, without boxes; None if there are none or no others."""
     every = rows(params)
     first = tuple(name for name in params.first if name in every)
     if not first or len(first) == len(every):
         return None
     method = params.method if params.method in first else first[0]
-    return keep_rows(replace(params, rows=first, first=(), method=method), first)
+    return keep_rows(replace(params, rows=first, first=(), method=method, boxes={}), first)
 
 
 def cycle(params: Params) -> list[str]:

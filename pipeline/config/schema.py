@@ -23,7 +23,6 @@ from pipeline.config.reader import (
     Share,
 )
 from pipeline.config.registry import BACKBONES, METHODS, ONE_STEP, REFINEMENTS, RULES, SEGMENTATIONS, Choice, Name
-from pipeline.config.tables import Table
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,14 @@ class Demo:
     seed: NonNegativeInt = 0  # of the generated images; training has its own
 
 
-PREPARATION_STAGES = ("demo", "download", "coco_stuff")
+PREPARATION_STAGES = ("demo", "download", "coco_stuff", "cub")
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A dataset in VOC layout.
 
-    ``root``, ``extra`` and ``coco_stuff`` are relative to the working folder, all other paths to ``root``.
+    ``root``, ``extra``, ``coco_stuff`` and ``cub`` are relative to the working folder, all other paths to ``root``.
     """
 
     root: FilePath
@@ -67,10 +66,14 @@ class Dataset:
     working_megapixels: Annotated[float, Range(least=0.001, most=1000)] = 2.5
     # Masks that contradict the tags of a class throughout, or a picture that is in both lists
     contradictions: Literal["refuse", "warn"] = "refuse"
+    # JSON of the evaluation images' object boxes: {"ID": [[class id, left, top, width, height], ...]}, in pixels
+    boxes: FilePath | None = None
     demo: Demo | None = None  # generate the dataset at root
     download: Literal["voc2012_aug"] | None = None  # or download it there
     # Or convert it from COCO-Stuff 10k v1.1, unpacked in this folder (EDAM Sec. 4.6)
     coco_stuff: FilePath | None = None
+    # Or convert it from CUB-200-2011, unpacked in this folder (OAA Sec. 4.5)
+    cub: FilePath | None = None
 
     @property
     def preparation_stages(self) -> list[str]:
@@ -85,8 +88,9 @@ class Dataset:
         if len(self.preparation_stages) > 1:
             one, other = self.preparation_stages[:2]
             yield f"{one}: creates the dataset, but {other} does too; set one of them to null"
-        if self.coco_stuff and Path(self.root).is_relative_to(self.coco_stuff):
-            yield f"root: lies inside dataset.coco_stuff, {self.coco_stuff}; choose a folder outside of it"
+        for key, source in (("coco_stuff", self.coco_stuff), ("cub", self.cub)):
+            if source and Path(self.root).is_relative_to(source):
+                yield f"root: lies inside dataset.{key}, {source}; choose a folder outside of it"
         root, here = Path(os.path.realpath(self.root)), Path.cwd()
         if here.is_relative_to(root):
             yield f"root: {self.root} contains the working folder; choose a folder of the dataset's own"
@@ -202,13 +206,6 @@ class Training:
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             yield "nesterov: needs a momentum; set momentum above 0, or nesterov to false"
 
-    def on_share(self, share: float) -> "Training":
-        """Return the settings with which a training on this share of the images takes as many steps as on all."""
-        if share == 1 or self.epochs is None:
-            return self
-        milestones = tuple(round(epoch / share) for epoch in self.milestones)
-        return replace(self, epochs=max(1, round(self.epochs / share)), milestones=milestones)
-
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -257,8 +254,7 @@ class Suppression:
 
     # Upper bound as a fraction of a channel's maximum (the non-learnable controller); 0: learnable
     delta: Annotated[float, Range(least=0, below=1)] = 0.0
-    # Taps of the backbone and 'head', or slices of all of these from shallow to deep, such as '-2:'; null: all
-    layers: tuple[str, ...] | None = None
+    layers: tuple[str, ...] | None = None  # taps of the backbone and 'head'; null: all
 
     def describe(self) -> str:
         """Describe the suppression for the report, such as 'DRS, delta 0.55, in conv6, head'."""
@@ -307,28 +303,52 @@ class Climbing:
 
 
 @dataclass(frozen=True)
-class Localization:
-    """Localization maps from a trained classifier, refinement network or one-step network."""
+class Views:
+    """The maps of a trained network on whole images: its inputs, their fusion and the stored grid."""
 
-    model: str  # classifiers/NAME, refinements/NAME or one_step/NAME
+    model: str  # SECTION/NAME
     side: Literal["short", "long", "square", "none"] = "none"
     length: Count | None = None  # pixels
     scales: tuple[Scale, ...] = (1.0,)
     flip: bool = False
     fusion: Literal["mean", "max"] = "mean"
-    normalise: Literal["max", "none"] = "max"  # none: clip to 1 instead, for networks that regress values
     stride: Count = 4  # image pixels per stored cell
     # The resizing of maps to these cells: between the outermost centres (DRS's code, at stride 1), or between the edges
     align_corners: bool = False
-    climbing: Climbing | None = None  # only for a classifier
 
     def faults(self) -> Iterator[str]:
         if self.side != "none" and self.length is None:
             yield f"length: is missing; side {self.side} needs it"
         if not self.scales:
             yield "scales: is empty; add at least one"
+
+
+@dataclass(frozen=True)
+class Localization(Views):
+    """Localization maps of the training images. ``model``: classifiers/NAME, refinements/NAME or one_step/NAME."""
+
+    normalise: Literal["max", "none"] = "max"  # none: clip to 1 instead, for networks that regress values
+    climbing: Climbing | None = None  # only for a classifier
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         if self.climbing is not None and not self.model.startswith("classifiers/"):
             yield f"climbing: {self.model} is not a classifier; set climbing to null"
+
+
+@dataclass(frozen=True)
+class Boxes(Views):
+    """Object boxes in the evaluation images, drawn from maps of their highest classes. ``model``: classifiers/NAME."""
+
+
+@dataclass(frozen=True)
+class BoxTest:
+    """The evaluation of all boxes (OAA Sec. 4.5)."""
+
+    threshold: Annotated[float, Range(least=0, below=1)] = 0.2  # of a map's maximum, above which a box is drawn (CAM)
+    # The boxes of a mask. single: only images whose object pixels form one component of one class; class: one box
+    # around all pixels of each tagged class. dataset.boxes replaces the masks
+    masks: Literal["single", "class"] = "single"
 
 
 @dataclass(frozen=True)
@@ -418,9 +438,6 @@ class Segmentation:
     # Upsample the logits to the labels (input), or reduce the labels to the logits (output, nearest)
     loss_size: Literal["input", "output"] = "input"
     self_training: bool = False  # add a loss on the network's own predictions, restricted to the tags (DRS's code)
-    # Share of the images that the network trains on, drawn with the seed (OAA Table 7). It takes as many steps as with
-    # all images
-    share: Annotated[float, Range(above=0, most=1)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -464,12 +481,11 @@ class Params:
     affinities: dict[str, Affinity] = field(default_factory=dict)
     walks: dict[str, Walk] = field(default_factory=dict)
     mixtures: dict[str, Mixture] = field(default_factory=dict)
+    boxes: dict[str, Boxes] = field(default_factory=dict)
     test: Test = field(default_factory=Test)
+    box_test: BoxTest = field(default_factory=BoxTest)
     gallery: NonNegativeInt = 12  # images in the report
-    # Run only these rows and the blocks that they are derived from; null: all rows
+    # Run only these rows and the blocks that they and ``boxes`` are derived from; null: all rows; []: boxes alone
     rows: tuple[str, ...] | None = None
     # Run these rows before the others, and report on them as soon as they are done; rows that do not run are left out
     first: tuple[str, ...] = ()
-    # The papers' tables: if there are any, their rows run instead, as far as the tables score them, and
-    # results/EXPERIMENT/tables/NAME holds a report on each. ``rows`` then restricts them
-    tables: dict[str, Table] = field(default_factory=dict)

@@ -27,6 +27,8 @@ class External:
     key: str  # the key of params.yaml that holds the path
     fix: str  # the fix to suggest if the path does not exist
     saliency_kind: str = ""  # the path is read only if saliency.kind has this value
+    parts: tuple[str, ...] = ()  # of a folder: the files and folders in it that are read; all if empty
+    depth: int = 1  # levels of folders that are read in ``parts``
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,6 @@ class Stage:
     writes: tuple[str, ...] = ()
     section: str = ""  # section of params.yaml; the stage has a job for each of its blocks
     targets: tuple[str, ...] = ()  # folders of other stages; the stage has a job for each of their jobs
-    of_tables: bool = False  # the stage has a job for each of the papers' tables (``tables`` of params.yaml)
     target_files: tuple[str, ...] = ()  # stems of the files that it reads from that job, if the job writes them
     qualified_names: bool = False  # its jobs are named FOLDER/NAME, since jobs in different folders share names
     settings: str = ""  # key of params.yaml that holds the settings, if they are not a block
@@ -77,8 +78,8 @@ class Stage:
 
     @property
     def has_many_jobs(self) -> bool:
-        """Whether the stage has a job per block, per target or per table, rather than a single job."""
-        return bool(self.section or self.targets or self.of_tables)
+        """Whether the stage has a job per block or per target, rather than a single job."""
+        return bool(self.section or self.targets)
 
     def output(self, stem: str) -> str | None:
         """Return the name of the output with this stem; None if the stage has none."""
@@ -88,7 +89,20 @@ class Stage:
 EXTERNAL = {
     "root": External("dataset.root", "put the dataset there (data/README.md has the layout), or correct dataset.root"),
     "extra": External("dataset.extra", "put the images there, or correct dataset.extra"),
-    "coco_stuff": External("dataset.coco_stuff", "unpack COCO-Stuff 10k v1.1 there, or correct dataset.coco_stuff"),
+    "coco_stuff": External(
+        "dataset.coco_stuff",
+        "unpack COCO-Stuff 10k v1.1 there, or correct dataset.coco_stuff",
+        parts=("images", "annotations", "imageLists"),
+    ),
+    "cub": External(
+        "dataset.cub",
+        "unpack CUB_200_2011.tgz there, or correct dataset.cub",
+        parts=(
+            *("images", "images.txt", "train_test_split.txt", "image_class_labels.txt", "bounding_boxes.txt"),
+            "classes.txt",
+        ),
+        depth=2,
+    ),
     "maps of saliency": External("saliency.path", "put the maps there, or correct saliency.path", "folder"),
     "store": External("saliency.path", "put the file there, or correct saliency.path", "store"),
 }
@@ -105,6 +119,7 @@ REPORTED = (
     "layers",
     "log",
     "scores",
+    "boxes",
 )  # stems of the outputs that the report reads of all jobs; its own ``reads`` name the others
 
 # A stage reads as little of the index as it needs (``pipeline.data.parts``): an image in the evaluation list retrains
@@ -127,6 +142,7 @@ _EFFORTS = {
     "walk": 4.0,
     "segmentation": 80.0,
     "prediction": 10.0,
+    "box_maps": 3.0,
 }
 
 
@@ -150,10 +166,11 @@ _TABLE = (
     Stage("demo", "dataset", settings="dataset.demo"),
     Stage("download", "dataset", settings="dataset.download", keeps_user_files=True),
     Stage("coco_stuff", "dataset", external=("coco_stuff",), keeps_user_files=True),
+    Stage("cub", "dataset", external=("cub",), keeps_user_files=True),
     Stage(
         "index",
         "index",
-        writes=("index.json", "train.json", "saliency.json", "masks.json", "dataset.json"),
+        writes=("index.json", "train.json", "saliency.json", "masks.json", "true_boxes.json", "dataset.json"),
         params=("dataset", "saliency"),
         external=("root", "extra", "maps of saliency"),
     ),
@@ -263,12 +280,29 @@ _TABLE = (
         target_files=("maps", "snapshots", "labels"),
         qualified_names=True,
     ),
-    Stage("table", "tables", _INDEX, ("report.html", "table.json"), of_tables=True),
+    _on_gpu(
+        Stage(
+            "box_maps",
+            "boxes",
+            _INDEX | {"model": Input("model.pt", key="model", allowed=("classifiers",))},
+            ("class_maps.h5",),
+            section="boxes",
+        )
+    ),
+    Stage(
+        "box_scores",
+        "box_scores",
+        _INDEX | _MASKS | {"boxes": Input("true_boxes.json", job="index")},
+        ("scores.json", "boxes.json"),
+        targets=("boxes",),
+        target_files=("class_maps",),
+        settings="box_test",
+    ),
     replace(_REPORT, name="first_report", folder="first"),
     _REPORT,
 )
 STAGES = {stage.name: replace(stage, effort=_EFFORTS.get(stage.name, 1.0)) for stage in _TABLE}
-FOLDERS = {stage.folder: stage for stage in _TABLE if stage.section or stage.targets}
+FOLDERS = {stage.folder: stage for stage in _TABLE if stage.has_many_jobs}
 SECTIONS = tuple(stage.section for stage in _TABLE if stage.section)
 TRAINED = tuple(stage.section for stage in _TABLE if stage.trains)
 

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Dataset
-from pipeline.data import census
+from pipeline.data import boxes, census
 from pipeline.data.census import Census, Sight
 from pipeline.data.checks import LOSSLESS, LOSSY
 from pipeline.data.class_file import read_classes
@@ -94,6 +94,8 @@ def build_index(
         faults.add(kind, line)
     counts = _count(dataset, classes, splits, {**tags.by_image, **extra.tags}, files_of_images, results, faults)
     counts = replace(counts, remarks=[*counts.remarks, *tags.remarks], source=tags.source)
+    read = {files.id: result.entry for files, result in zip(files_of_images, results, strict=True)}
+    true_boxes = _read_boxes(dataset, splits["evaluation"], read, tags, classes, faults)
     faults.check()
     entries = {}
     for files, result in zip(files_of_images, results, strict=True):
@@ -103,12 +105,28 @@ def build_index(
             "saliency": files.saliency and files.saliency.as_posix(),
             "tags": list(extra.tags.get(files.id) or tags.by_image.get(files.id, ())),
             **result.entry,
+            **({"boxes": true_boxes[files.id]} if files.id in true_boxes else {}),
         }
     tag_source = tags.source
     if extra.files:
         tag_source += f"; {len(extra.files)} images with single tags: {dataset.extra}"
     source = {"root": root.as_posix(), "classes": classes, "splits": splits, "tag_source": tag_source}
     return Survey({**source, "images": entries}, counts)
+
+
+def _read_boxes(
+    dataset: Dataset,
+    evaluation: Sequence[str],
+    read: Mapping[str, dict[str, Any]],
+    tags: Tags,
+    classes: Sequence[str],
+    faults: Faults,
+) -> dict[str, list[list[float]]]:
+    """Read the boxes of the evaluation images. ``read``: the entry of each image that has a file."""
+    if dataset.boxes is None or not classes:
+        return {}
+    images = {name: read[name] for name in evaluation if name in read}
+    return boxes.read_boxes(Path(dataset.root) / dataset.boxes, images, tags.by_image, len(classes), faults)
 
 
 def _joined(faults: Iterable[Fault]) -> list[Fault]:

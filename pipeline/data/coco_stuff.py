@@ -6,9 +6,7 @@ become 255 (ignore), and all other classes become background.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.data import matlab
 from pipeline.data.checks import IGNORE
 from pipeline.data.complete import MEGAPIXEL, InvalidFile
+from pipeline.data.converted import Progress, link, refuse_others
 from pipeline.data.faults import Faults
 from pipeline.data.lists import read_list
 from pipeline.data.palette import write_mask
@@ -30,9 +29,7 @@ from pipeline.stores import isolated
 from pipeline.stores.files import atomic
 from pipeline.stores.raster import Raster
 
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # items, label, number of items
 MARK = "COCO_STUFF.txt"  # marker file: the folder was generated here and is not a user's dataset
-GENERATED = ("JPEGImages", "SegmentationClass", "ImageSets", "tags.json")
 COCO_IDS = {  # COCO's ids of the VOC classes
     "aeroplane": 5,
     "bicycle": 2,
@@ -74,10 +71,7 @@ def convert(source: Path, root: Path, progress: Progress = lambda items, label, 
     Raises:
         PipelineError: lists all faults of the source; or ``root`` holds another dataset, or scipy is missing.
     """
-    if not (root / MARK).exists() and any((root / name).exists() for name in GENERATED):
-        raise PipelineError(
-            f"{root}: holds another dataset; choose another dataset.root, or set dataset.coco_stuff to null"
-        )
+    refuse_others(root, MARK, "coco_stuff")
     load = matlab.loader("COCO-Stuff's annotations")
     splits = _read_splits(source)
     names = list(dict.fromkeys(splits["train"] + splits["val"]))
@@ -96,7 +90,7 @@ def convert(source: Path, root: Path, progress: Progress = lambda items, label, 
         except PipelineError as error:
             faults.add("invalid file", str(error))
             continue
-        _link(image, root / f"JPEGImages/{name}.jpg")
+        link(image, root / f"JPEGImages/{name}.jpg")
         write_mask(root / f"SegmentationClass/{name}.png", mask)
         tags[name] = sorted({*np.unique(mask).tolist()} - {0, IGNORE})
     faults.check()
@@ -162,12 +156,3 @@ def _voc_mask(annotation: Path, load: Callable[..., dict[str, Any]], size: tuple
         values = ", ".join(f"{value:g}" for value in wrong[:5].tolist()) + (", ..." if wrong.size > 5 else "")
         raise PipelineError(f"{annotation}: S has the values {values}, but classes are 0..{HIGHEST}; {again}")
     return TO_VOC[stuff.astype(np.intp)]
-
-
-def _link(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it if the file system does not allow that."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)

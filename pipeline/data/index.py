@@ -35,6 +35,8 @@ class Image:
     mask_sha256: str | None = None
     saliency_sha256: str | None = None
     file_size: tuple[int, int] | None = None
+    # (class id, left, top, right, bottom) of each object in working pixels, from ``dataset.boxes``; evaluation only
+    boxes: tuple[tuple[float, ...], ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -133,6 +135,7 @@ class Index:
                 entry.get("mask_sha256"),
                 entry.get("saliency_sha256"),
                 tuple(entry["file_size"]) if "file_size" in entry else None,
+                tuple(map(tuple, entry.get("boxes") or ())),
             )
 
     def images(self, split: str | None = None) -> "Images":

@@ -18,6 +18,7 @@ THRESHOLDS = 100  # 0, 0.01, ... 0.99 of a map's maximum
 OVERLAPS = (0.3, 0.5, 0.7)  # IoUs of MaxBoxAccV2
 MATCH = 0.5  # least IoU of a correct box in the other measures
 RANKS = (1, 5)
+HIGHEST = max(RANKS)  # classes of each image whose maps are stored, or all if there are fewer
 TIE = 1e-4  # tolerance in units of 0.01, so that 0.3 in float32 does not exceed the threshold 0.3
 
 
@@ -69,6 +70,24 @@ def single_object(mask: Labels) -> tuple[int, Boxes] | None:
         return None
     found = components(mask == classes[0])
     return (int(classes[0]), found) if len(found) == 1 else None
+
+
+def mask_boxes(mask: Labels, tags: Sequence[int], single: bool) -> dict[int, Boxes]:
+    """The true boxes in a mask by class id, of tagged classes.
+
+    Args:
+        single: only the box of a single object (``single_object``) that is the image's only tag; none otherwise. If
+            false, one box for each class, around all of its pixels.
+    """
+    if single:
+        found = single_object(mask)
+        return {found[0]: found[1]} if found is not None and tuple(tags) == (found[0],) else {}
+    truth = {}
+    for class_id in tags:
+        rows, columns = np.nonzero(mask == class_id)
+        if len(rows):
+            truth[class_id] = np.array([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]], np.float64)
+    return truth
 
 
 class BoxScores:

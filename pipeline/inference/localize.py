@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.config.schema import Localization
+from pipeline.config.schema import Localization, Views
 from pipeline.data.index import Image
 from pipeline.data.loading import resized
 from pipeline.inference.batching import batches, pixels_per_batch
@@ -53,13 +53,13 @@ def localization_maps(
             assert isinstance(network, Method)
             present = [[tag - 1 for tag in image.tags] for image in part]
             localize = partial(climb, network, present=present, settings=settings.climbing, precision=precision)
-        views = _views(localize, inputs.to(device), settings)
+        views = view_maps(localize, inputs.to(device), settings)
         for grid in dict.fromkeys(grids):  # images of equal input may have grids of their own
             pairs = [(n, tag) for n, image in enumerate(part) if grids[n] == grid for tag in image.tags]
             if not pairs:
                 continue
             samples, tags = torch.tensor(pairs, device=device).unbind(1)
-            fused = _fused([maps[samples, tags - 1] for maps in views], grid, settings)
+            fused = fuse_views([maps[samples, tags - 1] for maps in views], grid, settings)
             check_outputs(fused, [part[n] for n, _ in pairs])
             if settings.normalise == "max":
                 fused = fused / fused.amax((1, 2), keepdim=True).clamp_min(1e-5)
@@ -68,7 +68,7 @@ def localization_maps(
                 yield part[n].id, tag, np.ascontiguousarray(level)
 
 
-def _fused(views: Sequence[Tensor], grid: tuple[int, int], settings: Localization) -> Tensor:
+def fuse_views(views: Sequence[Tensor], grid: tuple[int, int], settings: Views) -> Tensor:
     """Resize the N x h x w maps of each view to the grid, and fuse them."""
     fused: Tensor | None = None
     for maps in views:
@@ -88,7 +88,7 @@ def _localize(network: nn.Module, images: Tensor, precision: str) -> Tensor:
         return network.localize(images).float()  # type: ignore[operator]
 
 
-def _views(localize: Callable[[Tensor], Tensor], inputs: Tensor, settings: Localization) -> list[Tensor]:
+def view_maps(localize: Callable[[Tensor], Tensor], inputs: Tensor, settings: Views) -> list[Tensor]:
     """B x K x h x w maps of each scale and flip; flips are undone."""
     out = []
     height, width = inputs.shape[2:]

@@ -10,11 +10,17 @@ from pipeline.stores.raster import RasterStore
 
 
 @dataclass(frozen=True)
-class Step:
-    """A column of a gallery: a store, and how to draw its raster of each image."""
+class Heading:
+    """The heading of a column of a gallery, and the name below it."""
 
     heading: str
     name: str
+
+
+@dataclass(frozen=True)
+class Step(Heading):
+    """A column of a gallery: a store, and how to draw its raster of each image."""
+
     kind: Literal["saliency", "maps", "labels"]
     store: RasterStore
 
@@ -70,7 +76,7 @@ class Gallery:
 
     legend: Sequence[Chip]
     masked: bool
-    steps: Sequence[Step]
+    steps: Sequence[Heading]
     rows: Sequence[GalleryRow]
 
 
@@ -101,7 +107,7 @@ def gallery(
         mask = Step("Mask", "ground truth", "labels", masks) if masks is not None else None
         rows.append(
             GalleryRow(
-                _subject(image, photo, names),
+                subject(image, photo, names),
                 _picture(mask, image, photo) if mask else None,
                 [_picture(step, image, photo) for step in steps],
             )
@@ -116,7 +122,7 @@ def layer_gallery(images: Sequence[Image], networks: Sequence[Network], names: S
     for image in images:
         photo = read_photo(image)
         rows = [(network, [_layer(network, layer, image, photo) for layer in layers]) for network in networks]
-        blocks.append(LayerBlock(_subject(image, photo, names), rows))
+        blocks.append(LayerBlock(subject(image, photo, names), rows))
     return LayerGallery(layers, blocks)
 
 
@@ -125,7 +131,8 @@ def holds(store: RasterStore, image_id: str) -> bool:
     return image_id in store and bool(store.classes(image_id))
 
 
-def _subject(image: Image, photo: Pixels, names: Sequence[str]) -> Subject:
+def subject(image: Image, photo: Pixels, names: Sequence[str]) -> Subject:
+    """The heading of an image's row: its id, its photo and its tags."""
     picture = Picture(data_uri(photo, lossless=False), f"photo of {image.id}")
     return Subject(image.id, [chip(tag, names[tag]) for tag in image.tags], picture)
 

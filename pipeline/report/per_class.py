@@ -52,8 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.report.per_class")
     parser.add_argument("folder", type=Path, help="folder of an experiment, such as results/demo")
     parser.add_argument("--json", action="store_true", help="write JSON instead of CSV")
-    options = parser.parse_args(arguments)
     with exit_on_faults():
+        options = parser.parse_args(arguments)
         lines = list(per_class(options.folder))
         if options.json:
             print(json.dumps(lines, indent=1, ensure_ascii=False))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import references
@@ -12,7 +12,8 @@ from pipeline.data.census import Census
 from pipeline.data.index import Images, Index
 from pipeline.data.sample import choose
 from pipeline.data.voc import CLASSES as VOC_CLASSES
-from pipeline.report import protocol, tables
+from pipeline.report import boxes, protocol, tables
+from pipeline.report.boxes import BoxImages
 from pipeline.report.charts import LineChart, dot_chart, line_chart, thin
 from pipeline.report.gallery import Gallery, Network, Step, gallery, holds, layer_gallery
 from pipeline.report.metrics import Chains, Metrics, Scores, supervision
@@ -39,6 +40,7 @@ class Results:
     logs: Mapping[str, Mapping[str, Any]]
     layers: Mapping[str, Sequence[str]]  # layer names, shallow to deep, of each feature store
     stores: Mapping[str, RasterStore]
+    boxes: Mapping[str, BoxImages] = field(default_factory=dict)  # boxes.json of each block of boxes
     photos: PhotoGallery | None = None  # only if no stage creates the dataset
 
     @property
@@ -75,16 +77,23 @@ class Results:
 def document(results: Results) -> str:
     """Render the report as one HTML document.
 
-    Own photos come first. Those of a benchmark come last, and published figures are shown for VOC only.
+    Own photos come first. Those of a benchmark come last, and published figures are shown for VOC only. Without rows,
+    the report is on boxes alone.
     """
     index = results.index
+    drawn = Section("Boxes", "boxes.html.j2", box_section(results))
     train, evaluation = (len(index.splits[split]) for split in ("train", "evaluation"))
     own = results.photos
     photos = Section("Photos", "photos.html.j2", {"gallery": own} if own and own.photos else {})
     published = {"published": PUBLISHED} if results.is_voc else {}
+    title = f"{results.params.experiment}: weakly supervised {'segmentation' if results.rows else 'localization'}"
+    lead = f"{train} training images with tags, {evaluation} evaluation images, {index.num_classes} classes."
+    if not results.rows:
+        counted = Section("Dataset", "dataset.html.j2", dataset(results))
+        return page(title, lead, [drawn, counted, Section("Curves", "curves.html.j2", curves(results))])
     return page(
-        f"{results.params.experiment}: weakly supervised segmentation",
-        f"{train} training images with tags, {evaluation} evaluation images, {index.num_classes} classes.",
+        title,
+        lead,
         [
             *(() if results.is_benchmark else (photos,)),
             Section("Methods", "methods.html.j2", methods(results)),
@@ -97,9 +106,27 @@ def document(results: Results) -> str:
             Section("From tags to pseudo labels", "train.html.j2", train_gallery(results)),
             Section("Feature maps", "features.html.j2", feature_gallery(results)),
             Section("Predictions", "predictions.html.j2", evaluation_gallery(results)),
+            drawn,
             *((photos,) if results.is_benchmark else ()),
         ],
     )
+
+
+def box_section(results: Results) -> Content:
+    """The localization accuracy of all boxes, and a gallery of true and drawn ones."""
+    scores = boxes.scored(results.scores)
+    if not scores:
+        return {}
+    images = results.index.images("evaluation").having(
+        lambda name: all(name in each for each in results.boxes.values())
+    )
+    chosen = choose(images, results.params.gallery)
+    return {
+        "table": boxes.table(scores),
+        "truth": next(iter(scores.values()))["truth"],
+        "threshold": next(iter(scores.values()))["threshold"],
+        "gallery": boxes.gallery(chosen, results.boxes, results.names) if chosen else None,
+    }
 
 
 def methods(results: Results) -> Content:

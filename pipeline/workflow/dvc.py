@@ -8,7 +8,7 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.config.stage_table import EXTERNAL, FOLDERS, SECTIONS, STAGES, Sta
 from pipeline.errors import PipelineError, exit_on_faults, warn
 from pipeline.stores import manifest
 from pipeline.workflow.graph import Graph, Job, is_fresh
+from pipeline.workflow.left_out import LeftOut
 
 HEADER = """\
 # Generated from pipeline/config/stage_table.py. To regenerate: python -m pipeline.workflow.dvc > dvc.yaml
@@ -29,9 +30,8 @@ HEADER = """\
 """
 RESULTS = "results/${experiment}"
 PARAMS, DVC_YAML = Path("params.yaml"), Path("dvc.yaml")
-# Not in dvc.yaml: users may keep other files in the output folders of some stages; the first report is only a preview;
-# params.yaml has no tables.
-EXCLUDED = (*(stage.name for stage in STAGES.values() if stage.keeps_user_files), "first_report", "table")
+# Not in dvc.yaml: users may keep other files in the output folders of some stages; the first report is only a preview.
+EXCLUDED = (*(stage.name for stage in STAGES.values() if stage.keeps_user_files), "first_report")
 # DVC tells a command its stage in this variable. A name in the command itself would be interpreted by the shell.
 CURRENT = "DVC_STAGE"
 ROWS = "rows"  # the stage, and its output folder, through which others depend on ``rows`` of params.yaml
@@ -136,13 +136,14 @@ def _data(stage: Stage, folder: str, section: str, key: str) -> Iterator[str]:
     if stage.name == "report":
         # DVC cannot express one dependency per block, so these are folders, and only those that always exist. The
         # manifests of the evaluations contain the hashes of all maps and labels and thus cover all models indirectly.
-        folders = (ROWS, "saliency", "features", "predictions", "evaluation")
+        folders = [ROWS, "saliency", "features", "predictions", "evaluation"]
+        folders += ["box_scores"] if _unfiltered().boxes else []
         yield from (f"{RESULTS}/{name}" for name in folders)
 
 
-def write_rows() -> None:
+def write_rows(notice: parameters.Notice = lambda line: None) -> None:
     """Write one file per block of params.yaml that says whether a row needs it. The block's stages depend on it."""
-    selected, unfiltered = parameters.load([PARAMS], notice=warn), _unfiltered()
+    selected, unfiltered = parameters.load([PARAMS], notice=notice), _unfiltered()
     folder = Path("results") / unfiltered.experiment / ROWS
     shutil.rmtree(folder, ignore_errors=True)
     for section in SECTIONS:
@@ -154,9 +155,8 @@ def write_rows() -> None:
 
 def write_placeholders(graph: Graph) -> None:
     """Write placeholder outputs of all jobs of params.yaml that no row needs; see ``_write_placeholder``."""
-    needed = {(job.stage, job.name) for job in graph.jobs}
-    for job in Graph(_unfiltered()).jobs:
-        if (job.stage, job.name) not in needed and job.stage not in EXCLUDED:
+    for job in LeftOut([PARAMS], {}, graph).jobs:
+        if job.stage not in EXCLUDED:
             _write_placeholder(job)
 
 
@@ -183,13 +183,15 @@ def run(name: str) -> None:
     Args:
         name: the job's name in dvc.yaml, such as 'classifier@base'.
     """
-    job = find(Graph(parameters.load([PARAMS])), name)
+    graph = Graph(parameters.load([PARAMS]))
+    job = find(graph.jobs, name)
     if job is None:
-        job = find(Graph(_unfiltered()), name)
+        left_out = LeftOut([PARAMS], {}, graph)
+        job = find(left_out.jobs, name)
         if job is None:
             raise PipelineError(f"{name}: no block of params.yaml; dvc.yaml and params.yaml must name the same blocks")
         _write_placeholder(job)
-        print(f"{job.label}: no row of params.yaml's rows needs it", flush=True)
+        print(left_out.line(job), flush=True)
         return
     if is_fresh(job, {}):
         print(f"{job.label}: up to date", flush=True)
@@ -205,9 +207,9 @@ def run(name: str) -> None:
     os.execv(sys.executable, command)
 
 
-def find(graph: Graph, name: str) -> Job | None:
-    """Return the job with this name in dvc.yaml; None if the graph has no such job."""
-    return next((job for job in graph.jobs if name_of(job) == name), None)
+def find(jobs: Iterable[Job], name: str) -> Job | None:
+    """Return the job with this name in dvc.yaml; None if there is none."""
+    return next((job for job in jobs if name_of(job) == name), None)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -217,12 +219,12 @@ def main(arguments: list[str] | None = None) -> None:
     job = commands.add_parser("run", help="run one job; used by the commands in dvc.yaml")
     current = os.environ.get(CURRENT, "").rpartition(":")[2]  # FILE:NAME if DVC runs in another folder
     job.add_argument("name", nargs="?", default=current, help="name in dvc.yaml, such as classifier@base")
-    options = parser.parse_args(arguments)
     with exit_on_faults():
+        options = parser.parse_args(arguments)
         if options.command is None:
             print(document(), end="")
         elif options.command == ROWS:
-            write_rows()
+            write_rows(warn)
         else:
             run(options.name)
 

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TextIO
 
 from pipeline.config.stage_table import STAGES
+from pipeline.errors import exit_on_faults
 
 LOG = Path(".snakemake/log/reproduce.log")
 AGAIN = "run the same command again"
@@ -270,4 +271,5 @@ def _lines(process: subprocess.Popen[bytes], watch: Watch) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(["--cores", "all", *sys.argv[1:]], sys.stdout))
+    with exit_on_faults():
+        sys.exit(run(["--cores", "all", *sys.argv[1:]], sys.stdout))

@@ -22,9 +22,10 @@ from typing import IO, Any, NoReturn
 from pipeline import cards
 from pipeline.config.stage_table import STAGES, Stage
 from pipeline.errors import PipelineError, warn
-from pipeline.stores import locks
-from pipeline.workflow import cost, dvc, settings
+from pipeline.stores import locks, manifest
+from pipeline.workflow import dvc, settings
 from pipeline.workflow.graph import Graph, Job, keep_outputs, stale
+from pipeline.workflow.left_out import LeftOut
 
 PARAMS = "params.yaml"
 SECOND = 10**9  # nanoseconds
@@ -37,6 +38,33 @@ _alive: list[IO[str]] = []  # the lock file of this process, kept open until it 
 
 
 @dataclass(frozen=True)
+class Requests:
+    """Finds the jobs of requested files. A file of a job that the graph lacks ends Snakemake.
+
+    Snakemake knows its targets only after it has read the Snakefile, when it asks for the inputs of a target's job.
+    """
+
+    workflow: Any
+    left_out: LeftOut
+
+    def find(self, stage: str, name: str) -> Job:
+        """Return the job, or print a line for each requested job that is left out, or that is unknown, and exit.
+
+        The status is 0 if nothing else was requested, as if all rows had been.
+        """
+        try:
+            return self.left_out.find(stage, name)
+        except PipelineError as error:
+            targets = self.workflow.dag_settings.targets
+            lines = [self.left_out.requested(target) for target in sorted(targets)]
+            if targets and all(lines):
+                for line in dict.fromkeys(filter(None, lines)):
+                    warn(line)
+                sys.exit(0)
+            _refuse(dict.fromkeys([*error.lines, *filter(None, lines)]))
+
+
+@dataclass(frozen=True)
 class Plan:
     """The contents of the Snakefile's rules."""
 
@@ -46,16 +74,18 @@ class Plan:
     full_threads: bool = False  # there is a GPU or a cluster, so stages get all their threads
     outdated: Sequence[Job] = ()  # the jobs that are not up to date
     unset: Set[str] = frozenset()  # labels of jobs whose inputs' times Snakemake must ignore: see ``_set_times``
+    requests: Requests | None = None  # None: no job is requested that the graph lacks
 
     @property
     def stages(self) -> list[Stage]:
-        """The stages that have a job."""
-        return [STAGES[name] for name in dict.fromkeys(job.stage for job in self.graph.jobs)]
+        """The stages that have a job, and those that would have one if no row was left out."""
+        names = {job.stage for job in self.graph.jobs}
+        return [stage for stage in STAGES.values() if stage.has_many_jobs or stage.name in names]
 
     @property
     def targets(self) -> list[str]:
         """The manifest of every job. The first report is not needed once the report on all rows is up to date."""
-        done = not any(job.stage == "report" for job in self.outdated)
+        done = self.graph.find("report") not in self.outdated
         jobs = (job for job in self.graph.jobs if not (done and job.stage == "first_report"))
         return [str(job.files[-1]) for job in jobs]
 
@@ -64,7 +94,8 @@ class Plan:
         from snakemake.io import ancient  # only Snakemake's process has it
 
         def job_inputs(wildcards: Any) -> list[str]:
-            job = self.graph.find(stage.name, getattr(wildcards, "name", ""))
+            name = getattr(wildcards, "name", "")
+            job = (self.requests or self.graph).find(stage.name, name)
             paths = [str(path) for path in declared_inputs(job)]
             return list(map(ancient, paths)) if job.label in self.unset else paths
 
@@ -72,8 +103,9 @@ class Plan:
 
     def outputs(self, stage: Stage) -> list[str]:
         """Return the outputs of a rule; the block's name is a wildcard."""
-        job = next(job for job in self.graph.jobs if job.stage == stage.name)
-        return [self._pattern(stage, path, job) for path in job.files]
+        if stage.has_many_jobs:
+            return [str(self.graph.results / stage.folder / "{name}" / file) for file in (*stage.writes, manifest.NAME)]
+        return [str(path) for path in self.graph.find(stage.name).files]
 
     def log(self, stage: Stage) -> str:
         """Return the log file of a rule; the block's name is a wildcard."""
@@ -149,10 +181,6 @@ class Plan:
             fix = next((f"; {text}" for part, text in FIXES.items() if part in reason), "")
             print(f"note: DVC did not record this run: {reason.removeprefix('ERROR: ')}{fix}", file=sys.stderr)
 
-    def _pattern(self, stage: Stage, path: Path, job: Job) -> str:
-        folder = self.graph.results / stage.folder
-        return str(folder / "{name}" / path.relative_to(folder / job.name)) if stage.has_many_jobs else str(path)
-
 
 def stage_file(job: Job) -> Path:
     """Return the file of the stage's program."""
@@ -195,8 +223,6 @@ def plan(workflow: Any) -> Plan:
     gpu_slots = cards.total_slots() if local else 0
     unset: set[str] = set()
     if workflow.is_main_process:
-        for line in cost.announcement(graph, outdated):
-            print(line, file=sys.stderr)
         _note_interrupts()
         if not workflow.output_settings.dryrun:
             _drop_dead_locks(Path(".snakemake"))
@@ -206,7 +232,8 @@ def plan(workflow: Any) -> Plan:
             gpu_slots = workflow.global_resources.setdefault("gpu", gpu_slots)
     customised = files != [PARAMS] or overrides
     options = ["--params", *files, "--set", json.dumps(overrides)] if customised else []
-    return Plan(graph, options, gpu_slots, bool(gpu_slots) or not local, outdated, unset)
+    requests = Requests(workflow, LeftOut([Path(file) for file in files], overrides, graph))
+    return Plan(graph, options, gpu_slots, bool(gpu_slots) or not local, outdated, unset, requests)
 
 
 def _note_interrupts() -> None:

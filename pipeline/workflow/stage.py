@@ -26,6 +26,7 @@ from pipeline.stores import kept, locks, manifest
 from pipeline.stores.files import partial, publish
 from pipeline.stores.hashes import fingerprint
 from pipeline.workflow.graph import Graph, Job, is_fresh, missing
+from pipeline.workflow.left_out import LeftOut
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ class Work:
 
 def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = None) -> None:
     """Run one job of ``stage`` from the command line. Faults in the input are printed, and the exit status is 1."""
-    options = _parser(stage).parse_args(arguments)
     with exit_on_faults():
+        options = _parser(stage).parse_args(arguments)
         files = [Path(name) for name in options.params]
-        graph = Graph(parameters.load(files, _overrides(options.set)))
-        job = graph.find(stage, options.name)
+        overrides = _overrides(options.set)
+        graph = Graph(parameters.load(files, overrides))
+        job = LeftOut(files, overrides, graph).find(stage, options.name)
         parameters.check(job.block, " + ".join(options.params))
         runtime = Runtime(
             device=options.device,

@@ -7,6 +7,7 @@ trial and has its figures):
     python -m tests.manual.own_photos train              # wsss new, then wsss run, which is killed once and goes on
     python -m tests.manual.own_photos predict            # wsss predict on the others, with and without tags
     python -m tests.manual.own_photos score              # mIoU of all masks against VOC's
+    python -m tests.manual.own_photos probabilities      # those in the files against those of the library
     PYTHON -m tests.manual.own_photos read               # where pycocotools, datumaro and label-studio-sdk are
 
 The masks of VOC score the result. Nothing is chosen by them: the settings were chosen on the first 170 images of the
@@ -174,6 +175,27 @@ def score() -> None:
         print(f"{title}: {len(files)} photos, mIoU {100 * iou.mean():.1f}, accuracy {accuracy:.1f} ({each})")
 
 
+def probabilities() -> None:
+    """The files of each class, opened by Pillow, hold what ``Model.predict`` gives, for the others and their tags."""
+    from wsss import load
+
+    network = load(model())
+    known = json.loads((WORK / "others.json").read_text())
+    for folder, tags in ((WORK / "free", {}), (WORK / "tagged", known)):
+        files, furthest = 0, 0
+        for photo in sorted(OTHERS.iterdir()):
+            result = network.predict(photo, tags.get(photo.name))
+            for number, name in enumerate(ANIMALS, 1):
+                expected = np.rint(result.probability(number) * 255)
+                file = folder / "probabilities" / photo.stem / f"{number}_{name}.png"
+                found = np.asarray(Image.open(file), int) if file.exists() else np.zeros(expected.shape, int)
+                assert found.shape == result.mask.shape, file
+                furthest = max(furthest, int(np.abs(found - expected).max()))
+                files += file.exists()
+        assert furthest <= 1, furthest  # of 255 levels; the number of threads may round otherwise
+        print(f"{folder}: {files} files of probabilities differ by at most {furthest} levels from the library's")
+
+
 def read() -> None:
     """Every format of the 50 others and of the 200 own photos gives back the masks, by the reader that people use."""
     for folder, photos in ((WORK / "free", OTHERS), (Path("results/trial/export/cam_irn"), PHOTOS)):
@@ -259,4 +281,4 @@ def read_table(folder: Path, masks: dict[str, np.ndarray]) -> int:
 
 
 if __name__ == "__main__":
-    {one.__name__: one for one in (prepare, train, predict, score, read)}[sys.argv[1]]()
+    {one.__name__: one for one in (prepare, train, predict, score, probabilities, read)}[sys.argv[1]]()
