@@ -5,7 +5,7 @@ The share is a fraction of all training images. The images are drawn from those 
 
 from pipeline.config.schema import Mixture
 from pipeline.data.index import Index
-from pipeline.data.streams import Purpose, rng
+from pipeline.data.streams import Purpose, chosen
 from pipeline.errors import PipelineError
 from pipeline.stores.raster import RasterStore, RasterWriter
 from pipeline.workflow.stage import Work, progress, run
@@ -22,16 +22,10 @@ def main(work: Work) -> None:
             f"{masks.path}: has masks of {len(masked)} training images, but a share of {mixture.share:g} of all "
             f"{len(ids)} is {count}; add masks to the dataset, or lower the share"
         )
-    annotated = chosen(masked, count, work.job.params["seed"])
+    annotated = chosen(masked, count, work.job.params["seed"], Purpose.MIXTURE)
     with RasterWriter(work.outputs["labels"], "labels") as writer:
         for image_id in progress(ids, work.job.label):
             writer.append(image_id, (masks if image_id in annotated else labels).get(image_id))
-
-
-def chosen(ids: list[str], count: int, seed: int) -> set[str]:
-    """Draw ``count`` of the images. With the same seed, a smaller set is a subset of a larger one."""
-    order = rng(seed, Purpose.MIXTURE).permutation(len(ids))
-    return {ids[number] for number in order[:count]}
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.data import census
 from pipeline.data.index import Index
-from pipeline.errors import PipelineError
 from pipeline.report import boxes, metrics
+from pipeline.report.inputs import read_json
 from pipeline.report.photos import PhotoGallery, Pictures, sources
 from pipeline.report.sections import Results, document
 from pipeline.stores.raster import RasterStore
@@ -19,7 +19,7 @@ from pipeline.workflow.stage import Work, progress, run
 def main(work: Work) -> None:
     """Write the report, the table of all rows and the scores of the selected method; print the table."""
     rows, method = work.job.params["rows"], work.job.params["method"]
-    scores = _read(work, "scores of ")
+    scores = read_json(work.inputs, "scores of ")
     table = metrics.collect(rows, scores)
     results = Results(
         params=work.job.block,
@@ -28,9 +28,9 @@ def main(work: Work) -> None:
         rows=rows,
         metrics=table,
         scores=scores,
-        logs=_read(work, "log of "),
-        layers=_read(work, "layers of "),
-        boxes=boxes.read(_read(work, "boxes of ")),
+        logs=read_json(work.inputs, "log of "),
+        layers=read_json(work.inputs, "layers of "),
+        boxes=boxes.read(read_json(work.inputs, "boxes of ")),
         stores={name: RasterStore(path) for name, path in work.inputs.items() if path.suffix == ".h5"},
     )
     if "pictures" in work.outputs:
@@ -59,24 +59,6 @@ def _photos(work: Work, results: Results) -> PhotoGallery:
     threads = len(os.sched_getaffinity(0))
     photos = pictures.draw_all(found, threads, lambda items: progress(items, f"{work.job.label}: photos"))
     return PhotoGallery(published.name, results.names, photos, results.params.method)
-
-
-def _read(work: Work, prefix: str) -> dict[str, Any]:
-    """Read the JSON inputs whose names start with ``prefix``, keyed by the rest of the name.
-
-    Raises:
-        PipelineError: inputs are not JSON; it has one line for each.
-    """
-    contents, faults = {}, []
-    for name, path in work.inputs.items():
-        if name.startswith(prefix):
-            try:
-                contents[name.removeprefix(prefix)] = json.loads(path.read_text())
-            except (OSError, ValueError) as error:
-                faults.append(f"{path}: not JSON ({error}); run its stage again")
-    if faults:
-        raise PipelineError(*faults)
-    return contents
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -40,7 +40,8 @@ class SegmentationTask(Stateless):
 def main(work: Work) -> None:
     settings: Segmentation = work.job.block
     labels, masks = RasterStore(work.inputs["labels"]), settings.labels == "ground_truth"
-    fit(work, lambda network, _dataset: SegmentationTask(network, settings), labels, skip_unlabelled=masks)
+    share = settings.share
+    fit(work, lambda network, _data: SegmentationTask(network, settings), labels, skip_unlabelled=masks, share=share)
 
 
 if __name__ == "__main__":

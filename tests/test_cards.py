@@ -251,10 +251,10 @@ class TestSlots:
 
     def test_snakemake_counts_slots(self) -> None:
         graph = Graph(load([project.ROOT / "params.yaml", project.ROOT / "profiles/voc2012.yaml"]))
-        stage, wildcards = STAGES["segmentation"], SimpleNamespace(name="oaa_vgg16")
+        stage, wildcards = STAGES["segmentation"], SimpleNamespace(name="oaa")
         plan = Plan(graph, [], gpu_slots=10, full_threads=True)
         slots = plan.slots(stage)(wildcards)
-        assert slots == cards.slots_needed(graph.find("segmentation", "oaa_vgg16").block, None) > 1
+        assert slots == cards.slots_needed(graph.find("segmentation", "oaa").block, None) > 1
         assert plan.slots(STAGES["evaluation"]) == 0
         command = plan.command(stage)(wildcards, 8, SimpleNamespace(gpu=slots))
         assert re.search(rf" --slots {slots}\b", command)

@@ -306,7 +306,7 @@ def test_killed_it_starts_over(
 def test_the_profile_gives_edams_rows_alone() -> None:
     files = [ROOT / "params.yaml", ROOT / "profiles/voc2012.yaml", ROOT / "profiles/coco_stuff.yaml"]
     graph = Graph(load(files))
-    rows = ("edam_vgg16", "edam_saliency_vgg16", "supervised_vgg16")
+    rows = ("edam", "edam_saliency", "supervised")
     scored = ["classifiers/edam", "localizations/edam", "pseudo_labels/edam", "pseudo_labels/edam_saliency"]
     wanted = ["coco_stuff", "index", "ground_truth", "saliency", "first_report", "report"]
     wanted += ["classifier edam", "features edam", "localization edam"]

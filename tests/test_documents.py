@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from pipeline.config import params as parameters
+from pipeline.config import references
 from tests.documents import DOCUMENTS, commands, fences, headings, links, spans
 from tests.project import ROOT, copy, environment, run, run_stages
 from tests.test_orchestration import edit, shrink
@@ -85,7 +86,12 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     "snakemake -n": Run(NOTHING),
     f"{SNAKEMAKE} --config 'rows=[cam,oaa]' method=cam": Dry(),
     f"{SNAKEMAKE} --config seed=2 experiment=demo_seed2": Dry("results/demo_seed2"),
-    **{f"{PROFILE}/demo_{name}.yaml": Dry() for name in ("drs", "amr", "edam", "agen")},
+    f"{PROFILE}/tables/oaa_4.yaml": Dry("tables oaa_4: 11 trainings"),
+    f"{PROFILE}/tables/*.yaml": Dry("tables agen_1, agen_2"),
+    "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml profiles/tables/oaa_4.yaml": Dry(
+        "correct dataset.root", status=1
+    ),
+    f"{PROFILE}/voc2012.yaml profiles/tables/oaa_4.yaml": Dry(),
     "snakemake --cores 2 --configfile params.yaml profiles/demo_boxes.yaml": Dry(),
     "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml": Dry("correct dataset.root", status=1),
     "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml profiles/voc12_mini_timm.yaml": Dry(
@@ -306,11 +312,16 @@ def test_profiles_in_the_documents_are_valid() -> None:
 
 
 def test_the_five_lines_are_a_row() -> None:
-    (text,) = [fence.text for fence in fences() if fence.document.name == "METHODS.md" and fence.language == "yaml"]
+    text, variants = [
+        fence.text for fence in fences() if (fence.document.name, fence.language) == ("METHODS.md", "yaml")
+    ]
     Path("row.yaml").write_text(text)
     assert len(text.splitlines()) == 5
     assert "r50_plus" in parameters.load([ROOT / "params.yaml", Path("row.yaml")]).segmentations
     assert yaml.safe_load(text)["segmentations"] == {"r50_plus": {"labels": "pseudo_labels/r50_plus"}}
+    Path("variants.yaml").write_text(f"{variants}method: mild\nfirst: []\n")
+    params = parameters.load([ROOT / "params.yaml", Path("variants.yaml")])
+    assert list(references.rows(params)) == ["drs_fixed", "mild", "oaa", "longer"]
 
 
 @pytest.fixture(autouse=True)

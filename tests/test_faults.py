@@ -20,7 +20,7 @@ import pytest
 
 from pipeline.config.stage_table import STAGES
 from pipeline.workflow.graph import Job
-from tests.faults import SOURCES, Fault, Outcome, Project, Server, contents, small_params
+from tests.faults import SOURCES, TABLES, Fault, Outcome, Project, Server, contents, small_params
 
 _T = TypeVar("_T")
 MORE = float(os.environ.get("WSSS_FAULTS", "1"))
@@ -32,10 +32,12 @@ def projects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pro
     """The project in which each stage runs."""
     server, found = Server(), {}
     raw = small_params()
-    for name in (*SOURCES, ""):
+    for name in (*SOURCES, "", "table"):
         folder = tmp_path_factory.mktemp("faults") / (name or "demo")
         folder.mkdir()
-        if name:
+        if name == "table":
+            found[name] = Project(folder, {**raw, "rows": None, "tables": TABLES}, server)
+        elif name:
             value, put = SOURCES[name]
             with chdir(folder):
                 put()

@@ -12,7 +12,11 @@ from pipeline.config.json_schema import params_schema
 from tests.project import ROOT
 
 SCHEMA: dict[str, Any] = json.loads((ROOT / "params.schema.json").read_text())
-FILES = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))]
+FILES = [
+    ROOT / "params.yaml",
+    *sorted((ROOT / "profiles").glob("*.yaml")),
+    *sorted((ROOT / "profiles/tables").glob("*.yaml")),
+]
 
 
 def faults(params: object) -> list[str]:

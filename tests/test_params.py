@@ -22,10 +22,6 @@ PROFILES = {
     "coco_stuff": ["voc2012.yaml", "coco_stuff.yaml"],
     "cub": ["voc2012.yaml", "cub.yaml"],
     "voc12_mini": ["voc12_mini.yaml"],
-    "demo_drs": ["demo_drs.yaml"],
-    "demo_amr": ["demo_amr.yaml"],
-    "demo_edam": ["demo_edam.yaml"],
-    "demo_agen": ["demo_agen.yaml"],
     "demo_boxes": ["demo_boxes.yaml"],
 }
 NETWORK = {"backbone": {"name": "small"}, "training": {"epochs": 1, "batch_size": 2, "lr": 0.1}}

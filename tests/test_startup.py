@@ -20,14 +20,14 @@ from pipeline.training import optimizers
 from pipeline.workflow import closure, settings
 from pipeline.workflow.graph import Graph
 from tests import project
-from tests.faults import small_params
+from tests.faults import TABLES, small_params
 
 # Of torch, for compilation and export; and of packages that are installed, but only Snakemake and DVC use
 NEVER = {"torch._dynamo", "torch._inductor", "torch.onnx", "sympy", "torchvision", "pandas", "matplotlib", "networkx"}
 # All runs have numpy; these are what takes more than 50 ms, and the stages that need it
 HEAVY = {
     "torch": {stage.name for stage in STAGES.values() if stage.gpu},
-    "jinja2": {"report", "first_report"},
+    "jinja2": {"report", "first_report", "table"},
     "scipy": set[str](),
     "pydensecrf": {"pseudo_labels", "prediction"},
     "pycocotools": set[str](),
@@ -64,6 +64,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         Path("params.yaml").write_text(yaml.safe_dump(small_params()))
         project.run_stages(["params.yaml"])
+        Path("tables.yaml").write_text(yaml.safe_dump({"rows": None, "tables": TABLES}))
+        project.run_stages(["params.yaml", "tables.yaml"], until="table maps")
     project.link_code(folder)
     shutil.copy(project.ROOT / "Snakefile", folder)
     shutil.copytree(project.ROOT / "profiles", folder / "profiles")
@@ -83,9 +85,10 @@ def python(folder: Path, code: str, *arguments: str, **variables: str) -> str:
 
 
 def job_of(folder: Path, stage: str) -> list[str]:
-    graph = Graph(parameters.load([folder / "params.yaml"]))
+    files = ["params.yaml", "tables.yaml"] if stage == "table" else ["params.yaml"]
+    graph = Graph(parameters.load([folder / file for file in files]))
     job = next(job for job in graph.jobs if job.stage == stage)
-    return [f"stages.{stage}", *filter(None, [job.name])]
+    return [f"stages.{stage}", *filter(None, [job.name]), "--params", *files]
 
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if name not in SKIPPED])

@@ -16,6 +16,7 @@ from pipeline.config.reader import Pattern, Range
 from pipeline.config.registry import Name, Registry
 from pipeline.config.schema import Params
 from pipeline.config.stage_table import SECTIONS
+from pipeline.config.variants import LEAST, MOST
 from pipeline.errors import exit_on_faults
 
 Schema = dict[str, Any]
@@ -29,6 +30,12 @@ def params_schema() -> Schema:
     top = _fields(Params, blocks)
     sections = {section: top["properties"][section]["additionalProperties"] for section in SECTIONS}
     top["properties"]["defaults"] = _object(sections)
+    factor: Schema = {"type": "number", "minimum": LEAST, "maximum": MOST}
+    lengths = _object(dict.fromkeys(SECTIONS, factor))
+    whole: Schema = {**factor, "type": "integer"}
+    batches = _object(dict.fromkeys(SECTIONS, whole))
+    variant = _object({"of": {"type": ["string", "null"]}, "lengths": lengths, "batches": batches, **sections})
+    top["properties"]["variants"] = _object({}, variant)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "params.yaml", **top, "$defs": blocks}
 
 

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import yaml
 
-from pipeline.config import references
+from pipeline.config import references, table_rows
 from pipeline.config.reader import Faults, build_block, did_you_mean, prefixed, quoted
 from pipeline.config.registry import CHOICES, Choice
 from pipeline.config.schema import Params, backbones
 from pipeline.config.stage_table import SECTIONS
 from pipeline.config.validation import contradictions, possible_rows
+from pipeline.config.variants import expand
 from pipeline.errors import PipelineError
 
 _T = TypeVar("_T")
@@ -200,8 +201,11 @@ def validate(
                 for name, block in blocks.items()
                 if block is not None
             }
+    raw |= {section: blocks for section, blocks in _expanded(raw, faults).items() if blocks}
+    raw.pop("variants", None)
     params = build_block(Params, raw, "", faults)
     if not faults and params is not None:
+        params = table_rows.select(params)
         faults.extend(contradictions(params))
     if resolve and params is not None:
         sound = not faults
@@ -213,7 +217,7 @@ def validate(
     if every_row:
         return params
     chosen = params if params.rows is None else references.keep_rows(params, params.rows)
-    remaining = possible_rows(chosen, notice)
+    remaining = table_rows.trim(possible_rows(chosen, notice))
     if resolve:
         for section in SECTIONS:
             for name, block in getattr(remaining, section).items():
@@ -221,6 +225,12 @@ def validate(
     if faults:
         raise PipelineError(*(f"{origin}: {fault}" for fault in faults))
     return remaining
+
+
+def _expanded(raw: Mapping[str, Any], faults: Faults) -> dict[str, dict[str, Any]]:
+    """Return the blocks of all sections with those of the variants. A section that is no mapping is left as it is."""
+    blocks = expand(raw, lambda block, change: merge(block, change, _BLOCK), faults)
+    return {section: found for section, found in blocks.items() if isinstance(raw.get(section, {}), Mapping)}
 
 
 def check(block: Any, origin: str = "params.yaml") -> None:

@@ -68,6 +68,18 @@ def label_rule(params: Params, labels: str) -> PseudoLabels | None:
     return params.pseudo_labels[name] if section == "pseudo_labels" else None
 
 
+def chains(params: Params) -> dict[str, dict[str, str]]:
+    """Map each row to the references of the maps, labels and predictions that its scores come from."""
+    found: dict[str, dict[str, str]] = {}
+    for name in rows(params):
+        found[name] = {"predictions": f"predictions/{name}"}
+        if name in params.segmentations:
+            labels = found[name]["labels"] = params.segmentations[name].labels
+            if rule := label_rule(params, labels):
+                found[name]["maps"] = rule.source
+    return found
+
+
 def derived_from(params: Params, references: Sequence[str]) -> set[str]:
     """Return the references themselves and all those that their blocks are derived from."""
     needs = sources(params)

@@ -23,6 +23,7 @@ from pipeline.config.reader import (
     Share,
 )
 from pipeline.config.registry import BACKBONES, METHODS, ONE_STEP, REFINEMENTS, RULES, SEGMENTATIONS, Choice, Name
+from pipeline.config.tables import Table
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,13 @@ class Training:
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             yield "nesterov: needs a momentum; set momentum above 0, or nesterov to false"
 
+    def on_share(self, share: float) -> "Training":
+        """Return the settings with which a training on this share of the images takes as many steps as on all."""
+        if share == 1 or self.epochs is None:
+            return self
+        milestones = tuple(round(epoch / share) for epoch in self.milestones)
+        return replace(self, epochs=max(1, round(self.epochs / share)), milestones=milestones)
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -254,7 +262,8 @@ class Suppression:
 
     # Upper bound as a fraction of a channel's maximum (the non-learnable controller); 0: learnable
     delta: Annotated[float, Range(least=0, below=1)] = 0.0
-    layers: tuple[str, ...] | None = None  # taps of the backbone and 'head'; null: all
+    # Taps of the backbone and 'head', or slices of all of these from shallow to deep, such as '-2:'; null: all
+    layers: tuple[str, ...] | None = None
 
     def describe(self) -> str:
         """Describe the suppression for the report, such as 'DRS, delta 0.55, in conv6, head'."""
@@ -438,6 +447,9 @@ class Segmentation:
     # Upsample the logits to the labels (input), or reduce the labels to the logits (output, nearest)
     loss_size: Literal["input", "output"] = "input"
     self_training: bool = False  # add a loss on the network's own predictions, restricted to the tags (DRS's code)
+    # Share of the images that the network trains on, drawn with the seed (OAA Table 7). It takes as many steps as with
+    # all images
+    share: Annotated[float, Range(above=0, most=1)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -489,3 +501,6 @@ class Params:
     rows: tuple[str, ...] | None = None
     # Run these rows before the others, and report on them as soon as they are done; rows that do not run are left out
     first: tuple[str, ...] = ()
+    # The papers' tables: if there are any, their rows run instead, as far as the tables score them, and
+    # results/EXPERIMENT/tables/NAME holds a report on each. ``rows`` then restricts them
+    tables: dict[str, Table] = field(default_factory=dict)

@@ -52,6 +52,7 @@ class Stage:
     writes: tuple[str, ...] = ()
     section: str = ""  # section of params.yaml; the stage has a job for each of its blocks
     targets: tuple[str, ...] = ()  # folders of other stages; the stage has a job for each of their jobs
+    of_tables: bool = False  # the stage has a job for each of the papers' tables (``tables`` of params.yaml)
     target_files: tuple[str, ...] = ()  # stems of the files that it reads from that job, if the job writes them
     qualified_names: bool = False  # its jobs are named FOLDER/NAME, since jobs in different folders share names
     settings: str = ""  # key of params.yaml that holds the settings, if they are not a block
@@ -78,8 +79,8 @@ class Stage:
 
     @property
     def has_many_jobs(self) -> bool:
-        """Whether the stage has a job per block or per target, rather than a single job."""
-        return bool(self.section or self.targets)
+        """Whether the stage has a job per block, per target or per table, rather than a single job."""
+        return bool(self.section or self.targets or self.of_tables)
 
     def output(self, stem: str) -> str | None:
         """Return the name of the output with this stem; None if the stage has none."""
@@ -298,11 +299,12 @@ _TABLE = (
         target_files=("class_maps",),
         settings="box_test",
     ),
+    Stage("table", "tables", _INDEX, ("report.html", "table.json"), of_tables=True),
     replace(_REPORT, name="first_report", folder="first"),
     _REPORT,
 )
 STAGES = {stage.name: replace(stage, effort=_EFFORTS.get(stage.name, 1.0)) for stage in _TABLE}
-FOLDERS = {stage.folder: stage for stage in _TABLE if stage.has_many_jobs}
+FOLDERS = {stage.folder: stage for stage in _TABLE if stage.section or stage.targets}
 SECTIONS = tuple(stage.section for stage in _TABLE if stage.section)
 TRAINED = tuple(stage.section for stage in _TABLE if stage.trains)
 

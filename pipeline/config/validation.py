@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
-from pipeline.config import references
+from pipeline.config import references, table_rows
 from pipeline.config.schema import Params
 from pipeline.errors import PipelineError
 
@@ -15,6 +15,18 @@ def contradictions(params: Params) -> Iterator[str]:
     for name in params.one_step:
         if name in params.segmentations:
             yield f"one_step.{name}: segmentations has the same name, and both would be predictions/{name}"
+    yield from _row_faults(params)
+    if cycle := references.cycle(params):
+        yield f"references form a cycle: {' <- '.join(cycle)}"
+
+
+def _row_faults(params: Params) -> Iterator[str]:
+    """Yield the faults of ``rows``, ``first`` and ``method``, or of the tables that replace them."""
+    if params.tables:
+        yield from table_rows.faults(params)
+        if not params.rows:
+            yield "rows: none of them is a row of the tables; name one of theirs, or set rows to null"
+        return
     rows = references.rows(params)
     yield from (f"rows: {row} is none of {', '.join(rows)}" for row in params.rows or () if row not in rows)
     yield from (f"first: {row} is none of {', '.join(rows)}" for row in params.first if row not in rows)
@@ -23,8 +35,6 @@ def contradictions(params: Params) -> Iterator[str]:
         yield "rows: there is none, and no boxes either; add a row or a block of boxes"
     elif chosen and params.method not in chosen:
         yield f"method: {params.method} is none of the rows {', '.join(chosen)}"
-    if cycle := references.cycle(params):
-        yield f"references form a cycle: {' <- '.join(cycle)}"
 
 
 MASKS, SALIENCY = "masks, but dataset.masks is null", "saliency maps, but saliency.kind is none"

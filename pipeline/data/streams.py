@@ -1,5 +1,6 @@
 """Random streams: each purpose draws from its own independent generator."""
 
+from collections.abc import Sequence
 from enum import Enum, unique
 
 import numpy as np
@@ -14,6 +15,13 @@ class Purpose(Enum):
     OCCLUSION = 2  # attention drop layer; keyed by epoch and image
     MIXTURE = 3  # choice of the images that use their masks
     BOOTSTRAP = 4  # images drawn for the interval of a score
+    SHARE = 5  # choice of the images that a segmentation network trains on
+
+
+def chosen(ids: Sequence[str], count: int, seed: int, purpose: Purpose) -> set[str]:
+    """Draw ``count`` of the images. With the same seed, a smaller set is a subset of a larger one."""
+    order = rng(seed, purpose).permutation(len(ids))
+    return {ids[number] for number in order[:count]}
 
 
 def rng(seed: int, purpose: Purpose, epoch: int = 0, number: int = 0) -> np.random.Generator:

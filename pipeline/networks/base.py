@@ -1,5 +1,6 @@
 """The base of all backbones: a sequence of named stages whose features can be read, and hooks on their layers."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self, TypeVar
 
@@ -193,7 +194,7 @@ def attach(
     The new modules are attached by forward hooks, so state-dict names of the network do not change.
 
     Args:
-        names: names of the layers; None selects all.
+        names: names of the layers, or slices of all of them such as '-2:', the last two; None selects all.
         key: the params.yaml key of ``names``, for the error message.
         make: builds the new module for a number of channels.
 
@@ -203,7 +204,7 @@ def attach(
     Raises:
         PipelineError: a name is not in ``layers``.
     """
-    chosen = tuple(layers) if names is None else names
+    chosen = tuple(layers) if names is None else tuple(each for name in names for each in _sliced(tuple(layers), name))
     if unknown := [name for name in chosen if name not in layers]:
         raise PipelineError(f"{key}: no layer {', '.join(unknown)}; the layers are {', '.join(layers)}")
     modules = [module for name in chosen for module in layers[name]]
@@ -211,6 +212,14 @@ def attach(
     for module, new in zip(modules, attached, strict=True):
         module.register_forward_hook(lambda _module, _inputs, output, new=new: new(output))
     return attached
+
+
+def _sliced(layers: Sequence[str], name: str) -> Sequence[str]:
+    """Return the layers that a slice such as '-2:' or ':-1' selects; any other name stands for itself."""
+    if not (match := re.fullmatch(r"(-?\d*):(-?\d*)", name)):
+        return (name,)
+    first, last = (int(text) if text.strip("-") else None for text in match.groups())
+    return layers[first:last]
 
 
 def limit_stride(blocks: Iterable[nn.Module], stride: int, output_stride: int, dilated: bool) -> list[int]:

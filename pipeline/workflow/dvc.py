@@ -30,8 +30,9 @@ HEADER = """\
 """
 RESULTS = "results/${experiment}"
 PARAMS, DVC_YAML = Path("params.yaml"), Path("dvc.yaml")
-# Not in dvc.yaml: users may keep other files in the output folders of some stages; the first report is only a preview.
-EXCLUDED = (*(stage.name for stage in STAGES.values() if stage.keeps_user_files), "first_report")
+# Not in dvc.yaml: users may keep other files in the output folders of some stages; the first report is only a preview;
+# params.yaml has no tables.
+EXCLUDED = (*(stage.name for stage in STAGES.values() if stage.keeps_user_files), "first_report", "table")
 # DVC tells a command its stage in this variable. A name in the command itself would be interpreted by the shell.
 CURRENT = "DVC_STAGE"
 ROWS = "rows"  # the stage, and its output folder, through which others depend on ``rows`` of params.yaml

@@ -9,6 +9,7 @@ import torch
 from pipeline import arithmetic
 from pipeline.data.index import Image, Index
 from pipeline.data.loading import IGNORE, TrainingSet
+from pipeline.data.streams import Purpose, chosen
 from pipeline.stores.raster import RasterStore
 from pipeline.training import models
 from pipeline.training.loop import Loop, Task
@@ -25,6 +26,7 @@ def fit(
     maps: RasterStore | None = None,
     group: Callable[[Any], int] = lambda network: 1,
     skip_unlabelled: bool = False,
+    share: float = 1.0,
 ) -> _Task:
     """Train the network of the job's block on the training images, and write ``model`` and ``log``.
 
@@ -34,6 +36,7 @@ def fit(
         maps: maps of the images' classes, with which their batches come.
         group: returns the number of images in a group that shares a class (``TrainingSet``), for the network.
         skip_unlabelled: drop images without a label map. It is still an error if no image has one.
+        share: the share of the images to train on, for as many steps as on all (``Segmentation.share``).
 
     Returns:
         The task after training.
@@ -47,11 +50,14 @@ def fit(
     images = index.images("train")
     if labels is not None and skip_unlabelled:
         images = images.having(labels.__contains__) or images
+    if share < 1:
+        drawn = chosen(list(images.ids), max(1, round(share * len(images))), seed, Purpose.SHARE)
+        images = images.having(drawn.__contains__)
     torch.manual_seed(seed)
     network = models.build(settings, index.num_classes)
     dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed, labels, group(network), maps)
     task = make(network, dataset)
-    training, label = settings.training, work.job.label
+    training, label = settings.training.on_share(share), work.job.label
     log: dict[str, Any] = {"about": task.about()}
     if labels is not None and (warning := empty_labels(labels, images)):
         print(f"warning: {label}: {warning}", flush=True)

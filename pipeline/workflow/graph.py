@@ -18,6 +18,7 @@ from pipeline.config import references
 from pipeline.config.registry import plain
 from pipeline.config.schema import PREPARATION_STAGES, Params, backbones
 from pipeline.config.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, Stage
+from pipeline.config.tables import PlannedTable
 from pipeline.errors import PipelineError, exit_on_faults, warn
 from pipeline.stores import kept, manifest
 from pipeline.stores.hashes import fingerprint
@@ -124,13 +125,15 @@ class Graph:
         for stage in STAGES.values():
             if stage.targets:
                 self.jobs.extend(self._target_jobs(stage))
-        self.jobs.append(self._report())
+        self.jobs.extend(self._tables() if params.tables else [self._report()])
         read = {path for job in self.jobs for path in job.inputs.values()}
         self._writers: dict[str, Job] = {}
         for number, job in enumerate(self.jobs):
             writers = {name: writer for name, path in job.inputs.items() if (writer := self.writer(path))}
             job = self.jobs[number] = replace(job, leaves=_leaves(job, read), writers=writers)
             self._writers |= {os.path.abspath(path): job for path in job.outputs.values()}
+        if params.tables:
+            self.jobs = self._needed_by("table")
         self.first: list[Job] = []  # the jobs of the rows to run first; they come first in ``jobs``
         if (first := references.first_rows(params)) is not None:
             self._begin_with(Graph(first))
@@ -139,6 +142,17 @@ class Graph:
         """Return the job that writes a file, or the dataset that the file lies in; None if the user supplies it."""
         whole = Path(os.path.abspath(path))
         return next((self._writers[str(each)] for each in (whole, *whole.parents) if str(each) in self._writers), None)
+
+    def _needed_by(self, stage: str) -> list[Job]:
+        """Return the jobs of a stage and all jobs that they depend on, in topological order."""
+        needed: set[Job] = set()
+        waiting = [job for job in self.jobs if job.stage == stage]
+        while waiting:
+            job = waiting.pop()
+            if job not in needed:
+                needed.add(job)
+                waiting.extend(job.writers.values())
+        return [job for job in self.jobs if job in needed]
 
     def _begin_with(self, graph: "Graph") -> None:
         """Move the jobs of ``graph`` to the front, followed by the report on its rows."""
@@ -221,6 +235,16 @@ class Graph:
                 job_name = f"{folder}/{name}" if stage.qualified_names else name
                 yield self._job(stage, job_name, inputs, block, source.split("/")[0], models)
 
+    def _tables(self) -> Iterator[Job]:
+        """Yield the job of each of the papers' tables, which reads the scores of its rows and the logs of trainings."""
+        for name, table in self.params.tables.items():
+            assert isinstance(table, PlannedTable)
+            ends = {reference for chain in table.chains.values() for reference in chain.values()}
+            inputs = {f"scores of {end}": self.results / "evaluation" / end / "scores.json" for end in sorted(ends)}
+            conditions = {key: attrgetter(key)(self.params) for key in ("seed", "test", "saliency", "dataset.root")}
+            job = self._job(STAGES["table"], name, inputs)
+            yield replace(job, values={**conditions, "table": table}, block=self.params)
+
     def _report(self) -> Job:
         """Return the job of the report, which reads outputs of all other jobs.
 
@@ -239,7 +263,7 @@ class Graph:
                 if path := job.outputs.get(key):
                     is_store = path.suffix == ".h5" and key != "doubt"
                     inputs[reference if is_store else f"{key} of {reference}"] = path
-        values = {"method": self.params.method, "gallery": self.params.gallery, "rows": self._chains()}
+        values = {"method": self.params.method, "gallery": self.params.gallery, "rows": references.chains(self.params)}
         outputs = {
             "report": self.results / "report.html",
             "table": self.results / "metrics.json",
@@ -250,17 +274,6 @@ class Graph:
         job = self._job(STAGES["report"], "", inputs)
         rules = tuple(self.params.pseudo_labels.values())  # the report prints their descriptions
         return replace(job, outputs=outputs, values=values, block=self.params, used_blocks=rules)
-
-    def _chains(self) -> dict[str, dict[str, str]]:
-        """Map each row to the references of the maps, labels and predictions that its scores come from."""
-        chains: dict[str, dict[str, str]] = {}
-        for name in references.rows(self.params):
-            chains[name] = {"predictions": f"predictions/{name}"}
-            if name in self.params.segmentations:
-                labels = chains[name]["labels"] = self.params.segmentations[name].labels
-                if rule := references.label_rule(self.params, labels):
-                    chains[name]["maps"] = rule.source
-        return chains
 
     def _job(
         self,

@@ -23,7 +23,7 @@ from pipeline import cards
 from pipeline.config.stage_table import STAGES, Stage
 from pipeline.errors import PipelineError, warn
 from pipeline.stores import locks, manifest
-from pipeline.workflow import dvc, settings
+from pipeline.workflow import cost, dvc, settings
 from pipeline.workflow.graph import Graph, Job, keep_outputs, stale
 from pipeline.workflow.left_out import LeftOut
 
@@ -85,7 +85,7 @@ class Plan:
     @property
     def targets(self) -> list[str]:
         """The manifest of every job. The first report is not needed once the report on all rows is up to date."""
-        done = self.graph.find("report") not in self.outdated
+        done = not any(job.stage == "report" for job in self.outdated)
         jobs = (job for job in self.graph.jobs if not (done and job.stage == "first_report"))
         return [str(job.files[-1]) for job in jobs]
 
@@ -223,6 +223,8 @@ def plan(workflow: Any) -> Plan:
     gpu_slots = cards.total_slots() if local else 0
     unset: set[str] = set()
     if workflow.is_main_process:
+        for line in cost.announcement(graph, outdated):
+            print(line, file=sys.stderr)
         _note_interrupts()
         if not workflow.output_settings.dryrun:
             _drop_dead_locks(Path(".snakemake"))
