@@ -33,6 +33,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as '1 photo' or '2 photos'."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class PipelineError(Exception):
     """A fault in the input that the user can fix.
 

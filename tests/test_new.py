@@ -380,7 +380,7 @@ def test_folders_without_photos_are_refused(capsys: pytest.CaptureFixture[str]) 
     picture(PHOTOS / "a.jpg", 1)
     assert command("new", PHOTOS, text("one.json", {"a": ["cat"]}), "--weights", "none") == 1
     error = capsys.readouterr().err
-    assert "holds 1 different photos; at least 2 are needed" in error
+    assert "holds 1 different photo; at least 2 are needed" in error
 
 
 def test_all_faults_are_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:

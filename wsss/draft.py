@@ -17,7 +17,7 @@ from pipeline.data.faults import Faults, hint
 from pipeline.data.tags import collect
 from pipeline.data.tags.names import folded
 from pipeline.data.tree import find_photos
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, counted
 from pipeline.stores.files import atomic, read_regular
 from wsss import split
 
@@ -120,7 +120,7 @@ def read(request: Request, faults: Faults, threads: int, progress: Progress) -> 
     groups = _groups(list(tags), prints)
     if len(groups) < 2:
         rest = f", and {len(broken)} that cannot be read" if broken else ""
-        line = f"{request.photos}: holds {len(groups)} different photos{rest}; at least 2 are needed"
+        line = f"{request.photos}: holds {counted(len(groups), 'different photo')}{rest}; at least 2 are needed"
         faults.add("few photos", line)
         return None
     train, evaluation = _draw(tags, groups, request, masked)
@@ -256,8 +256,8 @@ def _remarks(classes: Sequence[str], tags: dict[str, tuple[str, ...]], groups: l
     for name in classes:
         if counts[name] < FEW:
             remarks.append(
-                f"{name}: has {counts[name]} photos; masks of a class with fewer than {FEW} are likely to be poor: add "
-                "some, or use --leave-out"
+                f"{name}: has {counted(counts[name], 'photo')}; masks of a class with fewer than {FEW} are likely to "
+                "be poor: add some, or use --leave-out"
             )
         elif counts[name] == len(tags):
             remarks.append(

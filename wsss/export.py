@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.data.index import Image, Index
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, counted
 from pipeline.stores import manifest
 from wsss.folder import OutputFolder, parse_formats
 from wsss.formats import FORMATS, Item
@@ -140,8 +140,7 @@ def _export_store(path: Path, options: argparse.Namespace, formats: list[str]) -
     if not written and not current:
         raise PipelineError(f"{path}: has none of the dataset's images in --split {options.split}; nothing is exported")
     others = folder.join(formats, classes, lambda record: record.basis == basis)
-    images = "image" if written == 1 else "images"
-    return report(folder, f"{written} {images} exported, {current} up to date", others, [])
+    return report(folder, f"{counted(written, 'image')} exported, {current} up to date", others, [])
 
 
 _MISSING = {"mask": "probabilities", "levels": "masks"}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.reader import FolderName
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, counted
 from wsss import recipe
 from wsss.run import BASE, PROFILES, require_checkout
 
@@ -233,7 +233,7 @@ def _summary(
         f"photos:    {len(dataset.tags)}: {len(dataset.train)} to train on, {len(dataset.evaluation)} held out",
         f"tags:      {dataset.kind}",
         f"classes:   {len(named)}: {', '.join(f'{name} {counts[name]}' for name in named)}",
-        f"negatives: {dataset.negatives} photos without any class{assumed}",
+        f"negatives: {counted(dataset.negatives, 'photo')} without any class{assumed}",
         f"masks:     {masks}",
         *(f"note: {line}" for line in remarks),
         f"profile:   {profile}, to read and change; its lists are in {source.root}",

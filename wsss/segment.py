@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline.data import photos
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, counted
 from wsss.folder import OutputError, OutputFolder
 from wsss.formats import FORMATS, Item
 from wsss.model import Model, Result
@@ -42,8 +42,7 @@ class Outcome:
     def counts(self) -> str:
         """A line such as '48 photos segmented, 2 up to date, 1 broken'."""
         broken = f", {len(self.faults)} broken" if self.faults else ""
-        photos = "photo" if self.segmented == 1 else "photos"
-        return f"{self.segmented} {photos} segmented, {self.current} up to date{broken}"
+        return f"{counted(self.segmented, 'photo')} segmented, {self.current} up to date{broken}"
 
 
 def segment(
