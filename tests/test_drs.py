@@ -129,6 +129,28 @@ def test_layers_are_chosen_by_name() -> None:
     assert peaks.sum() > 1.5 * peaks.any(3).any(2).sum()  # cut at a level, not a single peak a channel
 
 
+@pytest.mark.parametrize(
+    ("layers", "same"),
+    [
+        (("-2:",), ("conv6", "head")),
+        ((":-2",), ("conv2", "conv4")),
+        (("1:3",), ("conv4", "conv6")),
+        (("-9:",), None),  # a network of fewer layers has them all
+        ((":1", "head"), ("conv2", "head")),
+    ],
+)
+def test_layers_are_chosen_by_slice(layers: tuple[str, ...], same: tuple[str, ...] | None) -> None:
+    """Of all layers, from shallow to deep (DRS Table 2 on any network)."""
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    sliced, named = (
+        build_method(classifier(suppression=Suppression(0.5, names)), 4).eval() for names in (layers, same)
+    )
+    named.load_state_dict(sliced.state_dict())
+    assert len(sliced.suppressors) == len(named.suppressors) > 0
+    with torch.no_grad():
+        assert torch.equal(sliced(images).maps, named(images).maps)
+
+
 def test_a_layer_that_is_none_is_refused() -> None:
     with pytest.raises(PipelineError, match=r"no layer conv9; the layers are conv2, conv4, conv6, head"):
         build_method(classifier(suppression=Suppression(0.5, ("conv9",))), 4)

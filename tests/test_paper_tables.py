@@ -18,6 +18,7 @@ from pipeline.workflow import cost, table_list
 from pipeline.workflow.graph import Graph
 from pipeline.workflow.snakemake import Plan
 from tests import project
+from tests.browser import visiting
 from tests.faults import TABLES, small_params
 from tests.project import ROOT
 
@@ -56,6 +57,25 @@ class TestFiles:
         assert {job.stage for job in graph.jobs}.isdisjoint({"report", "features"})
         for row, chain in table.chains.items():
             assert chain.keys() == table.steps[row]
+
+    @pytest.mark.parametrize("profile", ["demo", "voc12_mini", "voc2012"])
+    def test_all_are_planned_on_a_tree(self, profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the dataset, its saliency maps and the weights lie, no file is missing."""
+        weights = ["../shared/weights/mobilenet_v2_imagenet_fp16.pth"] if profile == "voc12_mini" else []
+        shared = tmp_path / "shared"
+        for folder in ("data/voc12_mini/Saliency", "weights"):
+            (shared / folder).mkdir(parents=True)
+        (shared / "weights" / "mobilenet_v2_imagenet_fp16.pth").touch()
+        (tmp_path / "project" / "data" / "voc2012" / "Saliency").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "project")
+        graph = Graph(load([*beneath(profile), *FILES]))
+        assert graph.missing() == []
+        tables = [job for job in graph.jobs if job.stage == "table"]
+        assert [job.name for job in tables] == [file.stem for file in FILES]
+        assert len({job.folder for job in graph.jobs}) == len(graph.jobs)
+        (shared / "weights" / "mobilenet_v2_imagenet_fp16.pth").unlink()
+        faults = Graph(load([*beneath(profile), *FILES])).missing()
+        assert [fault.partition(": missing (")[0] for fault in faults] == weights
 
     @each_file
     def test_it_holds_one_table_and_no_setting_of_a_profile(self, file: Path) -> None:
@@ -344,6 +364,16 @@ class TestPage:
         assert heading == ["row", "", *classes, "recall"]
         assert published == ["CAM", "published", *["–"] * len(classes), "36.7"]
         assert (own[:2], len(own)) == (["cam", "measured here"], len(classes) + 3)
+
+    @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (400, "dark")])
+    def test_a_browser_shows_it_whole(self, finished: Path, width: int, scheme: str) -> None:
+        """Without a fault, without a request to the network, and no wider than the window."""
+        with visiting(finished / "results/test/tables/maps/report.html", width=width, scheme=scheme) as visit:
+            assert visit.page.locator("table.paper tr").count() == 5
+            assert visit.page.locator("table.paper td.measured").first.is_visible()
+            assert visit.page.locator("table.claims td").count() == 4
+            assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+            assert visit.faults == []
 
     def test_rows_stand_side_by_side_if_the_paper_prints_them_so(self, finished: Path) -> None:
         params = load([finished / "params.yaml"])

@@ -61,6 +61,25 @@ def test_voc2012_runs_whole_at_native_image_size(tmp_path: Path, monkeypatch: py
     assert sum(np.array_equal(mixed.get(name), masks.get(name)) for name in mixed) == 1  # 20 % of 5
 
 
+@pytest.mark.skipif(not FULL_SIZE.is_dir() or not MINI.is_dir(), reason="needs ../shared/data/voc12_fullsize_48")
+def test_a_table_runs_on_voc2012(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = copy(tmp_path / "project", git=False)
+    real_tree(project / "data" / "voc2012_small", train=3, evaluation=1)
+    monkeypatch.chdir(project)
+    files = ["params.yaml", "profiles/voc2012.yaml", "profiles/voc2012_small.yaml", "profiles/tables/oaa_13.yaml"]
+    run_stages(files, until="table oaa_13")
+    recall = table(project, "voc2012_small", "oaa_13")
+    assert recall.keys() == {"cam", "oaa", "oaa_drop"}
+    assert all(0 <= figures["recall"] <= 100 for figures in recall.values())
+
+
+def table(project: Path, experiment: str, name: str) -> dict[str, dict[str, float]]:
+    """The figures of a table of seed 1, by row and column."""
+    record = json.loads((project / "results" / experiment / "tables" / name / "table.json").read_text())
+    figures: dict[str, dict[str, float]] = record["figures"]["1"]
+    return figures
+
+
 needs_mini = pytest.mark.skipif(
     not MINI.is_dir() or not WEIGHTS.is_file(), reason="needs ../shared/data/voc12_mini and its weights"
 )
@@ -114,6 +133,16 @@ def test_every_row_of_voc12_mini_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert set(rows) == {*weak, "agen", "supervised"}
     assert all(0 < rows[name]["maps_recall"] < 1 for name in weak), rows
     assert all(math.isfinite(row["miou"]) for row in rows.values()), rows
+
+
+@needs_mini
+def test_a_table_runs_on_voc12_mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy(tmp_path / "project", git=False))
+    files = mini(Path.cwd(), train=12, evaluation=4, rows=["cam"])
+    run_stages([*files, "profiles/tables/oaa_11.yaml"], until="table oaa_11")
+    figures = table(Path.cwd(), "mini", "oaa_11")
+    assert figures.keys() == {"cam", "oaa", "oaa_drop"}
+    assert all(values.keys() == {"miou", "recall", "noise"} for values in figures.values())
 
 
 @needs_mini
