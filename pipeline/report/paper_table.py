@@ -134,17 +134,19 @@ def grid(table: PlannedTable, seeds: Sequence[Figures]) -> list[list[Cell]]:
 
     With several seeds, a cell shows their mean and, in small print, the lowest and the highest figure.
     """
+    printed = {key for row in table.rows.values() for key in row.published}
+    scored = {key for name in table.rows for key in table.columns if table.source(name, key) is not None}
     heading = [Cell("row", "head"), *(Cell(name, "head") for name in table.head)]
-    for name, column in table.columns.items():
-        heading.append(Cell(column.title or name, "head", "published"))
-        if column.score is not None or any(name in row.scores for row in table.rows.values()):
-            heading.append(Cell(column.title or name, "head", "measured here"))
+    for key, column in table.columns.items():
+        kinds = [note for note, used in (("published", key in printed), ("measured here", key in scored)) if used]
+        heading += [Cell(column.title or key, "head", kind) for kind in kinds]
     body = [heading]
     for name, row in table.rows.items():
         cells = [Cell("" if row.reason else name, "text"), *(Cell(text, "text") for text in row.text)]
-        for key, column in table.columns.items():
-            cells.append(_published(row.published.get(key)))
-            if column.score is not None or any(key in other.scores for other in table.rows.values()):
+        for key in table.columns:
+            if key in printed:
+                cells.append(_published(row.published.get(key)))
+            if key in scored:
                 cells.append(_measured([figures[name][key] for figures in seeds if key in figures.get(name, {})]))
         body.append(cells)
     return [list(column) for column in zip(*body, strict=True)] if table.across else body
