@@ -18,6 +18,7 @@ shell.prefix("set -euo pipefail; trap : INT TERM; tee() {{ trap '' INT TERM; exe
 
 
 wildcard_constraints:
+    seed="(seed_[0-9]+/)?",
     name="[^/]+(/[^/]+)?",
 
 

@@ -33,7 +33,7 @@ def main(work: Work) -> None:
     work.outputs["scores"].write_text(json.dumps(jsonable(scores), indent=1, sort_keys=True, allow_nan=False) + "\n")
     shown = ("recall", "noise", "best_threshold_miou", "miou", "ignored", "pixel_accuracy")
     summary = ", ".join(f"{name} {scores[name]:.4f}" for name in shown if name in scores) or "no masks to score against"
-    print(f"{work.job.name} on {len(images)} {split} images: {summary}", flush=True)
+    print(f"{work.job.full_name} on {len(images)} {split} images: {summary}", flush=True)
 
 
 def score_labels(work: Work, index: Index, masks: RasterStore, images: Sequence[Image], kind: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.data import census
 from pipeline.data.index import Index
-from pipeline.report import boxes, metrics
+from pipeline.report import boxes, metrics, seeds
 from pipeline.report.inputs import read_json
 from pipeline.report.photos import PhotoGallery, Pictures, sources
 from pipeline.report.sections import Results, document
@@ -19,16 +19,14 @@ from pipeline.workflow.stage import Work, progress, run
 def main(work: Work) -> None:
     """Write the report, the table of all rows and the scores of the selected method; print the table."""
     rows, method = work.job.params["rows"], work.job.params["method"]
-    scores = read_json(work.inputs, "scores of ")
-    table = metrics.collect(rows, scores)
+    scores, logs = read_json(work.inputs, "scores of "), read_json(work.inputs, "log of ")
+    runs = seeds.split(work.job.params["seeds"], rows, scores, logs)
     results = Results(
         params=work.job.block,
         index=Index(work.inputs["index"]),
         census=census.read(work.inputs["census"]),
         rows=rows,
-        metrics=table,
-        scores=scores,
-        logs=read_json(work.inputs, "log of "),
+        runs=runs,
         layers=read_json(work.inputs, "layers of "),
         boxes=boxes.read(read_json(work.inputs, "boxes of ")),
         stores={name: RasterStore(path) for name, path in work.inputs.items() if path.suffix == ".h5"},
@@ -36,12 +34,15 @@ def main(work: Work) -> None:
     if "pictures" in work.outputs:
         results = replace(results, photos=_photos(work, results))
     work.outputs["report"].write_text(document(results), encoding="utf-8")
-    boxed = boxes.metrics(scores)
-    _write(work.outputs["table"], table | boxed)
+    boxed = boxes.metrics(results.scores)
+    _write(work.outputs["table"], seeds.table(runs) | boxed)
     if "metrics" in work.outputs:
-        _write(work.outputs["metrics"], metrics.headline(method, rows, scores) if rows else boxed)
+        _write(work.outputs["metrics"], seeds.headline(method, rows, runs) if rows else boxed)
     if rows:
-        print(metrics.text_table(table, rows, method), flush=True)
+        spread = {row: str(found["miou"]) for row, found in seeds.ranges(runs).items() if "miou" in found}
+        print(metrics.text_table(results.metrics, rows, method, spread), flush=True)
+    if rows and results.seeds:
+        print(f"means over the seeds {results.seeds}; the last column is the range of the final mIoU", flush=True)
     if boxed:
         print(boxes.text_table(boxed), flush=True)
     if results.is_mixed:

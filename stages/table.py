@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.schema import Params
 from pipeline.config.tables import PlannedTable
 from pipeline.data.index import Index
 from pipeline.labels.crf import describe_crf
-from pipeline.report import paper_table
+from pipeline.report import paper_table, seeds
 from pipeline.report.inputs import read_json
+from pipeline.report.metrics import Scores
 from pipeline.report.page import Section, page
 from pipeline.workflow.stage import Work, run
 
@@ -20,15 +20,16 @@ def main(work: Work) -> None:
     table = params.tables[work.job.name]
     assert isinstance(table, PlannedTable)
     index = Index(work.inputs["index"])
-    scores = read_json(work.inputs, "scores of ")
-    seeds = {params.seed: paper_table.measured(table, scores)}
-    found = paper_table.outcomes(table, list(seeds.values()))
+    runs = seeds.split(params.every_seed, {}, read_json(work.inputs, "scores of "), {})
+    measured = {seed: paper_table.measured(table, run.scores) for seed, run in runs.items()}
+    scores = runs[params.seed].scores
+    found = paper_table.outcomes(table, list(measured.values()))
     if table.per_class:
         figures = paper_table.per_class(table, scores, index.classes)
-        whole = {row: {**figures.get(row, {}), **values} for row, values in seeds[params.seed].items()}
+        whole = {row: {**figures.get(row, {}), **values} for row, values in measured[params.seed].items()}
         cells = paper_table.class_grid(table, whole, index.classes)
     else:
-        cells = paper_table.grid(table, list(seeds.values()))
+        cells = paper_table.grid(table, list(measured.values()))
     content = {
         "title": f"{table.title}.",
         "source": paper_table.source(table),
@@ -49,12 +50,12 @@ def main(work: Work) -> None:
         ],
     )
     work.outputs["report"].write_text(html, encoding="utf-8")
-    record = paper_table.record(table, seeds, found)
+    record = paper_table.record(table, measured, found)
     work.outputs["table"].write_text(json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
     print(paper_table.text(table, cells, found), flush=True)
 
 
-def _facts(params: Params, index: Index, scores: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(params: Params, index: Index, scores: Scores) -> list[tuple[str, str]]:
     """The conditions of the figures, as (term, description)."""
     splits = {entry["split"]: entry["images"] for entry in scores.values()}
     scored = "; ".join(
@@ -68,7 +69,7 @@ def _facts(params: Params, index: Index, scores: dict[str, Any]) -> list[tuple[s
         ("Scored on", scored),
         ("Saliency", saliency.kind + (f" {saliency.path}" if saliency.path else "")),
         ("Test", f"scales {scales}; flip {'on' if test.flip else 'off'}; dense CRF {describe_crf(test.crf)}"),
-        ("Seed", str(params.seed)),
+        ("Seeds" if params.further_seeds else "Seed", ", ".join(map(str, params.every_seed))),
         ("Computed in", "; ".join(kinds) or "not recorded"),
     ]
 

@@ -11,7 +11,8 @@ import pytest
 from pipeline.config.params import load
 from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
-from pipeline.workflow.graph import Graph, Job, stale
+from pipeline.workflow.freshness import stale
+from pipeline.workflow.graph import Graph, Job
 from pipeline.workflow.stage import execute
 from tests.project import environment, respect_modes
 

@@ -36,9 +36,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report on generated data with 25 rows, long names and a warning with a long path."""
+    """A report on generated data with 25 rows, two seeds, long names and a warning with a long path."""
     chromium()
-    raw: dict[str, Any] = {**drawn.RAW, "rows": None}
+    raw: dict[str, Any] = {**drawn.RAW, "rows": None, "seeds": [3, 4_000_000_000]}
     raw["pseudo_labels"], raw["segmentations"] = {**raw["pseudo_labels"]}, {**raw["segmentations"]}
     for n in range(20):
         raw["pseudo_labels"][f"rule_{n}"] = raw["pseudo_labels"]["oaa"]

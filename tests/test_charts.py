@@ -75,3 +75,17 @@ def test_dots_lie_on_a_common_axis_beside_their_names() -> None:
         ("s1", "25.00", "y: 12.5"),
     ]
     assert re.findall(r"<td>([\d.–]+)</td>", body) == ["50.0", "12.5", "–"]  # of the last step
+    assert "<s " not in page
+    assert "over the seeds" not in page
+
+
+def test_a_bar_extends_from_the_least_to_the_greatest_value_of_the_seeds() -> None:
+    ranges = {"a": {"y": (10.0, 100.0)}}
+    chart = charts.dot_chart("steps", "mIoU (%)", {"a": {"x": 20.0, "y": 50.0}, "b": {"y": 40.0}}, ["x", "y"], ranges)
+    assert chart is not None
+    assert chart.x_ticks[-1] == (100.0, "100")  # the bar fits, not only the dots
+    assert [row.bars for row in chart.rows] == [[(1, 10.0, 90.0)], []]
+    template: Any = ENVIRONMENT.get_template("charts.html.j2").module
+    page = str(template.dots(chart))
+    assert re.findall(r'<s class="(s\d)" style="left:([\d.]+)%;width:([\d.]+)%"', page) == [("s1", "10.00", "90.00")]
+    assert "a bar extends over the seeds" in page

@@ -26,7 +26,8 @@ from pipeline.errors import PipelineError
 from pipeline.stores import manifest
 from pipeline.stores.files import sha256
 from pipeline.stores.raster import RasterStore
-from pipeline.workflow.graph import Graph, stale
+from pipeline.workflow.freshness import stale
+from pipeline.workflow.graph import Graph
 from pipeline.workflow.stage import run
 from stages import coco_stuff, evaluation, ground_truth, index
 from stages.coco_stuff import main

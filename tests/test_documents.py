@@ -85,7 +85,12 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     f"{SNAKEMAKE} -n": Run(NOTHING),
     "snakemake -n": Run(NOTHING),
     f"{SNAKEMAKE} --config 'rows=[cam,oaa]' method=cam": Dry(),
-    f"{SNAKEMAKE} --config seed=2 experiment=demo_seed2": Dry("results/demo_seed2"),
+    f"{SNAKEMAKE} --config 'seeds=[1,2,3]'": Dry("results/demo/seed_3/predictions/"),
+    "python -m pipeline.workflow.reproduce --config 'seeds=[1,2,3]'": Covered(
+        "test_seeds.py::test_a_seed_is_added_and_nothing_else_runs_again", '"pipeline.workflow.reproduce", "--config"'
+    ),
+    "python -m pipeline.report.per_class results/demo/seed_2": Covered("test_seeds.py", "per_class"),
+    "wsss export demo/seed_2/oaa": Covered("test_seeds.py", '"wsss", "export", "demo/seed_2/oaa"'),
     f"{PROFILE}/tables/oaa_4.yaml": Dry("tables oaa_4: 11 trainings"),
     f"{PROFILE}/tables/*.yaml": Dry("tables agen_1, agen_2"),
     "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml profiles/tables/oaa_4.yaml": Dry(

@@ -22,7 +22,8 @@ from pipeline.report import protocol
 from pipeline.stores import manifest
 from pipeline.stores.files import sha256
 from pipeline.stores.raster import RasterStore, RasterWriter
-from pipeline.workflow.graph import Graph, stale
+from pipeline.workflow.freshness import stale
+from pipeline.workflow.graph import Graph
 from pipeline.workflow.stage import run
 from stages import ground_truth, index, mixture, segmentation
 from tests.project import link_code

@@ -21,7 +21,8 @@ from pipeline.stores import manifest
 from pipeline.stores.files import partial, sha256
 from pipeline.stores.raster import RasterStore
 from pipeline.training.loop import Loop
-from pipeline.workflow.graph import Job, keep_outputs, stale
+from pipeline.workflow.freshness import keep_outputs, stale
+from pipeline.workflow.graph import Job
 from pipeline.workflow.snakemake import Plan, _set_times
 from pipeline.workflow.stage import Work, execute
 from tests.harm import ODD, killed_while_publishing
@@ -520,7 +521,8 @@ def test_snakemake_ignores_times_that_it_cannot_set(monkeypatch: pytest.MonkeyPa
 
 def test_a_folder_that_may_not_be_read_is_a_line(project: Path) -> None:
     """At planning, and by hand."""
-    plan = "from pipeline.workflow.graph import *; from pipeline.workflow.settings import load; "
+    plan = "from pipeline.workflow.graph import *; from pipeline.workflow.freshness import stale; "
+    plan += "from pipeline.workflow.settings import load; "
     plan += "g = Graph(load([Path('params.yaml')])); print(len(stale(g)), *g.missing())"
     for folder, missing in ((DATA / "JPEGImages", ""), (DATA, ""), (SALIENCY, "")):
         folder.chmod(0)

@@ -68,10 +68,11 @@ def planned(folder: Path, *arguments: str) -> set[str]:
     text = run(folder, "snakemake", "--dry-run", *arguments)
     jobs = set()
     for rule, body in SCHEDULE.findall(text):
-        wildcards = re.search(r"wildcards: name=(.*)", body)
-        section, _, name = (wildcards[1] if wildcards else "").rpartition("/")
+        wildcards = re.search(r"wildcards: seed=(.*), name=(.*)", body)
+        seed, path = wildcards.groups() if wildcards else ("", "")
+        section, _, name = path.rpartition("/")
         section = "segmentations" if rule == "prediction" or section == "predictions" else section
-        jobs.add("@".join(filter(None, ("_".join(filter(None, (rule, section))), name))))
+        jobs.add("@".join(filter(None, ("_".join(filter(None, (rule, section, seed.rstrip("/")))), name))))
     assert jobs or NOTHING in text, text
     return jobs - {"all"}
 

@@ -29,16 +29,16 @@ rule classifier:
     input: results/demo/index/index.json
     jobid: 4
     reason: Missing output files: results/demo/classifiers/base/model.pt
-    wildcards: name=base
+    wildcards: seed=, name=base
 classifier base: epoch 1/1: loss 0.6781
 Finished jobid: 4 (Rule: classifier)
 1 of 3 steps (33%) done
 rule evaluation:
     jobid: 5
-    wildcards: section=predictions, name=oaa
+    wildcards: seed=, name=predictions/oaa
 rule evaluation:
     jobid: 6
-    wildcards: section=predictions, name=cam
+    wildcards: seed=, name=predictions/cam
 predictions/oaa on 150 evaluation images: miou 0.6530, pixel_accuracy 0.9100
 Finished jobid: 5 (Rule: evaluation)
 """.splitlines()
@@ -66,6 +66,16 @@ def test_without_a_terminal_there_is_a_line_a_job() -> None:
     ]
 
 
+def test_a_job_of_a_further_seed_is_named_as_its_stage_names_it() -> None:
+    out = Terminal()
+    found = watch(out, 1.0)
+    scores = "seed_2/predictions/oaa on 150 evaluation images: miou 0.6, pixel_accuracy 0.9"
+    for line in ("rule classifier:", "    jobid: 9", "    wildcards: seed=seed_2/, name=base", scores):
+        found.read(line, 30.0)
+    assert found.names["9"] == ("classifier", "seed_2/base")
+    assert out.getvalue().endswith(f"{scores}\n")
+
+
 def test_a_terminal_shows_rows_and_one_line_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     out = Terminal()
     monkeypatch.setattr(out, "fileno", lambda: 1, raising=False)
@@ -86,7 +96,7 @@ def test_a_job_that_reports_its_progress_foretells_its_end(monkeypatch: pytest.M
     monkeypatch.setattr("os.get_terminal_size", lambda number: os.terminal_size((100, 24)))
     found = Watch(out, 0.0)
     table = ["Job stats:", "job count", "classifier 2", "all 1", "total 3", "rule classifier:", "    jobid: 1"]
-    for line in [*table, "    wildcards: name=base", "classifier other: epoch 9/10: loss 0.1"]:
+    for line in [*table, "    wildcards: seed=, name=base", "classifier other: epoch 9/10: loss 0.1"]:
         found.read(line, 0.0)
     assert found._left(60.0) == ""
     found.read("classifier base: epoch 1/4: loss 0.6", 60.0)

@@ -16,7 +16,8 @@ import yaml
 from pipeline.config.params import load
 from pipeline.stores import manifest
 from pipeline.stores.files import sha256
-from pipeline.workflow.graph import Graph, is_fresh
+from pipeline.workflow.freshness import is_fresh
+from pipeline.workflow.graph import Graph
 from pipeline.workflow.stage import run
 from stages import demo, report
 from tests.project import link_code, run_stages

@@ -15,7 +15,8 @@ from pipeline.config.params import load
 from pipeline.runtime import Runtime
 from pipeline.stores import manifest
 from pipeline.stores.files import partial
-from pipeline.workflow.graph import Graph, is_fresh
+from pipeline.workflow.freshness import is_fresh
+from pipeline.workflow.graph import Graph
 from pipeline.workflow.stage import Work, execute, progress, run
 from stages import classifier, index, localization, saliency
 from tests.harm import killed_while_publishing

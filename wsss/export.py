@@ -82,7 +82,10 @@ def find_row(target: str) -> tuple[Path, str]:
 
 
 def _export_row(experiment: Path, row: str, options: argparse.Namespace, formats: list[str]) -> int:
-    index = Index(experiment / "index" / "index.json")
+    home = (
+        experiment if (experiment / "index").is_dir() else experiment.parent
+    )  # a further seed has no index of its own
+    index = Index(home / "index" / "index.json")
     model, basis = load_model(experiment / "predictions" / row / MODEL, options)
     folder = OutputFolder(options.out or experiment / "export" / row)
     from wsss.segment import Task, segment

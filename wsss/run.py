@@ -146,7 +146,8 @@ def _threads(params: "Params", cores: int) -> list[str]:
 def _outline(plan: Plan) -> list[str]:
     """What a run would do. It reads the settings of all blocks, so that their faults are found."""
     from pipeline.workflow import settings
-    from pipeline.workflow.graph import Graph, stale
+    from pipeline.workflow.freshness import stale
+    from pipeline.workflow.graph import Graph
 
     graph = Graph(settings.load(plan.files, plan.overrides))
     if faults := graph.missing():

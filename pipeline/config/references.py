@@ -105,13 +105,13 @@ def keep_rows(params: Params, kept: Sequence[str]) -> Params:
 
 
 def first_rows(params: Params) -> Params | None:
-    """Restrict the params to the rows to run first, without boxes; None if there are none or no others."""
+    """Restrict the params to the rows to run first, with ``seed`` alone, without boxes; None if there are no others."""
     every = rows(params)
     first = tuple(name for name in params.first if name in every)
     if not first or len(first) == len(every):
         return None
     method = params.method if params.method in first else first[0]
-    return keep_rows(replace(params, rows=first, first=(), method=method, boxes={}), first)
+    return keep_rows(replace(params, rows=first, first=(), seeds=None, method=method, boxes={}), first)
 
 
 def cycle(params: Params) -> list[str]:

@@ -480,7 +480,7 @@ class Params:
     """All of params.yaml, with defaults merged into the blocks."""
 
     experiment: FolderName  # the outputs go to results/EXPERIMENT
-    seed: NonNegativeInt
+    seed: NonNegativeInt  # of the trainings
     method: str  # the row whose scores go to metrics.json
     dataset: Dataset
     saliency: Saliency
@@ -504,3 +504,16 @@ class Params:
     # The papers' tables: if there are any, their rows run instead, as far as the tables score them, and
     # results/EXPERIMENT/tables/NAME holds a report on each. ``rows`` then restricts them
     tables: dict[str, Table] = field(default_factory=dict)
+    # Run all rows with each of these seeds, one of which is ``seed``; null: with ``seed`` alone. Outputs of seed N that
+    # depend on it go to results/EXPERIMENT/seed_N, those of ``seed`` to results/EXPERIMENT.
+    seeds: tuple[NonNegativeInt, ...] | None = None
+
+    @property
+    def further_seeds(self) -> tuple[int, ...]:
+        """The seeds other than ``seed``."""
+        return tuple(seed for seed in self.seeds or () if seed != self.seed)
+
+    @property
+    def every_seed(self) -> tuple[int, ...]:
+        """All seeds, ``seed`` first."""
+        return (self.seed, *self.further_seeds)

@@ -64,6 +64,7 @@ class Stage:
     threads: int = 1  # threads on a cluster node or a machine with a GPU
     local_threads: int = 1  # threads on a machine without a GPU, where several jobs run in parallel
     thread_use: Literal["", "loader", "workers", "both"] = ""  # see ``arguments``
+    first_seed_only: bool = False  # only the report reads its outputs, and it shows those of the first seed
     effort: float = 1.0  # rough duration of a job relative to other stages, for the estimate of the time left
 
     def arguments(self, threads: int) -> list[str]:
@@ -122,6 +123,7 @@ REPORTED = (
     "scores",
     "boxes",
 )  # stems of the outputs that the report reads of all jobs; its own ``reads`` name the others
+SUMMARISED = ("log", "scores")  # those that it reads of the jobs of further seeds
 
 # A stage reads as little of the index as it needs (``pipeline.data.parts``): an image in the evaluation list retrains
 # nothing, and masks affect only the stages that read them.
@@ -161,7 +163,7 @@ _REPORT = Stage(
     "",
     _INDEX | _MASKS | {"census": Input("dataset.json", job="index")},
     ("report.html", "metrics.json"),
-    params=("method", "gallery"),
+    params=("method", "gallery", "seed"),
 )
 _TABLE = (
     Stage("demo", "dataset", settings="dataset.demo"),
@@ -257,6 +259,7 @@ _TABLE = (
             targets=("classifiers",),
             target_files=("model",),
             params=("gallery",),
+            first_seed_only=True,
         )
     ),
     _on_gpu(

@@ -12,12 +12,25 @@ from pipeline.errors import PipelineError
 def contradictions(params: Params) -> Iterator[str]:
     """Yield a line for each inconsistency between blocks. A line starts with the key at fault."""
     yield from references.dangling(params)
+    yield from _seed_faults(params)
     for name in params.one_step:
         if name in params.segmentations:
             yield f"one_step.{name}: segmentations has the same name, and both would be predictions/{name}"
     yield from _row_faults(params)
     if cycle := references.cycle(params):
         yield f"references form a cycle: {' <- '.join(cycle)}"
+
+
+def _seed_faults(params: Params) -> Iterator[str]:
+    """Yield the faults of ``seeds`` as a whole."""
+    if params.seeds is None:
+        return
+    if not params.seeds:
+        yield f"seeds: is empty; list seeds, such as [{params.seed}, {params.seed + 1}], or leave it out"
+    elif params.seed not in params.seeds:
+        yield f"seeds: must contain seed, {params.seed}, whose results lie in results/{params.experiment}; add it"
+    for seed in sorted({seed for seed in params.seeds if params.seeds.count(seed) > 1}):
+        yield f"seeds: {seed} is listed more than once; each seed is run once"
 
 
 def _row_faults(params: Params) -> Iterator[str]:

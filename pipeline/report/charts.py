@@ -59,10 +59,15 @@ class LineChart:
 
 @dataclass(frozen=True)
 class DotRow:
-    """One row of a dot chart: ``dots`` holds (series number, percent of the axis, value as text)."""
+    """One row of a dot chart.
+
+    ``dots`` holds (series number, percent of the axis, value as text), ``bars`` (series number, start and width in
+    percent of the axis).
+    """
 
     name: str
     dots: Sequence[tuple[int, float, str]]
+    bars: Sequence[tuple[int, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,10 @@ class DotChart:
     x_ticks: Sequence[Tick]
     series: Sequence[str]
     rows: Sequence[DotRow]
+
+    @property
+    def has_bars(self) -> bool:
+        return any(row.bars for row in self.rows)
 
 
 def line_chart(
@@ -120,17 +129,31 @@ def line_chart(
 
 
 def dot_chart(
-    title: str, x_label: str, rows: Mapping[str, Mapping[str, float]], series: Sequence[str]
+    title: str,
+    x_label: str,
+    rows: Mapping[str, Mapping[str, float]],
+    series: Sequence[str],
+    ranges: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
 ) -> DotChart | None:
-    """Lay out a chart with a row for each name and a dot for each of ``series``; x starts at 0. None without values."""
+    """Lay out a chart with a row for each name and a dot for each of ``series``; x starts at 0. None without values.
+
+    ``ranges`` holds the least and the greatest value of dots, by row and series. A bar extends over each.
+    """
     values = [value for row in rows.values() for value in row.values()]
     if not values:
         return None
+    ranges = ranges or {}
+    values += [most for row in ranges.values() for _, most in row.values()]
     steps = ticks(0.0, max(values))
     end = max(steps[-1], max(values), 1e-9)
     drawn = [
         DotRow(
-            name, [(index, 100 * row[key] / end, f"{row[key]:.1f}") for index, key in enumerate(series) if key in row]
+            name,
+            [(index, 100 * row[key] / end, f"{row[key]:.1f}") for index, key in enumerate(series) if key in row],
+            [
+                (series.index(key), 100 * least / end, 100 * (most - least) / end)
+                for key, (least, most) in ranges.get(name, {}).items()
+            ],
         )
         for name, row in rows.items()
     ]

@@ -58,12 +58,6 @@ def collect(rows: Chains, scores: Scores) -> Metrics:
     return metrics
 
 
-def headline(method: str, rows: Chains, scores: Scores) -> dict[str, Any]:
-    """Scores and per-class IoU of one row, for the metrics.json in the project root."""
-    iou = scores.get(rows[method]["predictions"], {}).get("iou", {})
-    return {"method": method, **collect(rows, scores)[method], "iou": {k: v for k, v in iou.items() if v is not None}}
-
-
 def best(metrics: Metrics, rows: Chains) -> set[tuple[str, str]]:
     """(row, key) of the best weakly supervised rows, including ties; scores that only one row has are left out."""
     weak = [row for row in rows if supervision(rows[row]) == "weak"]
@@ -75,8 +69,11 @@ def best(metrics: Metrics, rows: Chains) -> set[tuple[str, str]]:
     return out
 
 
-def text_table(metrics: Metrics, rows: Chains, method: str) -> str:
-    """Format metrics as text in percent; '>' marks the selected method and '*' the best weakly supervised row."""
+def text_table(metrics: Metrics, rows: Chains, method: str, spread: Mapping[str, str] | None = None) -> str:
+    """Format metrics as text in percent; '>' marks the selected method and '*' the best weakly supervised row.
+
+    ``spread`` is the range of each row's final mIoU over several seeds, for a last column.
+    """
     used = [column for column in COLUMNS if any(column.key in values for values in metrics.values())]
     if not used:
         return "no masks: nothing was scored"
@@ -88,10 +85,14 @@ def text_table(metrics: Metrics, rows: Chains, method: str) -> str:
         f"   {title[: CELL * count - 4]:-<{CELL * count - 4}} " for title, count in counts.items() if count
     )
     lines = [" " * width + groups, heading.ljust(width) + "".join(f"{c.title:>{CELL - 1}} " for c in used)]
+    if spread:
+        lines[1] += f"{'mIoU over seeds':>{2 * CELL - 3}}"
     for row, values in metrics.items():
         line = f"{'>' if row == method else ' '} {row}".ljust(width)
         for column in used:
             number = f"{100 * values[column.key]:.1f}" if column.key in values else "-"
             line += f"{number:>{CELL - 1}}" + ("*" if (row, column.key) in winners else " ")
+        if spread:
+            line += f"{spread.get(row, '-'):>{2 * CELL - 3}}"
         lines.append(line)
     return "\n".join(line.rstrip() for line in lines)

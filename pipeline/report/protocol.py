@@ -1,7 +1,7 @@
 """Conditions under which the scores were measured, without which they cannot be interpreted."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pipeline.config import references
@@ -10,7 +10,6 @@ from pipeline.data.index import Index
 from pipeline.labels.crf import describe_crf
 from pipeline.report import describe
 from pipeline.report.describe import Logs
-from pipeline.stores.raster import RasterStore
 
 
 def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -27,18 +26,21 @@ def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple
         ("Image-level labels", index.tag_source),
         ("Saliency", saliency.kind + (f" {saliency.path}" if saliency.path else "")),
         ("Test", f"scales {scales}; flip {'on' if test.flip else 'off'}; dense CRF {describe_crf(test.crf)}"),
-        ("Seed", str(params.seed)),
+        ("Seeds" if params.further_seeds else "Seed", ", ".join(map(str, params.every_seed))),
     ]
 
 
-def arithmetic(params: Params, row: str, logs: Logs, stores: Mapping[str, RasterStore]) -> str:
-    """Describe the arithmetic of a row's trainings, and that of the inference between and after them if it differs."""
+def arithmetic(params: Params, row: str, logs: Logs, inference: Mapping[str, Collection[str]]) -> str:
+    """Describe the arithmetic of a row's trainings, and that of the inference between and after them if it differs.
+
+    ``inference`` holds the arithmetic of stores, by reference.
+    """
     used = references.derived_from(params, [references.rows(params)[row]])
     trained = {kind for name in used if name in logs for kind in logs[name]["arithmetic"]}
-    outputs = {name for name in (*used, f"predictions/{row}") if name in stores and name not in logs}
-    inferred = {kind for name in outputs for kind in stores[name].arithmetic}
-    training, inference = ("; ".join(sorted(kinds)) or "not recorded" for kinds in (trained, inferred))
-    return training if inference == training else f"training: {training}. Inference: {inference}"
+    outputs = {name for name in (*used, f"predictions/{row}") if name in inference and name not in logs}
+    inferred = {kind for name in outputs for kind in inference[name]}
+    training, other = ("; ".join(sorted(kinds)) or "not recorded" for kinds in (trained, inferred))
+    return training if other == training else f"training: {training}. Inference: {other}"
 
 
 def map_columns(params: Params, reference: str, logs: Logs) -> dict[str, str]:

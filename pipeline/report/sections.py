@@ -1,7 +1,7 @@
 """The sections of the report, in order, and the data of their templates."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +12,16 @@ from pipeline.data.census import Census
 from pipeline.data.index import Images, Index
 from pipeline.data.sample import choose
 from pipeline.data.voc import CLASSES as VOC_CLASSES
-from pipeline.report import boxes, protocol, tables
+from pipeline.report import boxes, protocol, seeds, tables
 from pipeline.report.boxes import BoxImages
 from pipeline.report.charts import LineChart, dot_chart, line_chart, thin
+from pipeline.report.describe import Logs
 from pipeline.report.gallery import Gallery, Network, Step, gallery, holds, layer_gallery
 from pipeline.report.metrics import Chains, Metrics, Scores, supervision
 from pipeline.report.page import Section, page
 from pipeline.report.photos import PhotoGallery
 from pipeline.report.published import PUBLISHED
+from pipeline.report.seeds import Runs
 from pipeline.stores.raster import RasterStore
 
 Content = dict[str, Any]  # variables of a section's template; empty if there is nothing to show
@@ -29,19 +31,37 @@ LAYER_IMAGES = 4  # images whose layers are shown, each with a row for every cla
 
 @dataclass(frozen=True)
 class Results:
-    """The input of the report. ``stores``, ``scores``, ``logs`` and ``layers`` are keyed by reference."""
+    """The input of the report. ``stores`` and ``layers``, of the first seed, are keyed by reference."""
 
     params: Params
     index: Index
     census: Census
     rows: Chains
-    metrics: Metrics
-    scores: Scores
-    logs: Mapping[str, Mapping[str, Any]]
+    runs: Runs
     layers: Mapping[str, Sequence[str]]  # layer names, shallow to deep, of each feature store
     stores: Mapping[str, RasterStore]
     boxes: Mapping[str, BoxImages] = field(default_factory=dict)  # boxes.json of each block of boxes
     photos: PhotoGallery | None = None  # only if no stage creates the dataset
+
+    @property
+    def metrics(self) -> Metrics:
+        """The mean of each score over the seeds, by row."""
+        return seeds.means(self.runs)
+
+    @property
+    def scores(self) -> Scores:
+        """The scores of the first seed, by reference."""
+        return self.runs[self.params.seed].scores
+
+    @property
+    def logs(self) -> Logs:
+        """The training logs of the first seed, by reference."""
+        return self.runs[self.params.seed].logs
+
+    @property
+    def seeds(self) -> str:
+        """All seeds as text; '' if there is only one."""
+        return ", ".join(map(str, self.runs)) if len(self.runs) > 1 else ""
 
     @property
     def names(self) -> list[str]:
@@ -65,8 +85,19 @@ class Results:
 
     @property
     def arithmetic(self) -> dict[str, str]:
-        """The description of each row's arithmetic."""
-        return {row: protocol.arithmetic(self.params, row, self.logs, self.stores) for row in self.rows}
+        """The description of each row's arithmetic, over all seeds."""
+        inferred = {seed: self._inference(seed) for seed in self.runs}
+        found = {
+            row: [protocol.arithmetic(self.params, row, run.logs, inferred[seed]) for seed, run in self.runs.items()]
+            for row in self.rows
+        }
+        return {row: " / ".join(dict.fromkeys(kinds)) for row, kinds in found.items()}
+
+    def _inference(self, seed: int) -> Mapping[str, Collection[str]]:
+        """The arithmetic of the stores of a seed, by reference. That of further seeds is known from their scores."""
+        if seed == self.params.seed:
+            return {name: store.arithmetic for name, store in self.stores.items()}
+        return {name: scores["arithmetic"] for name, scores in self.runs[seed].scores.items()}
 
     @property
     def is_mixed(self) -> bool:
@@ -97,6 +128,7 @@ def document(results: Results) -> str:
         [
             *(() if results.is_benchmark else (photos,)),
             Section("Methods", "methods.html.j2", methods(results)),
+            Section("Seeds", "seeds.html.j2", orderings(results)),
             Section("Published figures on PASCAL VOC 2012", "published.html.j2", published),
             Section("Protocol", "protocol.html.j2", conditions(results)),
             Section("Dataset", "dataset.html.j2", dataset(results)),
@@ -139,24 +171,46 @@ def methods(results: Results) -> Content:
     }
     labels = {"maps_best_threshold_miou": "maps*", "labels_miou": "pseudo labels", "miou": "segmentation"}
     dots = {row: {name: 100 * metrics[row][key] for key, name in labels.items() if key in metrics[row]} for row in rows}
+    bars = {
+        row: {labels[key]: (100 * least, 100 * most) for key, (least, most) in spread.items() if key in labels}
+        for row, spread in seeds.ranges(results.runs).items()
+    }
     return {
         "figures": _key_figures(results),
-        "table": tables.methods_table(metrics, rows, method, scored_on),
+        "table": tables.methods_table(results.runs, rows, method, scored_on),
+        "seeds": results.seeds,
         "is_mixed": results.is_mixed,
-        "warnings": {name: log["warning"] for name, log in results.logs.items() if "warning" in log},
-        "chart": dot_chart("mIoU from step to step", "mIoU (%)", dots, list(labels.values())),
+        "warnings": {
+            f"{name} (seed {seed})" if results.seeds else name: log["warning"]
+            for seed, run in results.runs.items()
+            for name, log in run.logs.items()
+            if "warning" in log
+        },
+        "chart": dot_chart("mIoU from step to step", "mIoU (%)", dots, list(labels.values()), bars),
     }
+
+
+def orderings(results: Results) -> Content:
+    """The rankings of the rows over several seeds."""
+    drawn = seeds.rankings(results.rows, results.runs)
+    about = {"seeds": results.seeds, "count": len(results.runs), "first": results.params.seed}
+    return {"rankings": drawn, **about} if drawn else {}
 
 
 def _key_figures(results: Results) -> list[tuple[str, str]]:
     """The most important figures, as (number, description)."""
-    method, metrics = results.params.method, results.metrics
+    method, metrics, ranges = results.params.method, results.metrics, seeds.ranges(results.runs)
+
+    def spread(row: str) -> str:
+        return f" ({ranges[row]['miou']} over {len(results.runs)} seeds)" if row in ranges else ""
+
     figures = []
     if "miou" in metrics[method]:
-        figures.append((metrics[method]["miou"], f"mIoU of {method}, the selected method"))
+        figures.append((metrics[method]["miou"], f"mIoU of {method}, the selected method{spread(method)}"))
     for row, chain in results.rows.items():
         if supervision(chain) == "full" and row != method and "miou" in metrics[row]:
-            figures.append((metrics[row]["miou"], f"mIoU of {row}, the upper bound that learns from masks"))
+            bound = f"mIoU of {row}, the upper bound that learns from masks{spread(row)}"
+            figures.append((metrics[row]["miou"], bound))
     trivial = results.scores.get(results.rows[method]["predictions"], {}).get("all_background_miou")
     if trivial is not None:
         figures.append((trivial, "mIoU of predicting background everywhere"))

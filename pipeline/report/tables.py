@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.data import census
-from pipeline.report.metrics import COLUMNS, INTERVAL, STEPS, Chains, Column, Metrics, best, supervision
+from pipeline.report import seeds
+from pipeline.report.metrics import COLUMNS, INTERVAL, STEPS, Chains, Column, best, supervision
+from pipeline.report.seeds import Runs, means
 
 BADGES = {"full": "upper bound", "mixed": "uses masks", "weak": ""}
 MAX_HORIZONTAL = 9  # maximum number of horizontal class names in a table head; more are rotated
@@ -12,10 +14,15 @@ MAX_HORIZONTAL = 9  # maximum number of horizontal class names in a table head; 
 
 @dataclass(frozen=True)
 class Number:
-    """A cell of the table of methods; ``best`` is true for the best row that learned from tags only."""
+    """A cell of the table of methods; ``best`` is true for the best row that learned from tags only.
+
+    If there are several seeds, ``text`` is their mean, ``range`` their range, and ``seeds`` their values.
+    """
 
     text: str
     best: bool
+    range: str = ""
+    seeds: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,9 @@ def census_table(counted: census.Census) -> CensusTable:
     return CensusTable(groups, [(row[0], split(row)) for row in counted.rows()])
 
 
-def methods_table(metrics: Metrics, rows: Chains, method: str, scored_on: Mapping[str, str]) -> MethodsTable:
+def methods_table(runs: Runs, rows: Chains, method: str, scored_on: Mapping[str, str]) -> MethodsTable:
     """Lay out the table of methods. ``scored_on`` describes the images on which each step was scored."""
+    metrics, ranges = means(runs), seeds.ranges(runs)
     winners = best(metrics, rows)
     groups = [
         ColumnGroup(title, scored_on[step], [column for column in COLUMNS if column.step == step])
@@ -105,7 +113,12 @@ def methods_table(metrics: Metrics, rows: Chains, method: str, scored_on: Mappin
         text = "–" if value is None else f"{100 * value:.1f}"
         if column.key == "miou" and all(key in metrics[row] for key in INTERVAL):
             text += " ({:.1f}–{:.1f})".format(*(100 * metrics[row][key] for key in INTERVAL))
-        return Number(text, (row, column.key) in winners)
+        spread = ranges.get(row, {}).get(column.key)
+        if spread is None:
+            return Number(text, (row, column.key) in winners)
+        each = {seed: run.metrics[row][column.key] for seed, run in runs.items() if column.key in run.metrics[row]}
+        shown = ", ".join(f"seed {seed}: {100 * value:.1f}" for seed, value in each.items())
+        return Number(text, (row, column.key) in winners, str(spread), shown)
 
     body = []
     for row, chain in rows.items():

@@ -6,6 +6,7 @@ date, the command ends within a second. So DVC's dependencies may be broader tha
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,16 +18,18 @@ import yaml
 from pipeline import runtime
 from pipeline.config import params as parameters
 from pipeline.config.schema import Params
-from pipeline.config.stage_table import EXTERNAL, FOLDERS, SECTIONS, STAGES, Stage, sections
+from pipeline.config.stage_table import EXTERNAL, FOLDERS, SECTIONS, STAGES, Input, Stage, sections
 from pipeline.errors import PipelineError, exit_on_faults, warn
 from pipeline.stores import manifest
-from pipeline.workflow.graph import Graph, Job, is_fresh
+from pipeline.workflow.freshness import is_fresh
+from pipeline.workflow.graph import Graph, Job
 from pipeline.workflow.left_out import LeftOut
 
 HEADER = """\
 # Generated from pipeline/config/stage_table.py. To regenerate: python -m pipeline.workflow.dvc > dvc.yaml
 # Each block must set its own source, model or labels: DVC cannot resolve dependencies that come from `defaults`.
 # Regenerate it after you set or remove dataset.extra or saliency.path: DVC cannot resolve a missing key.
+# If `seeds` is set, regenerate it after any change of `seeds` or `segmentations`.
 """
 RESULTS = "results/${experiment}"
 PARAMS, DVC_YAML = Path("params.yaml"), Path("dvc.yaml")
@@ -38,6 +41,7 @@ CURRENT = "DVC_STAGE"
 ROWS = "rows"  # the stage, and its output folder, through which others depend on ``rows`` of params.yaml
 PLACEHOLDER = "No row needed this file.\n"
 NO_LOG = '{"steps": []}\n'  # nothing to plot
+GENERATE = "to regenerate it: python -m pipeline.workflow.dvc > dvc.yaml"
 
 
 class _Inline(dict[str, Any]):
@@ -63,12 +67,21 @@ def document() -> str:
         "outs": [_persistent(f"{RESULTS}/{ROWS}")],
     }
     entries: dict[str, dict[str, Any]] = {ROWS: rows}
-    supplied = {(job.stage, name) for job in Graph(_unfiltered()).jobs for name in job.inputs if name in EXTERNAL}
+    params = _unfiltered()
+    supplied = {(job.stage, name) for job in Graph(params).jobs for name in job.inputs if name in EXTERNAL}
+    prefixes = [f"seed_{seed}/" for seed in params.further_seeds]
     for stage in STAGES.values():
-        if stage.name not in EXCLUDED:
+        if stage.name in EXCLUDED:
+            continue
+        files = [EXTERNAL[name].key for name in stage.external if (stage.name, name) in supplied]
+        for prefix in ["", *prefixes] if stage.has_many_jobs and not stage.first_seed_only else [""]:
             for folder, section in sections(stage) or [("", "")]:
-                files = [EXTERNAL[name].key for name in stage.external if (stage.name, name) in supplied]
-                entries[_name(stage, section)] = _stage(stage, folder, section, files)
+                entry = _stage(stage, folder, section, files, prefix)
+                if prefix and any(map(_is_mixed, stage.reads.values())):
+                    entry["foreach"] = _resolved(params, stage, prefix)
+                entries[_name(stage, section, prefix)] = entry
+    scored = ["evaluation", *(["box_scores"] if params.boxes else [])]
+    entries["report"]["deps"] += [f"{RESULTS}/{prefix}{folder}" for prefix in prefixes for folder in scored]
     texts = [
         yaml.dump({"stages": {key: entry}}, Dumper=_Dumper, sort_keys=False, width=200)
         for key, entry in entries.items()
@@ -78,21 +91,48 @@ def document() -> str:
 
 def name_of(job: Job) -> str:
     """Return the name of a job in dvc.yaml."""
-    name = _name(STAGES[job.stage], job.section)
+    name = _name(STAGES[job.stage], job.section, job.prefix)
     return f"{name}@{job.name.rpartition('/')[2]}" if job.name else name
 
 
-def _name(stage: Stage, section: str) -> str:
-    return f"{stage.name}_{section}" if len(sections(stage)) > 1 else stage.name
+def _name(stage: Stage, section: str, prefix: str = "") -> str:
+    """Return the name of a stage; ``prefix`` is 'seed_N/' for a further seed."""
+    parts = (stage.name, section if len(sections(stage)) > 1 else "", prefix.rstrip("/"))
+    return "_".join(filter(None, parts))
 
 
-def _stage(stage: Stage, folder: str, section: str, user_files: list[str]) -> dict[str, Any]:
-    """Return the entry of a stage. ``user_files`` are keys of params.yaml that hold paths of its external inputs."""
+def _is_mixed(read: Input) -> bool:
+    """Whether some blocks read a job that all seeds share, and others one with their own seed."""
+    return not set(read.allowed) <= set(SECTIONS)
+
+
+def _resolved(params: Params, stage: Stage, prefix: str) -> dict[str, _Inline]:
+    """Map each block of the stage, with a further seed, to the folders in results/EXPERIMENT that it refers to.
+
+    DVC cannot derive them from params.yaml if ``_is_mixed``.
+    """
+    keys = [read.key for read in stage.reads.values() if read.key]
+    return {
+        name: _Inline(
+            {key: reference if (reference := getattr(block, key)) in STAGES else f"{prefix}{reference}" for key in keys}
+        )
+        for name, block in getattr(params, stage.section).items()
+    }
+
+
+def _stage(stage: Stage, folder: str, section: str, user_files: list[str], prefix: str) -> dict[str, Any]:
+    """Return the entry of a stage.
+
+    Args:
+        user_files: keys of params.yaml that hold paths of its external inputs.
+        prefix: 'seed_N/' for a further seed.
+    """
     key = "${key}" if section else ""
     name = f"{folder}/{key}" if stage.qualified_names else key
-    output_folder = "/".join(filter(None, (RESULTS, stage.folder, name)))
+    output_folder = "/".join(filter(None, (RESULTS, prefix.rstrip("/"), stage.folder, name)))
     # DVC fails if a key is missing, so it gets the mapping that a key such as dataset.working_megapixels lies in.
-    keys = [*filter(None, [stage.settings]), *(key.split(".")[0] for key in stage.params)]
+    own = [key for key in stage.params if not (prefix and key == "seed")]  # ``seed`` is that of other jobs
+    keys = [*filter(None, [stage.settings]), *(key.split(".")[0] for key in own)]
     if stage.section:
         keys += [f"defaults.{section}", f"{section}.{key}"]
     if stage.name == "report":
@@ -101,7 +141,7 @@ def _stage(stage: Stage, folder: str, section: str, user_files: list[str]) -> di
         "cmd": "python -m pipeline.workflow.dvc run",
         "deps": [
             *(f"${{{key}}}" for key in user_files),
-            *_data(stage, folder, section, key),
+            *_data(stage, folder, section, key, prefix),
             f"stages/{stage.name}.py",
             "pipeline",
         ],
@@ -113,7 +153,7 @@ def _stage(stage: Stage, folder: str, section: str, user_files: list[str]) -> di
     if not stage.writes:
         body["outs"].insert(0, _persistent("${dataset.root}"))
     if stage.trains:
-        title = f"{stage.name.capitalize().replace('_', '-')} {key}: loss"
+        title = f"{stage.name.capitalize().replace('_', '-')} {prefix}{key}: loss"
         body["plots"] = [_persistent(f"{output_folder}/log.json", x="step", y="loss", title=title)]
     if stage.name == "report":
         body["metrics"] = [_persistent(file, cache=False) for file in ("metrics.json", f"{output_folder}/metrics.json")]
@@ -125,13 +165,14 @@ def _persistent(file: str, **more: Any) -> dict[str, _Inline]:
     return {file: _Inline(**more, persist=True)}
 
 
-def _data(stage: Stage, folder: str, section: str, key: str) -> Iterator[str]:
+def _data(stage: Stage, folder: str, section: str, key: str, prefix: str) -> Iterator[str]:
     """Yield the files and folders that the stage reads and that other stages write."""
     for read in stage.reads.values():
-        yield f"{RESULTS}/{read.job or f'${{item.{read.key}}}'}/{read.file}"
+        reference = f"{'' if _is_mixed(read) else prefix}${{item.{read.key}}}"  # else see ``_resolved``
+        yield f"{RESULTS}/{read.job or reference}/{read.file}"
     for stem in stage.target_files:
         if file := FOLDERS[folder].output(stem):
-            yield f"{RESULTS}/{folder}/{key}/{file}"
+            yield f"{RESULTS}/{prefix}{folder}/{key}/{file}"
     if section:
         yield f"{RESULTS}/{ROWS}/{section}/{key}"
     if stage.name == "report":
@@ -144,14 +185,24 @@ def _data(stage: Stage, folder: str, section: str, key: str) -> Iterator[str]:
 
 def write_rows(notice: parameters.Notice = lambda line: None) -> None:
     """Write one file per block of params.yaml that says whether a row needs it. The block's stages depend on it."""
-    selected, unfiltered = parameters.load([PARAMS], notice=notice), _unfiltered()
-    folder = Path("results") / unfiltered.experiment / ROWS
+    selected, every = parameters.load([PARAMS], notice=notice), _unfiltered()
+    if fault := seeds_fault():
+        raise PipelineError(fault)
+    folder = Path("results") / every.experiment / ROWS
     shutil.rmtree(folder, ignore_errors=True)
     for section in SECTIONS:
-        for name in getattr(unfiltered, section):
+        for name in getattr(every, section):
             path = folder / section / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{'needed' if name in getattr(selected, section) else 'not needed'}\n")
+
+
+def seeds_fault() -> str | None:
+    """Say that dvc.yaml does not describe the seeds of params.yaml; None if it does."""
+    text = DVC_YAML.read_text("utf-8") if DVC_YAML.exists() else ""
+    if (_unfiltered().further_seeds or re.search(r"^  \w+_seed_\d+:$", text, re.MULTILINE)) and text != document():
+        return f"dvc.yaml: does not describe the seeds of params.yaml; {GENERATE}"
+    return None
 
 
 def write_placeholders(graph: Graph) -> None:
@@ -162,6 +213,7 @@ def write_placeholders(graph: Graph) -> None:
 
 
 def _unfiltered() -> Params:
+    """Return the params of params.yaml with all rows."""
     return parameters.load([PARAMS], {"rows": None}, every_row=True)
 
 
@@ -200,11 +252,12 @@ def run(name: str) -> None:
     text = DVC_YAML.read_text("utf-8") if DVC_YAML.exists() else ""
     for key in {EXTERNAL[key].key for key in job.inputs if key in EXTERNAL}:
         if f"${{{key}}}" not in text:
-            fix = "to regenerate it: python -m pipeline.workflow.dvc > dvc.yaml"
-            print(f"warning: dvc.yaml does not know {key}, so DVC will not notice changes there; {fix}", flush=True)
+            print(
+                f"warning: dvc.yaml does not know {key}, so DVC will not notice changes there; {GENERATE}", flush=True
+            )
     entry = STAGES[job.stage]
     arguments = entry.arguments(runtime.default_threads(entry))
-    command = [sys.executable, "-m", f"stages.{job.stage}", *filter(None, [job.name]), *arguments]
+    command = [sys.executable, "-m", f"stages.{job.stage}", *filter(None, [job.full_name]), *arguments]
     os.execv(sys.executable, command)
 
 

@@ -1,7 +1,7 @@
-"""The job graph of a set of parameters, and which of its jobs are up to date.
+"""The job graph of a set of parameters.
 
-A job is a stage of ``pipeline.config.stage_table`` that runs on one block. The manifest next to its outputs records the
-inputs, parameters and code that produced them. The job is up to date if they are unchanged.
+A job is a stage of ``pipeline.config.stage_table`` that runs on one block, with one seed. Which jobs are up to date is
+decided in ``pipeline.workflow.freshness``.
 """
 
 import os
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, cast
 from pipeline.config import references
 from pipeline.config.registry import plain
 from pipeline.config.schema import PREPARATION_STAGES, Params, backbones
-from pipeline.config.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, Stage
+from pipeline.config.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, SUMMARISED, Stage
 from pipeline.config.tables import PlannedTable
 from pipeline.errors import PipelineError, exit_on_faults, warn
-from pipeline.stores import kept, manifest
+from pipeline.stores import manifest
 from pipeline.stores.hashes import fingerprint
 from pipeline.workflow import closure, settings
 
@@ -50,10 +50,16 @@ class Job:
     parts: Mapping[str, "Part"] = field(default_factory=dict)  # input -> what is read of it, if not all of it
     leaves: tuple[Path, ...] = ()  # outputs that no job reads, and a dataset that only this job writes to
     writers: Mapping[str, "Job"] = field(default_factory=dict)  # input -> the job that writes it
+    prefix: str = ""  # 'seed_N/' if N is a further seed (``seeds`` of params.yaml)
+
+    @property
+    def full_name(self) -> str:
+        """The name that tells the job from all others of its stage."""
+        return f"{self.prefix}{self.name}"
 
     @property
     def label(self) -> str:
-        return f"{self.stage} {self.name}".strip()
+        return f"{self.stage} {self.full_name}".strip()
 
     @property
     def folder(self) -> Path:
@@ -114,17 +120,27 @@ class Job:
 
 
 class Graph:
-    """All jobs of a set of parameters, in topological order."""
+    """All jobs of a set of parameters, in topological order.
 
-    def __init__(self, params: Params) -> None:
-        self.params = params
+    The jobs on blocks follow one another by seed. The outputs of a further seed lie in a folder of its own. All seeds
+    share the jobs that run once, which do not depend on a seed, and the report.
+
+    Args:
+        prefix: 'seed_N/' for the graph of a further seed, whose jobs another graph takes over.
+    """
+
+    def __init__(self, params: Params, prefix: str = "") -> None:
+        self.params, self.prefix = params, prefix
         self.results = Path("results") / params.experiment
         self.jobs: list[Job] = []
         self.jobs.extend(self._single())
         self.jobs.extend(self._block(reference) for reference in references.topological_order(params))
         for stage in STAGES.values():
-            if stage.targets:
+            if stage.targets and not (prefix and stage.first_seed_only):
                 self.jobs.extend(self._target_jobs(stage))
+        for seed in params.further_seeds:
+            further = Graph(replace(params, seed=seed, seeds=None, first=(), tables={}), f"seed_{seed}/")
+            self.jobs.extend(job for job in further.jobs if job.prefix)
         self.jobs.extend(self._tables() if params.tables else [self._report()])
         read = {path for job in self.jobs for path in job.inputs.values()}
         self._writers: dict[str, Job] = {}
@@ -156,7 +172,7 @@ class Graph:
 
     def _begin_with(self, graph: "Graph") -> None:
         """Move the jobs of ``graph`` to the front, followed by the report on its rows."""
-        *names, _ = ((job.stage, job.name) for job in graph.jobs)
+        *names, _ = ((job.stage, job.full_name) for job in graph.jobs)
         stage, report = STAGES["first_report"], graph.jobs[-1]
         outputs = {key: self.results / stage.folder / report.outputs[key].name for key in ("report", "table")}
         preview = replace(report, stage=stage.name, outputs=outputs, leaves=tuple(outputs.values()))
@@ -173,16 +189,16 @@ class Graph:
         return list(lines.values())
 
     def find(self, stage: str, name: str = "") -> Job:
-        """Return the job of a stage by name.
+        """Return the job of a stage by its full name.
 
         Raises:
             PipelineError: there is no such job; it lists the names that exist.
         """
         named = [job for job in self.jobs if job.stage == stage]
         for job in named:
-            if job.name == name:
+            if job.full_name == name:
                 return job
-        choices = ", ".join(job.name for job in named) or "nothing: params.yaml has no block for it"
+        choices = ", ".join(job.full_name for job in named) or "nothing: params.yaml has no block for it"
         raise PipelineError(f"{stage} {name}: no such block; {stage} can run {choices}")
 
     def _single(self) -> Iterator[Job]:
@@ -217,10 +233,14 @@ class Graph:
         section, name = reference.split("/")
         stage, block = FOLDERS[section], self._settings(reference)
         reads = stage.reads.items()
-        files = {key: self.results / getattr(block, read.key) / read.file for key, read in reads if read.key}
+        files = {key: self._source(getattr(block, read.key)) / read.file for key, read in reads if read.key}
         models = tuple(self._settings(getattr(block, read.key)) for key, read in reads if key == "model")
         weights = weight_files(block) if stage.trains else {}
         return self._job(stage, name, files | weights, block, section, models)
+
+    def _source(self, reference: str) -> Path:
+        """Return the folder of the job that a block refers to: a block with the same seed, or a job that runs once."""
+        return self.results / (reference if reference in STAGES else f"{self.prefix}{reference}")
 
     def _target_jobs(self, stage: Stage) -> Iterator[Job]:
         """Yield a job for each target of the stage."""
@@ -230,7 +250,7 @@ class Graph:
             section_jobs = {name: f"{folder}/{name}" for name in getattr(self.params, folder, ())}
             for name, source in (section_jobs if folder in SECTIONS else rows).items():
                 files = {stem: FOLDERS[folder].output(stem) for stem in stage.target_files}
-                inputs = {stem: self.results / folder / name / file for stem, file in files.items() if file}
+                inputs = {stem: self._source(f"{folder}/{name}") / file for stem, file in files.items() if file}
                 models = (self._settings(source),) if "model" in inputs else ()
                 job_name = f"{folder}/{name}" if stage.qualified_names else name
                 yield self._job(stage, job_name, inputs, block, source.split("/")[0], models)
@@ -240,16 +260,23 @@ class Graph:
         for name, table in self.params.tables.items():
             assert isinstance(table, PlannedTable)
             ends = {reference for chain in table.chains.values() for reference in chain.values()}
-            inputs = {f"scores of {end}": self.results / "evaluation" / end / "scores.json" for end in sorted(ends)}
-            conditions = {key: attrgetter(key)(self.params) for key in ("seed", "test", "saliency", "dataset.root")}
+            prefixes = sorted({job.prefix for job in self.jobs})
+            inputs = {
+                f"scores of {prefix}{end}": self.results / prefix / "evaluation" / end / "scores.json"
+                for prefix in prefixes
+                for end in sorted(ends)
+            }
+            conditions = {key: attrgetter(key)(self.params) for key in ("test", "saliency", "dataset.root")}
+            conditions["seeds"] = self.params.every_seed
             job = self._job(STAGES["table"], name, inputs)
             yield replace(job, values={**conditions, "table": table}, block=self.params)
 
     def _report(self) -> Job:
         """Return the job of the report, which reads outputs of all other jobs.
 
-        A store is keyed by its reference, doubt maps and JSON files by 'KEY of REFERENCE'. Where no stage creates the
-        dataset, it may be the user's own photos, and the report has a folder with pictures of all of them.
+        A store is keyed by its reference, doubt maps and JSON files by 'KEY of REFERENCE'. Of a further seed, it reads
+        scores and logs, whose references start with the prefix. Where no stage creates the dataset, it may be the
+        user's own photos, and the report has a folder with pictures of all of them.
         """
         inputs: dict[str, Path] = {}
         named = {read.job for read in STAGES["report"].reads.values()}
@@ -259,11 +286,12 @@ class Graph:
             reference = (
                 job.name if STAGES[job.stage].qualified_names else f"{STAGES[job.stage].folder}/{job.name}".rstrip("/")
             )
-            for key in REPORTED:
+            for key in SUMMARISED if job.prefix else REPORTED:
                 if path := job.outputs.get(key):
                     is_store = path.suffix == ".h5" and key != "doubt"
-                    inputs[reference if is_store else f"{key} of {reference}"] = path
-        values = {"method": self.params.method, "gallery": self.params.gallery, "rows": references.chains(self.params)}
+                    inputs[reference if is_store else f"{key} of {job.prefix}{reference}"] = path
+        values: dict[str, Any] = {key: getattr(self.params, key) for key in ("method", "gallery")}
+        values |= {"seeds": self.params.every_seed, "rows": references.chains(self.params)}
         outputs = {
             "report": self.results / "report.html",
             "table": self.results / "metrics.json",
@@ -289,11 +317,11 @@ class Graph:
         values |= {} if block is None else {"block": block}
         more = dict(inputs or {})
         read = {key: self.results / x.job / x.file if x.job else more.pop(key) for key, x in stage.reads.items()}
-        folder = self.results / stage.folder / name
+        prefix = self.prefix if stage.has_many_jobs else ""
+        folder = self.results / prefix / stage.folder / name
         outputs = {Path(file).stem: folder / file for file in stage.writes}
-        return Job(
-            stage.name, name, self._user_inputs(stage) | read | more, outputs, values, block, None, section, models
-        )
+        inputs = self._user_inputs(stage) | read | more
+        return Job(stage.name, name, inputs, outputs, values, block, None, section, models, prefix=prefix)
 
     def _settings(self, reference: str) -> Any:
         section, name = reference.split("/")
@@ -344,63 +372,6 @@ def missing(job: Job) -> dict[Path, str]:
     return lines
 
 
-def _record(job: Job) -> dict[str, Any] | None:
-    """Return the manifest of a job if its outputs exist and it records the current parameters and code."""
-    record = manifest.read(job.folder)
-    if record is None or record["stage"] != job.label or not all(map(os.path.exists, job.outputs.values())):
-        return None
-    if not all(isinstance(record["outputs"].get(job.key(path)), str) for path in job.outputs.values()):
-        return None  # no reader would accept them
-    return record if record["code"] == job.code and record["params"] == job.params else None
-
-
-def is_fresh(job: Job, hashes: dict[Path, str]) -> bool:
-    """Return whether the outputs of a job exist and its manifest records the current inputs, parameters and code.
-
-    ``hashes`` caches the hashes of inputs. The hashes of outputs are read from their manifests, except those of leaves.
-    """
-    record = _record(job)
-    if record is None:
-        return False
-    try:
-        for key, path in job.inputs.items():
-            if path not in hashes:
-                producer = manifest.read(path.parent)
-                recorded = producer["outputs"].get(path.name) if producer and os.path.exists(path) else None
-                hashes[path] = recorded or job.fingerprint(key)
-            if record["inputs"].get(key) != hashes[path]:
-                return False
-        return all(record["outputs"].get(job.key(path)) == fingerprint(path) for path in job.leaves)
-    except OSError:  # a file is missing or cannot be read
-        return False
-
-
-def stale(graph: Graph) -> list[Job]:
-    """Return the jobs that are not up to date and all jobs downstream of them, in topological order."""
-    jobs: list[Job] = []
-    rewritten: set[Path] = set()
-    hashes: dict[Path, str] = {}
-    for job in graph.jobs:
-        if rewritten.intersection(job.inputs.values()) or not is_fresh(job, hashes):
-            jobs.append(job)
-            rewritten.update(job.outputs.values())
-    return jobs
-
-
-def keep_outputs(jobs: list[Job]) -> None:
-    """Keep the outputs of those stale jobs that may turn out to be up to date, once the jobs before them have run.
-
-    These are all whose parameters and code are unchanged. Their inputs do not count: they may be missing after a run
-    that failed, and the next run may write them again as they were. The report is left out, since it shares an output
-    with other experiments and takes little time.
-    """
-    for job in jobs:
-        if all(path.parent == job.folder for path in job.files) and _record(job):
-            kept.keep(job.files)
-        elif any(map(os.path.exists, job.files)):  # otherwise a run was killed before the stage could restore them
-            kept.drop(job.files)
-
-
 def main() -> None:
     """Print the commands of all jobs in order; ``python -m pipeline.workflow.graph [FILE ...] | sh -e`` runs them.
 
@@ -414,7 +385,8 @@ def main() -> None:
             print("exit 1")
             raise
         for job in graph.jobs:
-            print(shlex.join(["python", "-m", f"stages.{job.stage}", *filter(None, [job.name]), "--params", *files]))
+            name = filter(None, [job.full_name])
+            print(shlex.join(["python", "-m", f"stages.{job.stage}", *name, "--params", *files]))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ class LeftOut:
     @cached_property
     def jobs(self) -> list[Job]:
         """The jobs, in topological order."""
-        run = {(job.stage, job.name) for job in self.graph.jobs}
-        return [job for job in Graph(self._params).jobs if (job.stage, job.name) not in run]
+        run = {job.label for job in self.graph.jobs}
+        return [job for job in Graph(self._params).jobs if job.label not in run]
 
     def line(self, job: Job) -> str:
         """Return a line that names the job, the rows that need it, why they are left out, and the fix."""
@@ -47,7 +47,7 @@ class LeftOut:
             return self.graph.find(stage, name)
         except PipelineError:
             for job in self.jobs:
-                if (job.stage, job.name) == (stage, name):
+                if (job.stage, job.full_name) == (stage, name):
                     raise PipelineError(self.line(job)) from None
             raise
 

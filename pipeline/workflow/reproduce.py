@@ -25,7 +25,9 @@ from pipeline.errors import exit_on_faults
 
 LOG = Path(".snakemake/log/reproduce.log")
 AGAIN = "run the same command again"
-SCORED = re.compile(r"predictions/\w+ on .*miou")  # the line with the scores of a row, from the evaluation stage
+SCORED = re.compile(
+    r"(?:seed_\d+/)?predictions/\w+ on .*miou"
+)  # the line with the scores of a row, from the evaluation stage
 ADVANCED = re.compile(r"(\w+(?: [^ :]+)?):(?: .*?)? (\d+)/(\d+)\b")  # a job's own progress: JOB: epoch 2/6: loss 0.1
 BAR = 20  # characters
 _PR_SET_PDEATHSIG = 1
@@ -89,7 +91,7 @@ class Watch:
             self.names[value] = (self._block[0], "")
             self.began[value] = now
         elif key == "wildcards" and len(self._block) == 2:
-            name = "/".join(part.partition("=")[2] for part in value.split(", "))
+            name = "".join(part.partition("=")[2] for part in value.split(", "))  # 'seed_2/' and 'base'
             self.names[self._block[1]] = (self._block[0], name)
 
     def _finish(self, job: str, now: float) -> None:

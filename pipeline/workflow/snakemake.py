@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,8 @@ from pipeline.config.stage_table import STAGES, Stage
 from pipeline.errors import PipelineError, warn
 from pipeline.stores import locks, manifest
 from pipeline.workflow import cost, dvc, settings
-from pipeline.workflow.graph import Graph, Job, keep_outputs, stale
+from pipeline.workflow.freshness import keep_outputs, stale
+from pipeline.workflow.graph import Graph, Job
 from pipeline.workflow.left_out import LeftOut
 
 PARAMS = "params.yaml"
@@ -94,23 +95,25 @@ class Plan:
         from snakemake.io import ancient  # only Snakemake's process has it
 
         def job_inputs(wildcards: Any) -> list[str]:
-            name = getattr(wildcards, "name", "")
-            job = (self.requests or self.graph).find(stage.name, name)
+            job = (self.requests or self.graph).find(stage.name, _full_name(wildcards))
             paths = [str(path) for path in declared_inputs(job)]
             return list(map(ancient, paths)) if job.label in self.unset else paths
 
         return job_inputs
 
     def outputs(self, stage: Stage) -> list[str]:
-        """Return the outputs of a rule; the block's name is a wildcard."""
+        """Return the outputs of a rule; the folder of a further seed and the block's name are wildcards."""
         if stage.has_many_jobs:
-            return [str(self.graph.results / stage.folder / "{name}" / file) for file in (*stage.writes, manifest.NAME)]
+            folder = f"{self.graph.results}/{{seed}}{stage.folder}/{{name}}"
+            return [f"{folder}/{file}" for file in (*stage.writes, manifest.NAME)]
         return [str(path) for path in self.graph.find(stage.name).files]
 
     def log(self, stage: Stage) -> str:
-        """Return the log file of a rule; the block's name is a wildcard."""
+        """Return the log file of a rule, with the wildcards of its outputs."""
         name = stage.folder or stage.name
-        return str(self.graph.results / "logs" / (f"{name}/{{name}}.log" if stage.has_many_jobs else f"{name}.log"))
+        return f"{self.graph.results}/logs/" + (
+            f"{{seed}}{name}/{{name}}.log" if stage.has_many_jobs else f"{name}.log"
+        )
 
     def threads(self, stage: Stage) -> int:
         """Return the number of threads of a rule.
@@ -129,21 +132,26 @@ class Plan:
             return int(stage.gpu)
 
         def job_slots(wildcards: Any) -> int:
-            block = self.graph.find(stage.name, wildcards.name).block
+            block = self.graph.find(stage.name, _full_name(wildcards)).block
             return min(self.gpu_slots, cards.slots_needed(block, self.graph.params.dataset.demo))
 
         return job_slots
 
     def priority(self, stage: Stage) -> Any:
-        """Return the function that gives the jobs of the first rows priority over all others."""
-        first = {job.name for job in self.graph.first if job.stage == stage.name}
-        return lambda wildcards: int(getattr(wildcards, "name", "") in first)
+        """Return the function that gives a job its priority: the first rows, the first seed, then seed by seed."""
+        first = {job.full_name for job in self.graph.first if job.stage == stage.name}
+        prefixes = list(dict.fromkeys(job.prefix for job in self.graph.jobs))[::-1]
+
+        def job_priority(wildcards: Any) -> int:
+            return prefixes.index(getattr(wildcards, "seed", "")) + (_full_name(wildcards) in first)
+
+        return job_priority
 
     def command(self, stage: Stage) -> Any:
         """Return the function that builds the command of a rule from its wildcards, threads and resources."""
 
         def job_command(wildcards: Any, threads: int, resources: Any) -> str:
-            name = [wildcards.name] if stage.has_many_jobs else []
+            name = [_full_name(wildcards)] if stage.has_many_jobs else []
             arguments = stage.arguments(threads)
             if self.gpu_slots and stage.gpu:
                 arguments += ["--slots", str(resources.gpu)]
@@ -165,6 +173,9 @@ class Plan:
             return
         names.append(dvc.ROWS)
         try:
+            if fault := dvc.seeds_fault():
+                print(f"note: DVC did not record this run: {fault}", file=sys.stderr)
+                return
             dvc.write_rows()
             if not outdated and self.graph.params.dataset.demo:
                 # Without names, DVC records all stages and reads dvc.yaml once, not once per name: 18 s, not 4 min.
@@ -180,6 +191,11 @@ class Plan:
             )
             fix = next((f"; {text}" for part, text in FIXES.items() if part in reason), "")
             print(f"note: DVC did not record this run: {reason.removeprefix('ERROR: ')}{fix}", file=sys.stderr)
+
+
+def _full_name(wildcards: Any) -> str:
+    """Return the full name of a job: '' if it runs once, else the block's name, after 'seed_N/' of a further seed."""
+    return f"{getattr(wildcards, 'seed', '')}{getattr(wildcards, 'name', '')}"
 
 
 def stage_file(job: Job) -> Path:
@@ -260,7 +276,20 @@ def _params_sources(settings: Any) -> tuple[list[str], dict[str, Any]]:
     """Return the params files in the order in which they are merged, and the overrides from --config."""
     configfiles = [os.path.relpath(path) for path in settings.configfiles]
     base = [] if settings.replace_workflow_config else [PARAMS]
-    return [*base, *(name for name in configfiles if name != PARAMS)], dict(settings.config)
+    return [*base, *(name for name in configfiles if name != PARAMS)], _typed(dict(settings.config))
+
+
+def _typed(value: Any) -> Any:
+    """Convert texts that are numbers, true, false or null: in lists and mappings, Snakemake leaves them as text."""
+    if isinstance(value, Mapping):
+        return {key: _typed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_typed(item) for item in value]
+    try:
+        scalar = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+    return value if isinstance(scalar, dict | list | str) else scalar
 
 
 def _set_times(graph: Graph, outdated: list[Job]) -> set[str]:

@@ -25,7 +25,8 @@ from pipeline.runtime import Runtime, default_threads, deterministic_only
 from pipeline.stores import kept, locks, manifest
 from pipeline.stores.files import partial, publish
 from pipeline.stores.hashes import fingerprint
-from pipeline.workflow.graph import Graph, Job, is_fresh, missing
+from pipeline.workflow.freshness import is_fresh
+from pipeline.workflow.graph import Graph, Job, missing
 from pipeline.workflow.left_out import LeftOut
 
 
