@@ -25,7 +25,8 @@ from pipeline.report.boxes import RIGHT, TRUE, WRONG
 from pipeline.stores.raster import RasterStore
 from pipeline.workflow.graph import Graph
 from tests.method_contract import small_classifier
-from tests.project import link_code, run_stages
+from tests.project import ROOT, link_code, run_stages
+from tests.trained import command
 from tests.voc_tree import make_tree, minimal_params
 
 RESULTS = Path("results/test")
@@ -168,6 +169,14 @@ def test_boxes_run_beside_rows_but_not_among_the_first(tmp_path: Path, monkeypat
     assert "classifier extra" not in [job.label for job in graph.first]
     assert {"classifier extra", "box_scores cam"} <= {job.label for job in graph.jobs}
     assert graph.find("report").inputs["boxes of box_scores/cam"] == RESULTS / "box_scores/cam/boxes.json"
+
+
+def test_wsss_run_needs_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    assert command("run", "demo_boxes", "--dry-run") == 1
+    said = capsys.readouterr().err
+    assert "profiles/demo_boxes.yaml: has no rows, so it trains no network whose masks wsss run could write" in said
+    assert said.endswith("snakemake --cores all --configfile params.yaml profiles/demo_boxes.yaml\n")
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,12 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     f"{PROFILE}/voc2012.yaml profiles/tables/oaa_4.yaml": Dry(),
     "snakemake --cores 2 --configfile params.yaml profiles/demo_boxes.yaml": Dry(),
     "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml": Dry("correct dataset.root", status=1),
-    "snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml profiles/voc12_mini_timm.yaml": Dry(
-        "correct dataset.root", status=1
-    ),
+    **{
+        f"snakemake --cores 2 --configfile params.yaml profiles/voc12_mini.yaml profiles/voc12_mini_{name}.yaml": Dry(
+            "correct dataset.root", status=1
+        )
+        for name in ("timm", "boxes")
+    },
     "pip install timm": Covered("test_environment.py::test_the_extras", '"timm"'),
     f"{PROFILE}/voc2012.yaml": Dry("download"),
     f"{PROFILE}/voc2012.yaml profiles/coco_stuff.yaml": Dry("unpack COCO-Stuff 10k v1.1 there", status=1),

@@ -22,6 +22,7 @@ PROFILES = {
     "coco_stuff": ["voc2012.yaml", "coco_stuff.yaml"],
     "cub": ["voc2012.yaml", "cub.yaml"],
     "voc12_mini": ["voc12_mini.yaml"],
+    "voc12_mini_boxes": ["voc12_mini.yaml", "voc12_mini_boxes.yaml"],
     "demo_boxes": ["demo_boxes.yaml"],
 }
 NETWORK = {"backbone": {"name": "small"}, "training": {"epochs": 1, "batch_size": 2, "lr": 0.1}}

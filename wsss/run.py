@@ -108,6 +108,7 @@ def read_plan(options: argparse.Namespace) -> Plan:
     Raises:
         PipelineError: it does not exist or has faults, or an option is out of range.
     """
+    from pipeline.config import references
     from pipeline.config.params import load
 
     if options.cores < 0:
@@ -127,7 +128,11 @@ def read_plan(options: argparse.Namespace) -> Plan:
         overrides = {"rows": rows}
         if load(files).method not in rows:
             overrides["method"] = rows[0]
-    return Plan(files, overrides, load(files, overrides), shlex.join(["wsss", *options.arguments]))
+    params = load(files, overrides)
+    if not references.rows(params):
+        line = f"{file}: has no rows, so it trains no network whose masks wsss run could write"
+        raise PipelineError(f"{line}; type: snakemake --cores all --configfile {BASE} {file}")
+    return Plan(files, overrides, params, shlex.join(["wsss", *options.arguments]))
 
 
 def _threads(params: "Params", cores: int) -> list[str]:
