@@ -382,6 +382,28 @@ class TestPage:
         assert paper_table.grid(across, [{}]) == [list(column) for column in zip(*upright, strict=True)]
 
 
+def test_a_claim_is_counted_over_the_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each seed has its own figures; the table shows their mean and range."""
+    monkeypatch.chdir(tmp_path)
+    raw = {**small_params(), "rows": None, "seeds": [1, 2], "tables": {"maps": MAPS}}
+    raw["variants"] = {"oaa": {"of": "cam", "pseudo_labels": {"source": "classifiers/base"}}}
+    Path("params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    project.run_stages(["params.yaml"], until="table maps")
+    folder = Path("results/test/tables/maps")
+    record = json.loads((folder / "table.json").read_text())
+    recall = {seed: figures["cam"]["recall"] for seed, figures in record["figures"].items()}
+    assert recall.keys() == {"1", "2"}
+    assert recall["1"] != recall["2"]
+    own = json.loads(Path("results/test/seed_2/evaluation/localizations/cam/scores.json").read_text())["recall"]
+    assert recall["2"] == pytest.approx(100 * own, abs=1e-3)
+    assert [claim["seeds"] for claim in record["claims"]] == [2, 2]
+    assert record["claims"][1]["holds"] == 2
+    html = (folder / "report.html").read_text()
+    assert "holds in 2 of 2 seeds" in html
+    low, high = sorted(recall.values())
+    assert f"{(low + high) / 2:.1f}<small>{low:.1f} to {high:.1f}</small>" in html
+
+
 class TestPlan:
     """What a run of tables does before it begins."""
 
