@@ -306,8 +306,11 @@ def test_what_the_mini_profile_lacks_is_named_with_its_fix(checkout: Path) -> No
     assert [re.sub(r"^error: (\S+): .*; ", r"\1; ", line) for line in errors] == [
         "../shared/data/voc12_mini; put the dataset there (data/README.md has the layout), or correct dataset.root",
         "../shared/data/voc12_mini/Saliency; put the maps there, or correct saliency.path",
-        "../shared/weights/mobilenet_v2_imagenet_fp16.pth; put the file there, or correct backbone.weights: 'imagenet'"
-        " downloads torchvision's, null starts at random",
+        *(
+            f"../shared/weights/{name}_fp16.pth; put the file there, or correct backbone.weights: 'imagenet' downloads"
+            " torchvision's, null starts at random"
+            for name in ("mobilenet_v2_imagenet", "tf_efficientnet_lite2")
+        ),
     ]
 
 

@@ -61,21 +61,26 @@ class TestFiles:
     @pytest.mark.parametrize("profile", ["demo", "voc12_mini", "voc2012"])
     def test_all_are_planned_on_a_tree(self, profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the dataset, its saliency maps and the weights lie, no file is missing."""
-        weights = ["../shared/weights/mobilenet_v2_imagenet_fp16.pth"] if profile == "voc12_mini" else []
+        names = ("mobilenet_v2_imagenet", "tf_efficientnet_lite2")
+        weights = [Path(f"../shared/weights/{name}_fp16.pth") for name in names]
         shared = tmp_path / "shared"
         for folder in ("data/voc12_mini/Saliency", "weights"):
             (shared / folder).mkdir(parents=True)
-        (shared / "weights" / "mobilenet_v2_imagenet_fp16.pth").touch()
         (tmp_path / "project" / "data" / "voc2012" / "Saliency").mkdir(parents=True)
         monkeypatch.chdir(tmp_path / "project")
+        for file in weights:
+            file.touch()
         graph = Graph(load([*beneath(profile), *FILES]))
         assert graph.missing() == []
         tables = [job for job in graph.jobs if job.stage == "table"]
         assert [job.name for job in tables] == [file.stem for file in FILES]
         assert len({job.folder for job in graph.jobs}) == len(graph.jobs)
-        (shared / "weights" / "mobilenet_v2_imagenet_fp16.pth").unlink()
+        for file in weights:
+            file.unlink()
         faults = Graph(load([*beneath(profile), *FILES])).missing()
-        assert [fault.partition(": missing (")[0] for fault in faults] == weights
+        assert [fault.partition(": missing (")[0] for fault in faults] == (
+            [str(file) for file in weights] if profile == "voc12_mini" else []
+        )
 
     @each_file
     def test_it_holds_one_table_and_no_setting_of_a_profile(self, file: Path) -> None:

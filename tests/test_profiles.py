@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ SHARED = ROOT.parent / "shared"
 FULL_SIZE = SHARED / "data" / "voc12_fullsize_48"
 MINI = SHARED / "data" / "voc12_mini"
 WEIGHTS = SHARED / "weights" / "mobilenet_v2_imagenet_fp16.pth"
+LITE2 = SHARED / "weights" / "tf_efficientnet_lite2_fp16.pth"
 
 
 def real_tree(root: Path, train: int, evaluation: int) -> None:
@@ -81,7 +83,8 @@ def table(project: Path, experiment: str, name: str) -> dict[str, dict[str, floa
 
 
 needs_mini = pytest.mark.skipif(
-    not MINI.is_dir() or not WEIGHTS.is_file(), reason="needs ../shared/data/voc12_mini and its weights"
+    not MINI.is_dir() or not WEIGHTS.is_file() or not LITE2.is_file() or find_spec("timm") is None,
+    reason="needs ../shared/data/voc12_mini, its weights and timm",
 )
 
 
@@ -94,7 +97,7 @@ def mini(project: Path, train: int, evaluation: int, rows: list[str]) -> list[st
     for name, images in (("train", train), ("val", evaluation)):
         listed = (MINI / "ImageSets" / "Segmentation" / f"{name}.txt").read_text().split()
         (data / "lists" / f"{name}.txt").write_text("\n".join(listed[:images]))
-    backbone = {"weights": os.path.relpath(WEIGHTS, project)}
+    backbone, lite2 = ({"weights": os.path.relpath(file, project)} for file in (WEIGHTS, LITE2))
     learn = {"backbone": backbone, "augmentation": {"length": [161, 161]}, "training": {"epochs": 1}}
     agen = {
         "network": {"agen": {"delay": 0}},
@@ -113,7 +116,7 @@ def mini(project: Path, train: int, evaluation: int, rows: list[str]) -> list[st
             "affinities": learn,
             "one_step": agen,
             "localizations": {"length": 161, "scales": [1.0]},
-            "segmentations": {"backbone": backbone, "augmentation": {"crop": 161}, "training": {"epochs": 1}},
+            "segmentations": {"backbone": lite2, "augmentation": {"crop": 161}, "training": {"epochs": 1}},
         },
         "classifiers": {"amr": {"training": {"epochs": 1}}},
         "test": {"flip": False},

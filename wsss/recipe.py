@@ -1,8 +1,8 @@
 """The profile that ``wsss new`` writes: rows and settings that suit the photos, the weights and the machine.
 
 The rows are those that were best on real photos in docs/RESULTS.md: OAA where there are saliency maps, else class
-activation maps that a random walk spreads (IRN). The settings are those of profiles/voc12_mini.yaml, with as many
-epochs as the number of photos calls for.
+activation maps that a random walk spreads (IRN). The settings are those of profiles/voc12_mini.yaml, except that the
+segmentation network has the classifier's backbone, with as many epochs as the number of photos calls for.
 """
 
 import math
