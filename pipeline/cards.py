@@ -58,7 +58,8 @@ class Card:
 def slots_needed(block: Any, demo: Demo | None) -> int:
     """Return the slots that a job on this block needs: one for inference, more for a training on large batches.
 
-    The memory of a training is ``CONTEXT`` + ``PER_PIXEL`` x pixels of a batch, for each of its backbones.
+    The memory of a training is ``CONTEXT`` + ``PER_PIXEL`` x pixels of a batch, for each of its backbones. A training
+    in several processes needs these slots on the GPU of each, for its part of the batch.
 
     Args:
         demo: the dataset if it is generated; its images have a known size.
@@ -70,7 +71,7 @@ def slots_needed(block: Any, demo: Demo | None) -> int:
     if augmentation.scale and not augmentation.crop:
         side = round(side * augmentation.scale[1])
     backbones = len(getattr(block, "backbones", ())) or 1
-    memory = CONTEXT + backbones * PER_PIXEL * training.batch_size * side**2 / 1024
+    memory = CONTEXT + backbones * PER_PIXEL * training.batch_size / training.processes * side**2 / 1024
     return max(1, -(-round(memory) // SLOT))
 
 
@@ -139,31 +140,81 @@ def choose(device: str, needed: int) -> str:
     Raises:
         PipelineError: there is no such GPU.
     """
-    if device != "auto" and not device.startswith("cuda"):
-        return device
-    if device in _chosen:
-        return _chosen[device]
-    import torch  # here, since planning imports this module
+    return _chosen[device] if device in _chosen else adopt(device, reserve(device, needed)[0])
 
-    starting = torch.version.cuda is not None and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    selectable = visible() if starting else ()  # by CUDA_VISIBLE_DEVICES; other cards are selected by number
-    cards = selectable or _torch_cards()
+
+def adopt(device: str, name: str) -> str:
+    """Make this process use the card that ``reserve`` has named; return the device of torch."""
+    if name.startswith(("GPU-", "MIG-")):
+        os.environ[VISIBLE], name = name, "cuda:0"
+    if name.startswith("cuda"):
+        _chosen[device] = name
+    return name
+
+
+def reserve(device: str, needed: int, processes: int = 1) -> list[str]:
+    """Take slots on as many cards as there are processes, and hold them until this process ends.
+
+    Args:
+        device: see ``choose``.
+        needed: number of slots on each card.
+
+    Returns:
+        For each process, the UUID of its card, by which CUDA_VISIBLE_DEVICES selects it, or its device in torch.
+
+    Raises:
+        PipelineError: there is no such GPU, or there are fewer than processes; or fewer cores, on the CPU.
+    """
+    wanted, selectable = _candidates(device, processes)
+    if wanted is None:
+        return [device if device != "auto" else "cpu"] * processes
+    names = []
+    for number, slots in _take(wanted, needed, processes):
+        card = wanted[number]
+        shown = ", ".join(map(str, slots))
+        print(f"device: {card.name} ({card.uuid}), slot{'s'[: len(slots) > 1]} {shown} of {card.slots}", flush=True)
+        names.append(card.uuid if selectable else f"cuda:{number}")
+    return names
+
+
+def require(device: str, processes: int) -> None:
+    """Check that there is a GPU, or on the CPU a core, for each process.
+
+    Raises:
+        PipelineError: there is not; or there is no such GPU.
+    """
+    _candidates(device, processes)
+
+
+def _candidates(device: str, processes: int) -> tuple[dict[int, Card] | None, bool]:
+    """Return the cards to choose from, None for the CPU, and whether CUDA_VISIBLE_DEVICES can still select them."""
+    selectable: Sequence[Card] = ()
+    cards: Sequence[Card] = ()
+    if device == "auto" or device.startswith("cuda"):
+        import torch  # here, since planning imports this module
+
+        starting = torch.version.cuda is not None and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        selectable = visible() if starting else ()  # by CUDA_VISIBLE_DEVICES; other cards are selected by number
+        cards = selectable or _torch_cards()
     if not cards:
-        if device == "auto":
-            return "cpu"
-        raise PipelineError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+        if device.startswith("cuda"):
+            raise PipelineError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+        if processes > (cores := len(os.sched_getaffinity(0))):
+            raise PipelineError(f"training.processes: {processes} processes need as many cores, not {cores}; lower it")
+        return None, False
     number = device.removeprefix("auto").removeprefix("cuda").removeprefix(":")
     if number and not (number.isdecimal() and int(number) < len(cards)):
         raise PipelineError(f"--device {device}: the GPUs are cuda:0 to cuda:{len(cards) - 1}")
-    wanted = range(len(cards)) if not number else range(int(number), int(number) + 1)
-    taken, slots = _take({index: cards[index] for index in wanted}, needed)
-    card = cards[taken]
-    shown = ", ".join(map(str, slots))
-    print(f"device: {card.name} ({card.uuid}), slot{'s'[: len(slots) > 1]} {shown} of {card.slots}", flush=True)
-    if selectable:
-        os.environ[VISIBLE] = card.uuid
-    _chosen[device] = "cuda:0" if selectable else f"cuda:{taken}"
-    return _chosen[device]
+    wanted = {index: cards[index] for index in (range(len(cards)) if not number else [int(number)])}
+    if processes > 1:
+        wanted = {index: card for index, card in wanted.items() if not card.uuid.startswith("MIG-")}  # as NCCL demands
+        if processes > len(wanted):
+            raise PipelineError(
+                f"training.processes: {processes} processes need as many GPUs, and there "
+                f"{'is' if len(wanted) == 1 else 'are'} {len(wanted)} to choose from (--device {device}; MIG instances "
+                "do not count); lower it, or run on a larger machine"
+            )
+    return wanted, bool(selectable)
 
 
 def _torch_cards() -> tuple[Card, ...]:
@@ -175,8 +226,8 @@ def _torch_cards() -> tuple[Card, ...]:
     return tuple(Card(each.name, f"GPU-{each.uuid}", each.total_memory >> 20) for each in properties)
 
 
-def _take(cards: Mapping[int, Card], needed: int) -> tuple[int, list[int]]:
-    """Lock slots on one of the cards; wait until there are enough. Return its number and those of the slots."""
+def _take(cards: Mapping[int, Card], needed: int, count: int) -> list[tuple[int, list[int]]]:
+    """Lock slots on ``count`` cards; wait until there are enough. Return the numbers of the cards and of the slots."""
     folder = Path(tempfile.gettempdir()) / f"wsss-cards-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     wanted = {number: min(needed, card.slots) for number, card in cards.items()}
@@ -186,18 +237,19 @@ def _take(cards: Mapping[int, Card], needed: int) -> tuple[int, list[int]]:
             locks.take(choosing, _UNGUARDED, wait=True)
             free = {number: _lock_free(folder, card) for number, card in cards.items()}
             fitting = [number for number in cards if len(free[number]) >= wanted[number]]
-            number = max(fitting, key=lambda each: (len(free[each]), -each), default=None)
-            slots = [] if number is None else list(free[number])[: wanted[number]]
-            for each, files in free.items():
+            numbers = sorted(fitting, key=lambda each: (-len(free[each]), each))[:count]
+            taken = [(number, list(free[number])[: wanted[number]]) for number in numbers if len(numbers) == count]
+            for number, files in free.items():
                 for slot, file in files.items():
-                    if each == number and slot in slots:
+                    if slot in dict(taken).get(number, ()):
                         _held.append(file)
                     else:
                         file.close()
-        if number is not None:
-            return number, slots
+        if taken:
+            return taken
         if not waited:
-            print(f"waiting: no GPU has {needed} free slots; {VARIABLE} changes their number", flush=True)
+            who = "no GPU has" if count == 1 else f"fewer than {count} GPUs have"
+            print(f"waiting: {who} {needed} free slots; {VARIABLE} changes their number", flush=True)
             waited = True
         time.sleep(POLL)
 

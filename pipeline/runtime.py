@@ -1,10 +1,10 @@
 """Execution options and hardware detection.
 
-``slots``, ``workers``, ``checkpoint_every`` and ``cache`` never change a result. ``device``, ``threads`` and
-``deterministic`` choose the arithmetic of the networks: a training with another device or number of threads adds in
-another order, which its many steps amplify. Inference and label stages have given the same bytes with one thread and
-with two. No option is part of a job's key, so that results remain valid on other machines; ``pipeline.arithmetic``
-records what was used.
+``slots``, ``workers``, ``checkpoint_every`` and ``cache`` never change a result. ``device``, ``processes``, ``threads``
+and ``deterministic`` choose the arithmetic of the networks: a training with another device, or another number of
+processes or threads, adds in another order, which its many steps amplify. Inference and label stages have given the
+same bytes with one thread and with two; the number of processes does not matter to them. No option is part of a job's
+key, so that results remain valid on other machines; ``pipeline.arithmetic`` records what was used.
 """
 
 import os
@@ -24,6 +24,7 @@ class Runtime:
     """Execution options; see above for those that results depend on."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:N
+    processes: int = 1  # that share the job, each on a GPU of its own; see ``pipeline.ranks``
     slots: int = 1  # of a GPU; see ``pipeline.cards``
     workers: int = 0  # extra processes that load and label images; 0: the main process does it
     threads: int = 1  # arithmetic threads

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pipeline import ranks
 from pipeline.config.schema import Classifier
 from pipeline.data.index import Image
 from pipeline.data.loading import Batch, TrainingSet
@@ -42,6 +43,10 @@ class ClassifierTask:
     def is_mean(self) -> bool:
         return self.network.is_mean
 
+    @property
+    def unit(self) -> int:
+        return self.network.unit
+
     def loss(self, batch: Batch, epoch: int) -> Tensor:
         images, occluded = batch.images, None
         tags = self.accumulator.tags(batch.ids, batch.tags.shape[1])  # reading them from a GPU would wait for it
@@ -67,7 +72,8 @@ class ClassifierTask:
             self.taken = None
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        if self.settings.accumulate.snapshots:
+        self.accumulator.merge()
+        if self.settings.accumulate.snapshots and ranks.place().rank == 0:
             path = snapshot(self.work, epoch)
             self.accumulator.dump(path)
             self.snapshots.append(sha256(path))
@@ -78,6 +84,7 @@ class ClassifierTask:
         }
 
     def state(self) -> dict[str, Any]:
+        self.accumulator.merge()
         return {"accumulator": self.accumulator.state(), "snapshots": self.snapshots}
 
     def restore(self, state: dict[str, Any]) -> None:

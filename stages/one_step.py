@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline.data.loading import Batch
 from pipeline.methods.one_step import Mapper, OneStepNetwork
 from pipeline.stores.blocks import parallel
+from pipeline.training import distributed
 from pipeline.workflow.fit import fit
 from pipeline.workflow.stage import Work, run
 
@@ -31,12 +32,13 @@ class OneStepTask:
         return self.network.new_layers()
 
     is_mean = False
+    unit = 1
 
     def loss(self, batch: Batch, epoch: int) -> Tensor:
         losses_by_name = self.network.losses(batch.images, batch.tags, epoch, self.mapper)
         self.names = list(losses_by_name)
         losses = torch.stack(list(losses_by_name.values()))
-        counted = torch.cat([losses.detach().double(), losses.new_ones(1)])
+        counted = torch.cat([distributed.mean(losses.detach().double()), losses.new_ones(1)])
         self.terms = counted if self.terms is None else self.terms + counted
         return losses.sum()
 

@@ -233,6 +233,51 @@ class TestChoose:
             settings.prepare("cuda", 1)
 
 
+class TestSeveral:
+    """A job of several processes takes the same number of slots on as many cards, all at once."""
+
+    def test_each_process_has_a_card(self, machine: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        machine(TWO, 81559, 81559)
+        assert cards.reserve("auto", 3, 2) == ["GPU-11111111-aaaa", "GPU-12222222-bbbb"]
+        printed = capsys.readouterr().out.splitlines()
+        uuids = ("GPU-11111111-aaaa", "GPU-12222222-bbbb")
+        assert printed == [f"device: NVIDIA H100 80GB HBM3 ({uuid}), slots 0, 1, 2 of 10" for uuid in uuids]
+        folder = tmp_path / f"wsss-cards-{os.getuid()}"
+        assert [len(cards._lock_free(folder, card)) for card in cards.visible()] == [7, 7]
+
+    def test_a_process_uses_the_card_that_is_named(self, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        machine(TWO, 81559, 81559)
+        monkeypatch.setenv(cards.VISIBLE, "0,1")
+        assert cards.adopt("auto", "GPU-12222222-bbbb") == "cuda:0"
+        assert os.environ[cards.VISIBLE] == "GPU-12222222-bbbb"
+        assert cards.choose("auto", 3) == "cuda:0"
+
+    def test_it_waits_until_both_are_free(self, machine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        machine(TWO, 81559, 81559)
+        choose(needed=9)
+        first = list(cards._held)
+        cards._held.clear()
+        threading.Timer(0.3, lambda: [file.close() for file in first]).start()
+        assert len(cards.reserve("auto", 9, 2)) == 2
+        assert "waiting: fewer than 2 GPUs have 9 free slots" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("listed", "device", "processes", "line"),
+        [
+            (TWO, "auto", 3, "3 processes need as many GPUs, and there are 2 to choose from (--device auto;"),
+            (TWO, "cuda:1", 2, "2 processes need as many GPUs, and there is 1 to choose from (--device cuda:1;"),
+            (MIG, "auto", 2, "2 processes need as many GPUs, and there is 1 to choose from (--device auto;"),
+        ],
+    )
+    def test_more_processes_than_cards(self, machine: Any, listed: str, device: str, processes: int, line: str) -> None:
+        machine(listed, 40960, 40960)
+        for take in (cards.require, lambda *arguments: cards.reserve(arguments[0], 1, arguments[1])):
+            with pytest.raises(PipelineError) as caught:
+                take(device, processes)
+            assert caught.value.lines[0].startswith(f"training.processes: {line}")
+        assert not cards._held
+
+
 class TestSlots:
     def test_the_rule(self) -> None:
         """The demo's trainings need one slot; a batch of 16 crops of 321 pixels in one backbone, two."""
@@ -260,6 +305,28 @@ class TestSlots:
         assert re.search(rf" --slots {slots}\b", command)
         limited = Plan(graph, [], gpu_slots=1, full_threads=True)
         assert limited.slots(stage)(wildcards) == 1
+
+    def test_a_job_of_several_processes_takes_a_card_for_each(self) -> None:
+        """Of each card the slots for its part of the batch; the same with inference; on a cluster, whole cards."""
+        training = {"segmentations": {"oaa": {"training": {"processes": 5}}}}
+        files = [project.ROOT / "params.yaml", project.ROOT / "profiles/voc2012.yaml"]
+        whole, graph = Graph(load(files)), Graph(load(files, training))
+        stage, wildcards = STAGES["segmentation"], SimpleNamespace(name="oaa")
+        each = cards.slots_needed(graph.find("segmentation", "oaa").block, None)
+        assert 1 <= each < cards.slots_needed(whole.find("segmentation", "oaa").block, None)
+        plan = Plan(graph, [], gpu_slots=40, full_threads=True)
+        slots = plan.slots(stage)(wildcards)
+        assert slots == 5 * each
+        command = plan.command(stage)(wildcards, 8, SimpleNamespace(gpu=slots))
+        assert re.search(rf" --slots {each}\b", command)
+        assert plan.slots(STAGES["prediction"])(wildcards) == 5
+        cluster = Plan(graph, [], full_threads=True)
+        assert cluster.slots(stage)(wildcards) == 5
+        assert cluster.slots(stage)(SimpleNamespace(name="cam")) == 1
+        assert cluster.slots(STAGES["localization"]) == 1
+        plain = Plan(graph, [])
+        assert plain.threads(stage)(wildcards) == 5
+        assert plain.threads(stage)(SimpleNamespace(name="cam")) == plain.threads(STAGES["localization"]) == 1
 
     def test_a_job_on_a_cluster_takes_a_card(self) -> None:
         plan = Plan(Graph(load([project.ROOT / "params.yaml"])), [], full_threads=True)

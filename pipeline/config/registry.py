@@ -17,6 +17,7 @@ from pipeline.config import reader
 from pipeline.errors import PipelineError
 
 T = TypeVar("T")
+EXECUTION = {"execution": True}  # metadata of a field that is an execution option: no result depends on it
 _ROOT = Path(__file__).parents[2]
 
 
@@ -203,11 +204,15 @@ CHOICES = ("method", "network", "rule")  # the keys of blocks whose value is a `
 
 
 def plain(value: Any) -> Any:
-    """Convert a block to JSON types: dataclasses to mappings, tuples to lists, a choice to ``{NAME: settings}``."""
+    """Convert a block to JSON types: dataclasses to mappings, tuples to lists, a choice to ``{NAME: settings}``.
+
+    Execution options (``EXECUTION``) are left out, since no result depends on them.
+    """
     if isinstance(value, Choice):
         return {value.name: plain(value.settings)}
     if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        fields = (field for field in dataclasses.fields(value) if field.init and field.metadata != EXECUTION)
+        return {field.name: plain(getattr(value, field.name)) for field in fields}
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -22,7 +22,17 @@ from pipeline.config.reader import (
     Scale,
     Share,
 )
-from pipeline.config.registry import BACKBONES, METHODS, ONE_STEP, REFINEMENTS, RULES, SEGMENTATIONS, Choice, Name
+from pipeline.config.registry import (
+    BACKBONES,
+    EXECUTION,
+    METHODS,
+    ONE_STEP,
+    REFINEMENTS,
+    RULES,
+    SEGMENTATIONS,
+    Choice,
+    Name,
+)
 from pipeline.config.tables import Table
 
 
@@ -200,8 +210,13 @@ class Training:
     warmup_start: Share = 0.0  # fraction of the rate at which the warmup starts
     # Also of localization, walk and prediction with this network. auto: bf16 if the device supports it
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # Processes, each on a GPU of its own, that share every batch; also of the inference with this network. It is an
+    # execution option: it changes the order of sums alone, and no result becomes outdated by it.
+    processes: Count = field(default=1, metadata=EXECUTION)
 
     def faults(self) -> Iterator[str]:
+        if self.batch_size % self.processes:
+            yield f"processes: batch_size {self.batch_size} is not a multiple of {self.processes}; change either"
         if (self.epochs is None) == (self.iterations is None):
             yield ": set either epochs or iterations, not both"
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:

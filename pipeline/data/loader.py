@@ -15,6 +15,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from pipeline import ranks
 from pipeline.data.collation import LoadedBatch, collate
 from pipeline.data.loading import Item, TrainingSet, resized
 from pipeline.data.sampling import epoch_order
@@ -34,16 +35,21 @@ class LoadingPlan:
     prefetch: int = PREFETCH
     label: str = "loader"  # name of the stage in messages
     gpu: bool = False  # the batches go to a GPU: pin them, and leave the colour jitter to it
+    unit: int = 1  # consecutive images of a batch that one rank must compute together
 
 
-def loading_plan(dataset: TrainingSet, batch_size: int, workers: int, label: str, gpu: bool = False) -> LoadingPlan:
+def loading_plan(
+    dataset: TrainingSet, batch_size: int, workers: int, label: str, gpu: bool = False, unit: int = 1
+) -> LoadingPlan:
     """Plan with as many of ``workers`` as fit into /dev/shm; prints one line if these are fewer than requested.
 
-    Space is reserved for the prefetched batches and for the one in training.
+    Space is reserved for the prefetched batches and for the one in training. In a training of several ranks,
+    ``workers`` are those of each rank, which load its parts of batches of ``batch_size``: together they need the space
+    of one rank that loads whole batches.
     """
     size = _batch_bytes(dataset, batch_size)
     free = _free(SHM)
-    full = LoadingPlan(workers, PREFETCH, label, gpu)
+    full = LoadingPlan(workers, PREFETCH, label, gpu, unit)
     plan = _largest_plan(full, int(SHM_SHARE * free / size) - 1)
     if plan != full:
         need = (workers * PREFETCH + 1) * size / SHM_SHARE
@@ -105,14 +111,18 @@ class Batches:
 
 
 class _Epochs:
-    """Batch sampler: the keys of consecutive epochs' batches; the first epoch starts at batch number ``start``."""
+    """Batch sampler: the keys of this rank's parts of the batches of consecutive epochs.
 
-    def __init__(self, dataset: TrainingSet, batch_size: int, epochs: Sequence[int], start: int) -> None:
-        self.dataset, self.batch_size, self.epochs, self.start = dataset, batch_size, epochs, start
+    The first epoch starts at batch number ``start``. A rank without a part loads the first images (``ranks.loaded``).
+    """
+
+    def __init__(self, dataset: TrainingSet, batch_size: int, epochs: Sequence[int], start: int, unit: int) -> None:
+        self.dataset, self.batch_size, self.epochs, self.start, self.unit = dataset, batch_size, epochs, start, unit
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for number, epoch in enumerate(self.epochs):
-            yield from Batches(self.dataset, self.batch_size, epoch, 0 if number else self.start)
+            for batch in Batches(self.dataset, self.batch_size, epoch, 0 if number else self.start):
+                yield batch[ranks.place().loaded(len(batch), self.unit)]
 
 
 class _BatchDataset(Dataset[LoadedBatch]):
@@ -153,7 +163,7 @@ def data_loader(
     """Create PyTorch's loader of all batches of consecutive epochs, from batch number ``start`` of the first one."""
     return DataLoader(
         _BatchDataset(dataset, plan.gpu),
-        batch_sampler=_Epochs(dataset, batch_size, epochs, start),
+        batch_sampler=_Epochs(dataset, batch_size, epochs, start, plan.unit),
         collate_fn=_identity,  # type: ignore[arg-type]  # _BatchDataset collates
         num_workers=plan.workers,
         prefetch_factor=plan.prefetch if plan.workers else None,

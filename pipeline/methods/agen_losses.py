@@ -15,6 +15,7 @@ from pipeline.config.schema import Crf
 from pipeline.data.loading import IGNORE, MEAN, STD
 from pipeline.labels.crf import dense_crf
 from pipeline.methods.one_step import Mapper
+from pipeline.training.distributed import ratio
 
 Size = tuple[int, int]
 FLOOR = 1e-4  # smallest probability in the boundary loss (SEC)
@@ -90,7 +91,7 @@ def seeding_loss(logits: Tensor, labels: Tensor) -> Tensor:
     losses = functional.cross_entropy(pixels, classes, ignore_index=IGNORE, reduction="none")
     total = torch.zeros((), device=logits.device)
     for chosen in ((classes != 0) & (classes != IGNORE), classes == 0):
-        total = total + (losses * chosen).sum() / chosen.sum().clamp_min(1)
+        total = total + ratio((losses * chosen).sum(), chosen.sum())
     return total
 
 

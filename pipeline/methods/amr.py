@@ -1,6 +1,6 @@
 """Activation modulation and recalibration (AMR): combines a spotlight branch and a compensation branch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,6 +62,10 @@ class Amr(Method):
         consistency: NonNegative = 0.05  # weight of cross pseudo supervision, L_cps (the code; the paper: 1); 0: none
         xi: Share = 0.5  # share of the spotlight branch in the recalibrated maps (Table 5)
         shared: Literal["nothing", "stem"] = "nothing"  # part of the backbone that both branches share
+
+        def faults_in(self, block: Classifier) -> Iterator[str]:
+            if self.statistics == "batch" and block.training.processes > 1:
+                yield "method.amr.statistics: batch needs training.processes 1, or set it to sample"
 
     settings: Settings
 

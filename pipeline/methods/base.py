@@ -97,6 +97,11 @@ class Method(nn.Module, ABC):
         return False
 
     @property
+    def unit(self) -> int:
+        """The number of consecutive images of a batch that one process must compute together."""
+        return 1
+
+    @property
     def companions(self) -> int:
         """Size of the groups of consecutive batch images that must share a class; 1 for no grouping."""
         return 1

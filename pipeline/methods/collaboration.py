@@ -77,6 +77,7 @@ class CollaborativeAttention(nn.Module):
         self.expand = ClassLinear(num_classes, width, settings.hidden)
         self.contract = ClassLinear(num_classes, settings.hidden, width)
         self.dropout = nn.Dropout(settings.dropout)
+        self.dropout.images = 1  # type: ignore[assignment]  # their dimension (``pipeline.training.distributed``)
 
     def forward(self, features: Tensor, masks: Tensor) -> Tensor:
         """Attend within each group and average over the positions of each image.

@@ -52,8 +52,15 @@ class Edam(Method):
                 yield f"channels: {self.channels} is not a multiple of heads, {self.heads}"
 
         def faults_in(self, block: Classifier) -> Iterator[str]:
-            if (size := block.training.batch_size) % self.group:
+            size, processes = block.training.batch_size, block.training.processes
+            if size % self.group:
                 yield f"training.batch_size: {size} is not a multiple of method.edam.group, {self.group}"
+            elif size % processes == 0 and size // processes % self.group and self.collaborative:
+                yield (
+                    f"training.processes: {size // processes} images for each of {processes} processes would split "
+                    f"a group of method.edam.group, {self.group}; batch_size must be a multiple of "
+                    f"{processes * self.group}"
+                )
 
     settings: Settings
 
@@ -79,6 +86,11 @@ class Edam(Method):
         pairing = {"shared_class": "that share a class", "random": "drawn at random"}[settings.pairing]
         images = f"{settings.group} images {pairing}" if settings.group > 1 else "single images"
         return f"EDAM, collaborative attention over {images}"
+
+    @property
+    def unit(self) -> int:
+        """The group size with attention, which needs the whole group; 1 without."""
+        return self.settings.group if self.settings.collaborative else 1
 
     @property
     def companions(self) -> int:

@@ -24,6 +24,7 @@ from pipeline.data.streams import Purpose, rng
 from pipeline.errors import PipelineError
 from pipeline.stores.files import atomic
 from pipeline.stores.raster import write_store
+from pipeline.training import distributed
 
 Grid = tuple[int, int]
 WHOLE = (Window(), Window(flip=True))  # windows that cover the whole image
@@ -111,6 +112,7 @@ class AttentionAccumulator:
         self._last = np.zeros(total if keep_last else 0, np.uint8)
         self._seen = np.zeros(sum(map(len, by_grid.values())), bool)
         self._has_last = np.zeros(len(self._seen), bool)
+        self._fused: set[str] = set()  # images whose maps this process has fused since it merged
         self._blocks: dict[Grid, _Block] = {}
         self._rows: dict[str, dict[int, int]] = {image.id: {} for image in images}  # by image id and tag
         table = []
@@ -188,6 +190,7 @@ class AttentionAccumulator:
         """
         if taken.ready is not None:
             taken.ready.synchronize()
+        self._fused.update(taken.ids)
         passed = passes(taken.logits, taken.tags, self.settings.gate)[taken.samples, taken.classes]
         groups = [slice(None)]
         if len(set(taken.ids)) < len(taken.ids):  # the rows of one fusion must be distinct
@@ -275,6 +278,22 @@ class AttentionAccumulator:
         if keep:
             block.last[rows] = levels if seen is None else np.where(seen, levels, block.last[rows])
             block.has_last[rows] = True
+
+    def merge(self) -> None:
+        """Take over the maps that the other processes of this training have fused since the last call.
+
+        Within an epoch each image belongs to one process, so that the result is that of a single process.
+        """
+        if distributed.processes() > 1:
+            mine = np.array([name in self._fused for name in self._rows], bool)
+            numbers, rows, columns = self._table[np.argsort(self._table[:, 5])].T[[0, 2, 3]]
+            cells = np.repeat(mine[numbers], rows * columns)
+            for values in (self._values, self._counts, self._last):
+                if values.size:
+                    distributed.exchange(values, cells)
+            for flags in (self._seen, self._has_last):
+                distributed.exchange(flags, mine[numbers])
+        self._fused.clear()
 
     def last(self, image_id: str, tag: int) -> NDArray[np.uint8] | None:
         """The pair's last map that passed the gate, rows x columns in levels of 255; None if there is none yet."""

@@ -13,6 +13,7 @@ from pipeline.methods.base import Method, Output, occlude
 from pipeline.networks.backbones import build_backbone
 from pipeline.networks.heads import ClassAwareHead
 from pipeline.refinement.integral import integral_loss
+from pipeline.training import distributed
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +84,10 @@ class OaaLocalization(Method):
         assert isinstance(output, TwoBranchOutput)
         settings = self.settings
         chosen = known.nonzero()[:, 0].to(tags.device, non_blocking=True)
-        if not len(chosen):
+        if not distributed.agreed(bool(len(chosen))):
             return tags.new_zeros(())
+        if not len(chosen):  # another process has some, and all must run backward through the same layers
+            return 0 * output.integral.float().sum()
         logits = output.integral[chosen]
         loss = integral_loss(
             logits, attention[chosen], tags[chosen], settings.loss, settings.reduction, settings.threshold

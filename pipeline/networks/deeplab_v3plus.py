@@ -12,6 +12,7 @@ from pipeline.networks.base import Backbone, he_normal
 from pipeline.networks.heads import normal
 from pipeline.networks.segmentation import SegmentationHead
 from pipeline.networks.vision import import_torchvision
+from pipeline.training.distributed import images
 
 LOW_LEVEL = 48  # channels that the low-level features are reduced to, so that they do not outweigh the pyramid
 
@@ -66,7 +67,7 @@ class PooledBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.numel() == self.num_features:
+        if self.training and images(len(x)) == 1 and x.numel() == self.num_features:
             return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
 

@@ -18,6 +18,7 @@ from pipeline.networks.backbones import build_backbone
 from pipeline.networks.base import he_normal
 from pipeline.networks.heads import normal
 from pipeline.refinement.pairs import at_ends, pairs, strongest
+from pipeline.training.distributed import ratio
 
 GROUPS = 4  # groups of every group norm
 
@@ -129,4 +130,4 @@ def affinity_loss(logits: Tensor, labels: Tensor, radius: int, inner: bool = Fal
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    return (values * chosen).sum() / chosen.sum().clamp_min(1)
+    return ratio((values * chosen).sum(), chosen.sum())

@@ -10,6 +10,7 @@ from pipeline.config.registry import REFINEMENTS
 from pipeline.config.schema import Refinement
 from pipeline.networks.heads import normal
 from pipeline.refinement.base import RefinementNetwork, Target
+from pipeline.training.distributed import ratio
 
 
 def strongest(maps: Tensor) -> Tensor:
@@ -57,4 +58,4 @@ class RegressionNetwork(RefinementNetwork):
         )
         maps = target((height, width))
         errors = (values - (strongest(maps) if self.settings.target == "strongest" else maps)).square().mean((2, 3))
-        return errors.mean() if self.settings.reduction == "class" else (errors * tags).sum() / tags.sum().clamp_min(1)
+        return errors.mean() if self.settings.reduction == "class" else ratio((errors * tags).sum(), tags.sum())

@@ -7,6 +7,7 @@ part files until the store is complete.
 import io
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from pipeline import arithmetic, interrupts
+from pipeline import arithmetic, interrupts, ranks
 from pipeline.errors import PipelineError
 from pipeline.memory import shortage
 from pipeline.stores import sealed
@@ -27,6 +28,7 @@ from pipeline.stores.raster import Raster, RasterStore, RasterWriter
 from pipeline.stores.workers import Workers
 
 Row = tuple[str, int, Raster]  # image id, class id, H x W values
+POLL = 0.02  # seconds between two looks for a part file of another rank
 
 
 class Identified(Protocol):
@@ -72,6 +74,9 @@ def write_blocks(
 ) -> None:
     """Write the rasters of all ``images`` in their order; the store also lists images without a raster.
 
+    Several ranks (``pipeline.ranks``) share the blocks: they compute them in turn and save them as part files, from
+    which rank 0 writes. Only rank 0 returns. The bytes are those of one process.
+
     Args:
         compute: returns the rows of a block of at most ``size`` images in any order, so that it may batch images of
             equal shape. An image may have no row. The result must depend on the block alone.
@@ -84,6 +89,10 @@ def write_blocks(
         PipelineError: the memory does not suffice.
         ValueError: ``compute`` returned a row of an image that is not in the block.
     """
+    place = ranks.place()
+    if place.rank:
+        _compute_share(images, compute, checkpoint, size)
+        ranks.leave()
     rows: dict[str, list[tuple[int, Raster]]] = {}
     shown = _Shown(progress(images))
     loaded, computed = set[str](), set[str]()  # kinds of arithmetic
@@ -91,8 +100,9 @@ def write_blocks(
         interrupts.check()
         if number % size == 0:
             block = images[number : number + size]
-            part = checkpoint / f"{number // size:05d}.part"
+            part = _part(checkpoint, number, size)
             with arithmetic.recording():
+                _await(part, number // size % place.count)
                 stored = _load(part, [image.id for image in block])
                 rows = _compute(part, block, shown.along(number, compute)) if stored is None else stored
                 kinds = arithmetic.used()
@@ -104,6 +114,34 @@ def write_blocks(
             writer.append(image.id, raster, class_id)
     if loaded and computed and loaded != computed:
         print(f"note: resumed in {'; '.join(sorted(computed))} after blocks in {'; '.join(sorted(loaded))}", flush=True)
+
+
+def _part(checkpoint: Path, number: int, size: int) -> Path:
+    """Return the part file of the block that starts at image ``number``."""
+    return checkpoint / f"{number // size:05d}.part"
+
+
+def _await(part: Path, rank: int) -> None:
+    """Wait until another rank has saved this part file, or has ended.
+
+    Raises:
+        PipelineError: the rank has failed.
+    """
+    while rank and not part.exists() and ranks.working(rank):
+        interrupts.check()
+        time.sleep(POLL)
+
+
+def _compute_share(
+    images: Sequence[_Image], compute: Callable[[Sequence[_Image]], Iterable[Row]], checkpoint: Path, size: int
+) -> None:
+    """Compute this rank's blocks that have no part file yet."""
+    place, shown = ranks.place(), _Shown(images)
+    for number in range(place.rank * size, len(images), place.count * size):
+        block, part = images[number : number + size], _part(checkpoint, number, size)
+        with arithmetic.recording():
+            if _load(part, [image.id for image in block]) is None:
+                _compute(part, block, shown.along(number, compute))
 
 
 class _Shown:

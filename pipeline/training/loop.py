@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline import arithmetic, interrupts, memory
+from pipeline import arithmetic, interrupts, memory, ranks
 from pipeline.config.schema import Training
 from pipeline.data.collation import LoadedBatch, joined
 from pipeline.data.loader import load, loading_plan
@@ -28,7 +28,7 @@ from pipeline.data.loading import Batch, TrainingSet
 from pipeline.errors import PipelineError
 from pipeline.networks.finite import listed, not_finite
 from pipeline.runtime import Runtime, cache_budget
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, distributed
 from pipeline.training.settings import (
     autocast,
     build_optimizer,
@@ -58,8 +58,12 @@ class Task(Protocol):
     def is_mean(self) -> bool:
         """Whether the loss of a batch is the mean of its images' losses, for a network that treats them separately."""
 
+    @property
+    def unit(self) -> int:
+        """The number of consecutive images of a batch that one process must compute together."""
+
     def loss(self, batch: Batch, epoch: int) -> Tensor:
-        """Compute the scalar loss of a batch on the training device."""
+        """Compute the scalar loss of a batch on the training device. A mean over anything but images is a ``ratio``."""
 
     def end_batch(self) -> None:
         """Called once after the backward pass of each loss, which a GPU may still be computing."""
@@ -78,6 +82,7 @@ class Stateless:
     """No-op state hooks for tasks without state of their own."""
 
     is_mean = False
+    unit = 1
 
     def end_batch(self) -> None:
         pass
@@ -141,11 +146,13 @@ class Loop:
     ) -> None:
         self.task, self.dataset, self.settings, self.device = task, dataset, settings, device
         self.every, self.path, self.label = runtime.checkpoint_every, path, label
-        self.plan = loading_plan(dataset, settings.batch_size, runtime.workers, label, device.type == "cuda")
+        on_gpu = device.type == "cuda"
+        self.plan = loading_plan(dataset, settings.batch_size, runtime.workers, label, on_gpu, task.unit)
         self.batches, self.steps_per_epoch, self.steps, self.epochs = extent(settings, len(dataset))
         if self.epochs > 1:
             self._keep_images(cache_budget(runtime))
         task.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        distributed.prepare(task.network)
         groups = parameter_groups(task.network, task.new_layers(), settings)
         self.optimizer = build_optimizer(groups, settings)
         self.epoch = self.step = 0
@@ -184,7 +191,7 @@ class Loop:
                     if self.batches_done == self.batches or self.step == self.steps:
                         self._end_epoch(time.monotonic() - begun)
                         begun = time.monotonic()
-                    if interrupts.requested() or time.monotonic() - saved_at >= self.every:
+                    if distributed.agreed(interrupts.requested() or time.monotonic() - saved_at >= self.every):
                         self._save()
                         self._stop_if_asked()
                         saved_at, saved_step = time.monotonic(), self.step
@@ -193,7 +200,8 @@ class Loop:
         return self.log
 
     def _stop_if_asked(self) -> None:
-        if interrupts.requested():
+        if distributed.agreed(interrupts.requested()):
+            ranks.leave()
             interrupts.say(f"{self.label}: state saved at epoch {self.epoch + 1}, step {self.step}")
             interrupts.check()
 
@@ -207,15 +215,22 @@ class Loop:
         return group
 
     def _train(self, group: Sequence[LoadedBatch]) -> None:
-        """Run an optimizer step on the mean loss of these batches."""
-        for batches in alike(group) if self._merges else [[batch] for batch in group]:
-            with autocast(self.device, self.settings.precision):
-                loss = self.task.loss(joined([batch.to(self.device) for batch in batches]), self.epoch)
-            if self.device.type == "cpu":
-                self._finite(float(loss.detach()), self.step)
-            (loss / (len(group) / len(batches))).backward()  # type: ignore[no-untyped-call]
-            self.sum += loss.detach().double() * len(batches)
-            self.task.end_batch()
+        """Run an optimizer step on the mean loss of these batches, or of this process's parts of them."""
+        first = self.batches_done - len(group)
+        for number, batches in enumerate(alike(group) if self._merges else [[batch] for batch in group], first):
+            with distributed.batch(self._images(number), self.task.unit, batches[0].pixels.shape[1:3]) as counts:
+                with autocast(self.device, self.settings.precision):
+                    loss = self.task.loss(joined([batch.to(self.device) for batch in batches]), self.epoch)
+                value = distributed.mean(loss.detach())
+                if self.device.type == "cpu":
+                    self._finite(float(value), self.step)
+                (distributed.weighted(loss) / (len(group) / len(batches))).backward()  # type: ignore[no-untyped-call]
+                self.sum += value.double() * len(batches)
+                if counts:
+                    self.task.end_batch()
+        distributed.sum_gradients(self.optimizer)
+        if self._images(self.batches_done - 1) < self.settings.batch_size:
+            distributed.align_generators(self.device)
         rate = learning_rate(self.settings, self.step, self.steps_per_epoch, self.steps)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate * parameters["multiplier"]
@@ -223,9 +238,14 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         # On a GPU, reading a loss waits for the device, so that losses between logged steps are checked by their sum.
         if self.step % max(1, self.steps_per_epoch // LOGGED) == 0:
-            value = round(self._finite(float(loss.detach()), self.step), 6)
-            self.log["steps"].append({"step": self.step, "epoch": self.epoch, "loss": value, "lr": rate})
+            logged = round(self._finite(float(value), self.step), 6)
+            self.log["steps"].append({"step": self.step, "epoch": self.epoch, "loss": logged, "lr": rate})
         self.step += 1
+
+    def _images(self, number: int) -> int:
+        """The number of images of a batch of an epoch; the last one may have fewer."""
+        size = self.settings.batch_size
+        return min(size, len(self.dataset) - number * size)
 
     @property
     def _merges(self) -> bool:
@@ -233,7 +253,9 @@ class Loop:
 
         Small batches leave a GPU idle. On a CPU nothing is won.
         """
-        return self.device.type == "cuda" and self.task.is_mean and not has_batch_statistics(self.task.network)
+        if self.device.type != "cuda" or distributed.processes() > 1:
+            return False
+        return self.task.is_mean and not has_batch_statistics(self.task.network)
 
     def _finite(self, loss: float, step: int) -> float:
         if not math.isfinite(loss):
@@ -279,7 +301,8 @@ class Loop:
             "arithmetic": arithmetic.used(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        checkpoint.save(self.path, state)
+        if ranks.place().rank == 0:
+            checkpoint.save(self.path, state)
 
     def _resume(self) -> None:
         state = checkpoint.load(self.path) if self.path is not None else None

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.data.loading import IGNORE
+from pipeline.training.distributed import ratio
 
 
 def segmentation_loss(
@@ -52,7 +53,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     # N x C logits, because the CUDA kernel for B x C x H x W logits is not deterministic.
     pixels, classes = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
     total = functional.cross_entropy(pixels, classes, ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp_min(1)
+    return ratio(total, (labels != IGNORE).sum())
 
 
 def own_prediction(logits: Tensor, tags: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline import arithmetic, cards
 from pipeline.config.schema import Training
 from pipeline.errors import PipelineError
-from pipeline.training import optimizers
+from pipeline.training import distributed, optimizers
 
 
 def prepare(device: str, threads: int, deterministic: bool = False, slots: int = 1) -> torch.device:
@@ -86,14 +86,15 @@ def uses_bf16(device: torch.device, precision: str) -> bool:
 def describe(device: torch.device, bf16: bool) -> str:
     """Describe this process's arithmetic, e.g. 'bf16 on CPU (AVX512_BF16), 1 thread'; see ``pipeline.arithmetic``."""
     precision = "bf16" if bf16 else "fp32"
+    ranks = f", {count} processes" if (count := distributed.processes()) > 1 else ""
     if device.type == "cuda":
         tf32 = torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
         kind = "fp32 (convolutions in TF32)" if tf32 and not bf16 else precision
-        return f"{kind} on {torch.cuda.get_device_name(device)}"
+        return f"{kind} on {torch.cuda.get_device_name(device)}{ranks}"
     instructions = _bf16_instructions() if bf16 else []
     name = instructions[0] if instructions else torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    return f"{precision} on CPU ({name}), {threads} thread{'s' if threads > 1 else ''}"
+    return f"{precision} on CPU ({name}), {threads} thread{'s' if threads > 1 else ''}{ranks}"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

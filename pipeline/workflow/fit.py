@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline import arithmetic
+from pipeline import arithmetic, ranks
 from pipeline.data.index import Image, Index
 from pipeline.data.loading import IGNORE, TrainingSet
 from pipeline.data.streams import Purpose, chosen
 from pipeline.stores.raster import RasterStore
-from pipeline.training import models
+from pipeline.training import distributed, models
 from pipeline.training.loop import Loop, Task
 from pipeline.training.settings import prepare
 from pipeline.workflow.stage import Work
@@ -29,6 +29,8 @@ def fit(
     share: float = 1.0,
 ) -> _Task:
     """Train the network of the job's block on the training images, and write ``model`` and ``log``.
+
+    Only rank 0 (``pipeline.ranks``) returns; the others end after the training.
 
     Args:
         make: builds the task from the network and the training images.
@@ -62,7 +64,9 @@ def fit(
     if labels is not None and (warning := empty_labels(labels, images)):
         print(f"warning: {label}: {warning}", flush=True)
         log["warning"] = warning  # for the report
-    log |= Loop(task, dataset, training, device, runtime=runtime, path=work.checkpoint, label=label).run()
+    with distributed.connected(device):
+        log |= Loop(task, dataset, training, device, runtime=runtime, path=work.checkpoint, label=label).run()
+    ranks.leave()
     log["arithmetic"] = arithmetic.used()
     models.save(work.outputs["model"], network, settings, index.num_classes)
     work.outputs["log"].write_text(json.dumps(log, indent=1) + "\n")

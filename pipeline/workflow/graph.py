@@ -87,6 +87,12 @@ class Job:
         return str(self.used_blocks[0].training.precision)
 
     @property
+    def processes(self) -> int:
+        """The number of processes of a training, or of the inference with a network: that of its training."""
+        blocks = (self.block, *self.used_blocks) if STAGES[self.stage].gpu else ()
+        return next((int(block.training.processes) for block in blocks if hasattr(block, "training")), 1)
+
+    @property
     def source_files(self) -> tuple[Path, ...]:
         """The files of the stage and of the implementations that its blocks name.
 

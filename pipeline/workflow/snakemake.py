@@ -115,27 +115,38 @@ class Plan:
             f"{{seed}}{name}/{{name}}.log" if stage.has_many_jobs else f"{name}.log"
         )
 
-    def threads(self, stage: Stage) -> int:
-        """Return the number of threads of a rule.
+    def threads(self, stage: Stage) -> Any:
+        """Return the number of threads of a rule, or the function that gives it where a job has several processes.
 
         Without a GPU, most stages get one thread, and their jobs run in parallel: a second thread shortens a training
         by only a quarter to a third.
         """
-        return stage.threads if self.full_threads else stage.local_threads
+        threads = stage.threads if self.full_threads else stage.local_threads
+        if not self._has_several_processes(stage):
+            return threads
+        return lambda wildcards: max(threads, self.graph.find(stage.name, _full_name(wildcards)).processes)
 
     def slots(self, stage: Stage) -> Any:
-        """Return the function that gives the slots of a GPU that a job takes (``pipeline.cards``).
+        """Return the function that gives the slots of GPUs that a job takes (``pipeline.cards``).
 
-        On a cluster, a job takes a card of its own.
+        On a cluster, each process of a job takes a card of its own.
         """
-        if not self.gpu_slots or not stage.gpu:
-            return int(stage.gpu)
+        if not stage.gpu:
+            return 0
+        if not self.gpu_slots:
+            if not self._has_several_processes(stage):
+                return 1
+            return lambda wildcards: self.graph.find(stage.name, _full_name(wildcards)).processes
 
         def job_slots(wildcards: Any) -> int:
-            block = self.graph.find(stage.name, _full_name(wildcards)).block
-            return min(self.gpu_slots, cards.slots_needed(block, self.graph.params.dataset.demo))
+            job = self.graph.find(stage.name, _full_name(wildcards))
+            needed = job.processes * cards.slots_needed(job.block, self.graph.params.dataset.demo)
+            return min(self.gpu_slots, needed)
 
         return job_slots
+
+    def _has_several_processes(self, stage: Stage) -> bool:
+        return any(job.processes > 1 for job in self.graph.jobs if job.stage == stage.name)
 
     def priority(self, stage: Stage) -> Any:
         """Return the function that gives a job its priority: the first rows, the first seed, then seed by seed."""
@@ -154,7 +165,8 @@ class Plan:
             name = [_full_name(wildcards)] if stage.has_many_jobs else []
             arguments = stage.arguments(threads)
             if self.gpu_slots and stage.gpu:
-                arguments += ["--slots", str(resources.gpu)]
+                processes = self.graph.find(stage.name, *name).processes
+                arguments += ["--slots", str(max(1, resources.gpu // processes))]
             return shlex.join(["python", "-m", f"stages.{stage.name}", *name, *arguments, *self.options])
 
         return job_command

@@ -1,6 +1,7 @@
 """The frame of every stage: command line, checks of the inputs, locking, atomic outputs and the manifest."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline import arithmetic, cards
+from pipeline import arithmetic, cards, ranks
 from pipeline.config import params as parameters
 from pipeline.config.reader import quoted
 from pipeline.config.registry import plain
@@ -57,16 +58,30 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
         parameters.check(job.block, " + ".join(options.params))
         runtime = Runtime(
             device=options.device,
+            processes=job.processes,
             slots=options.slots or cards.slots_needed(job.block, graph.params.dataset.demo),
             workers=options.workers,
-            threads=options.threads or default_threads(STAGES[stage]),
+            threads=options.threads or max(job.processes, default_threads(STAGES[stage])),
             checkpoint_every=options.checkpoint_every,
             cache=_gigabytes(options.cache),
             deterministic=options.deterministic,
         )
-        folder = job.outputs["root"] if job.manifest_folder else job.folder
-        with disk_faults(folder), shortage(job.label, _less_memory(job)), deterministic_only(job.label):
+        with _reported(job):
             execute(job, work, runtime, options.force)
+
+
+@contextmanager
+def _reported(job: Job) -> Iterator[None]:
+    """Turn errors of the disk, of memory and of ``--deterministic`` into PipelineErrors."""
+    folder = job.outputs["root"] if job.manifest_folder else job.folder
+    with disk_faults(folder), shortage(job.label, _less_memory(job)), deterministic_only(job.label):
+        yield
+
+
+def _as_rank(function: Callable[[Work], None], work: Work) -> None:
+    """Run a stage's function in a rank other than 0."""
+    with _reported(work.job):
+        function(work)
 
 
 def _less_memory(job: Job) -> str:
@@ -142,6 +157,8 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
         if "SLURM_JOB_ID" in os.environ:
             node = os.environ.get("SLURMD_NODENAME", platform.node())
             print(f"{job.label}: SLURM job {os.environ['SLURM_JOB_ID']} on {node}", flush=True)
+        if runtime.processes > 1:
+            cards.require(runtime.device, runtime.processes)
         inputs = _check_inputs(job)
         code = job.code
         key = _key(job, inputs, code)
@@ -152,8 +169,10 @@ def execute(job: Job, work: Callable[[Work], None], runtime: Runtime, force: boo
         if in_place:
             manifest.remove(job.folder)
         checkpoint = job.folder / f".checkpoint-{job.stage}-{key[:16]}"
+        task = Work(job, job.inputs, temporary, runtime, key, checkpoint)
         with arithmetic.recording():
-            work(Work(job, job.inputs, temporary, runtime, key, checkpoint))
+            with ranks.started(functools.partial(_as_rank, work), task, job.label) as mine:
+                work(mine)
             used = arithmetic.used()
         # Hash this job's own files: without locks, another experiment may replace a shared one once it is published
         hashes = {job.key(path): fingerprint(temporary[name]) for name, path in job.outputs.items()}
