@@ -122,6 +122,20 @@ def test_the_first_seed_comes_first() -> None:
     assert order == {("", True): 3, ("", False): 2, ("seed_3/", False): 1, ("seed_2/", False): 0}
 
 
+def test_a_table_of_a_paper_reads_every_seed() -> None:
+    files = [PARAMS, project.ROOT / "profiles/tables/oaa_4.yaml"]
+    alone, graph = (Graph(parameters.load(files, {"seeds": seeds})) for seeds in (None, [1, 2]))
+    (table,) = (job for job in graph.jobs if job.stage == "table")
+    scores = {name for name in alone.find("table", table.name).inputs if name.startswith("scores of ")}
+    assert scores
+    further = {f"scores of seed_2/{name.removeprefix('scores of ')}" for name in scores}
+    assert {name for name in table.inputs if name.startswith("scores of ")} == scores | further
+    assert all(name in table.writers for name in scores | further)
+    assert table.params["seeds"] == [1, 2]
+    trained = [job.name for job in alone.jobs if STAGES[job.stage].trains]
+    assert sorted(job.name for job in graph.jobs if STAGES[job.stage].trains) == sorted(2 * trained)
+
+
 class Wildcards:
     def __init__(self, job: Job) -> None:
         self.seed, self.name = job.prefix, job.name
