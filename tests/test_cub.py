@@ -18,7 +18,8 @@ from pipeline.data import cub as module
 from pipeline.data.build_index import build_index
 from pipeline.data.cub import PUBLISHED, Counts, convert
 from pipeline.errors import PipelineError
-from pipeline.workflow.graph import Graph, stale
+from pipeline.workflow.freshness import stale
+from pipeline.workflow.graph import Graph
 from pipeline.workflow.stage import run
 from stages import cub, index
 from tests.project import ROOT, link_code, run_stages
