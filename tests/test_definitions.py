@@ -242,7 +242,7 @@ def test_every_gpu_stage_gets_its_threads_where_there_are_enough(graph: Graph) -
     loads = "--threads 8 --workers 6"
     assert shown == dict.fromkeys(shown, loads) | {"prediction": "--threads 8 --workers 8"}
     trained = {FOLDERS[section].name for section in TRAINED}
-    assert shown.keys() == {*trained, "localization", "walk", "features", "prediction"}
+    assert shown.keys() == {*trained, "localization", "box_maps", "walk", "features", "prediction"}
     assert plan.threads(STAGES["pseudo_labels"]) == 16
     assert {Plan(graph, []).threads(stage) for stage in plan.stages if stage.gpu} == {1}
 

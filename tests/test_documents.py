@@ -167,7 +167,8 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     "wsss export results/demo/pseudo_labels/oaa/labels.h5": Run("results/demo/pseudo_labels/oaa"),
     "wsss export results/demo/pseudo_labels/oaa/labels.h5 --formats png,overlay": Run("results/demo/pseudo_labels/oaa"),
     "wsss export results/demo/localizations/cam/maps.h5 --formats probabilities": Run("results/demo/localizations/cam"),
-    **dict.fromkeys(("wsss new", "wsss run", "wsss predict"), Mention()),
+    **dict.fromkeys(("wsss new", "wsss new --skip-broken", "wsss run", "wsss predict"), Mention()),
+    "wsss new --saliency rembg": Needs("rembg, which downloads its network"),
     "python -m tests.manual.own_photos": Needs("../shared/data/voc12_mini and about 15 minutes"),
     # Benchmarks take minutes; they must start
     **{
