@@ -11,8 +11,9 @@ import yaml
 
 from pipeline.config.params import load
 from pipeline.workflow import closure
-from pipeline.workflow.graph import Graph
+from pipeline.workflow.graph import Graph, Job
 from tests import project
+from tests.faults import TABLES
 
 CACHES = (closure.digest, closure._data, closure._imports, closure._source, closure._known)
 
@@ -256,6 +257,7 @@ FEW: dict[str, Any] = {
     "test": {"crf": {}},
 }
 SHORT = {"epochs": 1, "milestones": [], "warmup": 0}
+FETCHES = ("download", "coco_stuff", "cub")
 
 
 @pytest.mark.slow
@@ -267,18 +269,21 @@ def test_all_that_a_stage_loads_is_in_its_closure(folder: Path, monkeypatch: pyt
     short["classifiers"]["accumulate"] = {"skip_epochs": 0}
     blocks = {name: {"training": SHORT} for name in raw["refinements"]}
     (folder / "few.yaml").write_text(yaml.safe_dump({**FEW, "defaults": short, "refinements": blocks}))
+    (folder / "table.yaml").write_text(yaml.safe_dump({"rows": None, "method": "cam", "tables": TABLES}))
     monkeypatch.chdir(folder)
-    files = ["params.yaml", "few.yaml"]
-    jobs = Graph(load([Path(file) for file in files])).jobs
-    assert len({job.stage for job in jobs}) == len(list((folder / "stages").glob("[a-z]*.py"))) - 3
-    for job in jobs:
+    jobs: dict[str, tuple[Job, list[str]]] = {}  # tables run instead of rows
+    for files in (["params.yaml", "few.yaml", "table.yaml"], ["params.yaml", "few.yaml"]):
+        jobs = {job.label: (job, files) for job in Graph(load([Path(file) for file in files])).jobs} | jobs
+    stages = {job.stage for job, _ in jobs.values()}
+    assert stages | set(FETCHES) == {file.stem for file in (folder / "stages").glob("[a-z]*.py")}
+    for job, files in jobs.values():
         arguments = [job.stage, *filter(None, [job.name]), "--params", *files, "--threads", "1"]
         text = project.run(folder, "python", "-c", LOADED, *arguments)
         loaded = set(json.loads(text.rpartition("LOADED ")[2]))
         known = {file.relative_to(closure.ROOT).as_posix() for file in closure.files(job.source_files)}
         assert loaded <= known, f"{job.label}: {sorted(loaded - known)}"
         assert len(loaded) > 10
-    for stage in ("download", "coco_stuff", "cub"):
+    for stage in FETCHES:
         code = LOADED.replace("runpy.run_module", "(lambda name, **_: __import__(name))")
         text = project.run(folder, "python", "-c", code, stage)
         assert set(json.loads(text.rpartition("LOADED ")[2])) <= names(f"stages/{stage}.py")

@@ -12,9 +12,8 @@ from pipeline.config.schema import Accumulate, AttentionDrop, Augmentation
 from pipeline.data.index import Index
 from pipeline.data.loading import TrainingSet
 from pipeline.data.sampling import epoch_order
-from pipeline.data.streams import Purpose, rng
+from pipeline.data.streams import Purpose, chosen, rng
 from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
-from stages.mixture import chosen
 from tests.voc_tree import make_index
 
 ROOT = Path(__file__).parent.parent
@@ -92,12 +91,13 @@ def test_an_image_is_occluded_whether_or_not_it_is_flipped(tmp_path: Path) -> No
     assert abs(np.corrcoef(flipped, occluded)[0, 1]) < 4 / len(both) ** 0.5
 
 
-def test_the_choice_of_masks_is_independent_of_the_order() -> None:
-    """The order of the first epoch must not determine which images use their masks."""
+@pytest.mark.parametrize("purpose", [Purpose.MIXTURE, Purpose.SHARE])
+def test_a_choice_of_images_is_independent_of_the_order(purpose: Purpose) -> None:
+    """The order of the first epoch must not determine which images use their masks, or are trained on at all."""
     shared = []
     for seed in range(40):
         first = epoch_order([(1,)] * 100, 1, seed, 0)[:50].tolist()
-        shared.append(len(chosen([str(n) for n in range(100)], 50, seed) & {str(n) for n in first}))
+        shared.append(len(chosen([str(n) for n in range(100)], 50, seed, purpose) & {str(n) for n in first}))
     assert 22 < np.mean(shared) < 28
 
 

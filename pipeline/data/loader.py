@@ -213,7 +213,7 @@ def _from_workers(loader: DataLoader[Any], plan: LoadingPlan) -> Iterator[Loaded
                     return
                 yield batch
         except Exception:
-            if workers.gone():
+            if workers.gone(timeout=1.0):
                 raise workers.failure() from None
             raise
         finally:

@@ -69,9 +69,12 @@ class Workers:
         for process in self._processes:
             process.join(_GRACE)
 
-    def gone(self) -> bool:
-        """Whether any worker has exited."""
-        return any(process.exitcode is not None for process in self._processes)
+    def gone(self, timeout: float = 0.0) -> bool:
+        """Whether any worker has exited, or does so within ``timeout`` seconds.
+
+        The connections of a worker that dies break before the kernel reports its exit.
+        """
+        return bool(wait([process.sentinel for process in self._processes], timeout))
 
     def failure(self) -> PipelineError:
         """Kill the remaining workers and return an error that says why the others died."""
