@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,18 @@ class Harmed(TrainingSet):
         if key[1] == 5:
             self.harm()
         return super().__getitem__(key)
+
+
+def test_a_worker_that_is_about_to_end_counts_as_gone() -> None:
+    """Its connections break before the kernel reports its exit."""
+    watch, context = workers.Workers("training"), get_context("fork")
+    asked = context.Event()
+    with watch.started():
+        context.Process(target=asked.wait).start()
+    with watch.watched():
+        assert not watch.gone()
+        asked.set()
+        assert watch.gone(timeout=60)
 
 
 def unreadable() -> None:
