@@ -17,7 +17,7 @@ from pipeline.config import references
 from pipeline.config.registry import METHODS, ONE_STEP, REFINEMENTS, SEGMENTATIONS
 from pipeline.config.stage_table import STAGES
 from pipeline.workflow.graph import Graph, Job
-from tests.faults import DEMO, SHORT, Fault, Project, Server
+from tests.faults import PARAMS, SHORT, Fault, Project, Server
 from tests.project import ROOT
 from tests.test_deeplab import NEAR
 from tests.test_faults import those
@@ -30,12 +30,7 @@ DEVICES = [
     ),
 ]
 OVERRIDES = {
-    "experiment": "test",
-    "dataset": {"demo": DEMO},
-    "defaults": {
-        "classifiers": {"accumulate": {"skip_epochs": 0}},
-        "pseudo_labels": {"rule": {"threshold": {"background": 0.3}}},  # it labels pixels whatever the maps are
-    },
+    **{key: PARAMS[key] for key in ("experiment", "dataset", "defaults", "gallery")},
     "classifiers": {"two_branches": {"method": "oaa_localization"}},
     "localizations": {
         "climbed": {"model": "classifiers/base", "climbing": {"iterations": 2}},
@@ -53,7 +48,6 @@ OVERRIDES = {
     },
     "boxes": {"cam": {"model": "classifiers/base"}},
     "test": {"scales": [1.0, 0.75], "flip": True, "crf": {}},
-    "gallery": 2,
 }
 PARTS = ("suppression", "attention_drop", "climbing")  # of a block, besides its method or network
 
