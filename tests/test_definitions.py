@@ -118,7 +118,7 @@ def test_snakemake_names_each_file_that_the_user_must_supply(tmp_path: Path) -> 
         " dataset.root",
         "error: data/none.h5: missing (store of saliency); put the file there, or correct saliency.path",
         "error: data/none.pth: missing (weights of backbone of classifier base); put the file there, or correct"
-        " backbone.weights: 'imagenet' downloads torchvision's, null starts at random",
+        " backbone.weights: 'imagenet' downloads torchvision's, if any, null starts at random",
     ]
 
 

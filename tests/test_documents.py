@@ -309,8 +309,8 @@ def test_what_the_mini_profile_lacks_is_named_with_its_fix(checkout: Path) -> No
         "../shared/data/voc12_mini/Saliency; put the maps there, or correct saliency.path",
         *(
             f"../shared/weights/{name}_fp16.pth; put the file there, or correct backbone.weights: 'imagenet' downloads"
-            " torchvision's, null starts at random"
-            for name in ("mobilenet_v2_imagenet", "tf_efficientnet_lite2")
+            f" {library}'s, if any, null starts at random"
+            for name, library in (("mobilenet_v2_imagenet", "torchvision"), ("tf_efficientnet_lite2", "timm"))
         ),
     ]
 

@@ -92,11 +92,12 @@ class TestRefusals:
         assert not fake.calls
         assert not (RESULTS / "pseudo_labels/cam/labels.h5").exists()
 
-    def test_missing_weights_are_named(self, capsys: pytest.CaptureFixture[str]) -> None:
-        refused(Fake(), *set_("classifiers", "base", backbone={"name": "small", "weights": "none.pth"}))
+    @pytest.mark.parametrize(("backbone", "library"), [("small", "torchvision"), ("timm:mobilenetv3_rw", "timm")])
+    def test_missing_weights_are_named(self, backbone: str, library: str, capsys: pytest.CaptureFixture[str]) -> None:
+        refused(Fake(), *set_("classifiers", "base", backbone={"name": backbone, "weights": "none.pth"}))
         fix = "put the file there, or correct backbone.weights"
         fault = "none.pth: missing (weights of backbone of classifier base)"
-        expected = f"error: {fault}; {fix}: 'imagenet' downloads torchvision's, null starts at random"
+        expected = f"error: {fault}; {fix}: 'imagenet' downloads {library}'s, if any, null starts at random"
         assert lines(capsys.readouterr().err) == [expected]
 
     def test_a_flipped_bit_in_a_store_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:

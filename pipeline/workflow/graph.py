@@ -369,8 +369,10 @@ def missing(job: Job) -> dict[Path, str]:
             os.stat(path)
         except OSError as error:
             if name.startswith("weights of "):
-                key = f"{name.removeprefix('weights of ')}.weights"
-                fix = f"put the file there, or correct {key}: 'imagenet' downloads torchvision's, null starts at random"
+                key = name.removeprefix("weights of ")
+                library = "timm" if backbones(job.block)[key].name.startswith("timm:") else "torchvision"
+                choices = f"'imagenet' downloads {library}'s, if any, null starts at random"
+                fix = f"put the file there, or correct {key}.weights: {choices}"
             else:
                 fix = EXTERNAL[name].fix if name in EXTERNAL else "run the stage that writes it"
             fault = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
