@@ -3,14 +3,17 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.config import params as parameters
 from pipeline.config import references
 from pipeline.config.schema import Params
 from pipeline.errors import PipelineError
+from pipeline.workflow import dvc
 from pipeline.workflow.graph import Graph
 from pipeline.workflow.left_out import LeftOut
 from tests.project import ROOT, copy, run
+from tests.voc_tree import make_tree
 
 FILE = ROOT / "params.yaml"
 
@@ -108,3 +111,21 @@ def test_asking_for_a_row_that_is_left_out_by_any_front_end(tmp_path: Path) -> N
     assert "masks: SegmentationClass" in params
     (folder / "params.yaml").write_text(params.replace("masks: SegmentationClass", "masks: null"))
     assert run(folder, "python", "-m", "pipeline.workflow.dvc", "run", "segmentation@supervised") == f"{line}\n"
+
+
+def test_dvc_leaves_the_demo_out_on_own_data(tmp_path: Path) -> None:
+    folder = copy(tmp_path / "project", git=False)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    own = {"root": "data/mine", "classes": "classes.txt", "tags": "tags.json", "masks": None, "demo": None}
+    params |= {"experiment": "mine", "dataset": own, "saliency": {"kind": "folder", "path": "data/mine/Saliency"}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    text = run(folder, "dvc", "repro", "demo", check=False)
+    assert "\nerror: data/mine: missing (root of index); put the dataset there " in text
+    make_tree(folder / "data/mine")
+    text = run(folder, "dvc", "repro", "index")
+    line = f"dataset.demo is null; DVC copies data/mine, which dvc.yaml calls its output, until you run {dvc.COMMAND}"
+    assert text.count(f"\ndemo is left out: {line}\n") == 1
+    assert "\nindex: done in " in text
+    (folder / "dvc.yaml").write_text(run(folder, "python", "-m", "pipeline.workflow.dvc"))
+    assert "demo" not in yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]
+    assert "\ndemo" not in run(folder, "dvc", "repro", "--force", "index")

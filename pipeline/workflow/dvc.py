@@ -17,18 +17,19 @@ import yaml
 
 from pipeline import runtime
 from pipeline.config import params as parameters
-from pipeline.config.schema import Params
+from pipeline.config.schema import PREPARATION_STAGES, Params
 from pipeline.config.stage_table import EXTERNAL, FOLDERS, SECTIONS, STAGES, Input, Stage, sections
 from pipeline.errors import PipelineError, exit_on_faults, warn
 from pipeline.stores import manifest
 from pipeline.workflow.freshness import is_fresh
-from pipeline.workflow.graph import Graph, Job
+from pipeline.workflow.graph import Graph, Job, missing
 from pipeline.workflow.left_out import LeftOut
 
 HEADER = """\
 # Generated from pipeline/config/stage_table.py. To regenerate: python -m pipeline.workflow.dvc > dvc.yaml
 # Each block must set its own source, model or labels: DVC cannot resolve dependencies that come from `defaults`.
 # Regenerate it after you set or remove dataset.extra or saliency.path: DVC cannot resolve a missing key.
+# Regenerate it after you set or remove dataset.demo: without a demo, no stage writes dataset.root.
 # If `seeds` is set, regenerate it after any change of `seeds` or `segmentations`.
 """
 RESULTS = "results/${experiment}"
@@ -41,7 +42,8 @@ CURRENT = "DVC_STAGE"
 ROWS = "rows"  # the stage, and its output folder, through which others depend on ``rows`` of params.yaml
 PLACEHOLDER = "No row needed this file.\n"
 NO_LOG = '{"steps": []}\n'  # nothing to plot
-GENERATE = "to regenerate it: python -m pipeline.workflow.dvc > dvc.yaml"
+COMMAND = "python -m pipeline.workflow.dvc > dvc.yaml"
+GENERATE = f"to regenerate it: {COMMAND}"
 
 
 class _Inline(dict[str, Any]):
@@ -70,8 +72,9 @@ def document() -> str:
     params = _unfiltered()
     supplied = {(job.stage, name) for job in Graph(params).jobs for name in job.inputs if name in EXTERNAL}
     prefixes = [f"seed_{seed}/" for seed in params.further_seeds]
+    unused = [name for name in PREPARATION_STAGES if name not in params.dataset.preparation_stages]
     for stage in STAGES.values():
-        if stage.name in EXCLUDED:
+        if stage.name in (*EXCLUDED, *unused):
             continue
         files = [EXTERNAL[name].key for name in stage.external if (stage.name, name) in supplied]
         for prefix in ["", *prefixes] if stage.has_many_jobs and not stage.first_seed_only else [""]:
@@ -230,14 +233,32 @@ def _write_placeholder(job: Job) -> None:
         manifest.write(job.folder, stage="", outputs={path.name: "" for path in job.outputs.values()})
 
 
+def _leave_out_preparation(name: str, graph: Graph) -> None:
+    """Say that this stage does not prepare the dataset. Write the manifest that dvc.yaml declares if there is none.
+
+    Raises:
+        PipelineError: the dataset, which dvc.yaml declares too, does not exist.
+    """
+    if fault := missing(graph.find("index")).get(root := Path(graph.params.dataset.root)):
+        raise PipelineError(fault)
+    folder = graph.results / STAGES[name].folder
+    if not (folder / manifest.NAME).exists():
+        manifest.write(folder, stage="", outputs={})
+    reason = f"dataset.{name} is null; DVC copies {root}, which dvc.yaml calls its output, until you run {COMMAND}"
+    print(f"{name} is left out: {reason}", flush=True)
+
+
 def run(name: str) -> None:
-    """Run a job unless it is up to date or no row needs it. The stage replaces this process.
+    """Run a job, unless it is up to date or left out. The stage replaces this process.
 
     Args:
         name: the job's name in dvc.yaml, such as 'classifier@base'.
     """
     graph = Graph(parameters.load([PARAMS]))
     job = find(graph.jobs, name)
+    if job is None and name in PREPARATION_STAGES:
+        _leave_out_preparation(name, graph)
+        return
     if job is None:
         left_out = LeftOut([PARAMS], {}, graph)
         job = find(left_out.jobs, name)
