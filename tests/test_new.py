@@ -307,6 +307,17 @@ def without(*names: str) -> dict[str, list[str]]:
     return {Path(name).stem: tags for name, tags in TAGS.items() if name not in names}
 
 
+BLANKS = ("cat dog", "dog cat", "cat")
+
+
+def test_the_user_says_what_blanks_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    tags = rows("blanks.csv", [["file", "tags"], *([name, BLANKS[n % 3]] for n, name in enumerate(TAGS))])
+    for blanks, classes in (("separate", "cat 8, dog 6"), ("belong", "cat dog 3, dog cat 3, cat 2")):
+        assert command("new", PHOTOS, tags, "--name", blanks, "--weights", "none", "--blanks", blanks) == 0
+        assert f": {classes}\n" in capsys.readouterr().out
+        assert f"--blanks {blanks}" in Path(f"profiles/{blanks}.yaml").read_text()
+
+
 BAD: dict[str, Callable[[], tuple[str, ...]]] = {
     "TAGS no.csv: no such file or folder; correct the path": lambda: ("no.csv",),
     "--masks no: no such folder; correct the path": lambda: (table(), "--masks", "no"),
@@ -324,6 +335,9 @@ BAD: dict[str, Callable[[], tuple[str, ...]]] = {
     "has no entry for 1 of 8 photos (g.jpg); tag them": lambda: (text("t.json", without("g.jpg")),),
     "zebra": lambda: (text("t.json", without() | {"zebra": ["cat"]}),),
     "t.json": lambda: (text("t.json", "{"),),
+    "blanks.csv: 'cat dog' may be one class or the tags cat and dog, and so may 1 more; add --blanks ": lambda: (
+        rows("blanks.csv", [["file", "tags"], *([name, BLANKS[n % 3]] for n, name in enumerate(TAGS))]),
+    ),
     "names no class": lambda: (text("t.json", {Path(name).stem: [] for name in TAGS}),),
     "my photos/e.jpg": truncated,
     "my photos/c.jpg: ": lambda: (str(picture(PHOTOS / "c.jpg", 99)) and table(),),

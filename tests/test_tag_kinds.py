@@ -197,11 +197,71 @@ def test_an_export_of_roboflow_with_a_file_a_split(tmp_path: Path) -> None:
     ],
 )
 def test_tags_in_a_field_before_the_classes_are_known(tmp_path: Path, fields: list[str], expected: set[str]) -> None:
-    photos = {f"p{n}": f"p{n}.jpg" for n in range(len(fields))}
-    path = tmp_path / "t.csv"
+    assert set(collected(*table_of(tmp_path, fields)).classes) == expected
+
+
+def table_of(folder: Path, fields: list[str]) -> tuple[Path, dict[str, str]]:
+    """A CSV file with a row for each field, and its photos."""
+    path = folder / "t.csv"
     rows = "".join('p{}.jpg,"{}"\n'.format(n, text.replace('"', '""')) for n, text in enumerate(fields))
     path.write_text(f"image,label\n{rows}")
-    assert set(collected(path, photos).classes) == expected
+    return path, {f"p{n}": f"p{n}.jpg" for n in range(len(fields))}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (["cat dog", "dog cat", "bird"], "'cat dog' may be one class or the tags cat and dog, and so may 1 more; "),
+        (
+            ["bird cat", "bird dog", "cat dog"],
+            "'bird cat' may be one class or the tags bird and cat, and so may 2 more; ",
+        ),
+        (["cat dog", "cat", "dog", "golden retriever"], "'cat dog' may be one class or the tags cat and dog; "),
+        (["bird cat dog", "cat dog", "bird cat"], "'bird cat dog' may be one class or the tags bird and cat and dog"),
+        (["Cat dog;fox", "dog CAT"], "'Cat dog' may be one class or the tags Cat and dog, and so may 1 more; "),
+    ],
+)
+def test_tags_whose_words_recur_are_refused_until_the_user_decides(
+    tmp_path: Path, fields: list[str], said: str
+) -> None:
+    path, photos = table_of(tmp_path, fields)
+    faults = Faults()
+    collect(path, photos, faults)
+    (line,) = faults.lines()
+    assert line.startswith(f"{path}: {said}")
+    assert line.endswith("add --blanks separate if blanks separate tags, or --blanks belong if they belong to names")
+    words = {word.casefold() for field in fields for word in field.replace(";", " ").split()}
+    assert {name.casefold() for name in decided(path, photos, "separate").classes} == words
+    names = {frozenset(name.split()) for name in decided(path, photos, "belong").classes}
+    assert names == {frozenset(name.split()) for field in fields for name in field.split(";")}
+
+
+def decided(path: Path, photos: dict[str, str], blanks: Any) -> Collected:
+    faults = Faults()
+    found = collect(path, photos, faults, blanks)
+    assert faults.lines() == []
+    assert not any("blanks" in line for line in found.remarks)
+    return found
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["golden retriever", "labrador retriever", "cat"],
+        ["traffic light", "street light", "traffic sign", "street sign"],
+        ["sea lion", "lion", "polar bear", "bear"],
+        ["hot dog", "dog", "potted plant", "tv monitor"],
+        ["light bulb", "traffic light"],
+        ["traffic light", "street light", "traffic"],
+        ["cat dog"],
+    ],
+)
+def test_names_with_blanks_stay_whole(tmp_path: Path, names: list[str]) -> None:
+    path, photos = table_of(tmp_path, [*names, f"{names[0]};{names[-1]}"])
+    found = collected(path, photos)
+    assert set(found.classes) == set(names)
+    example = next(name for name in names if " " in name)
+    assert found.remarks == [f"blanks belong to class names, such as '{example}'; --blanks separate splits them"]
 
 
 def test_what_fits_no_photo_is_listed_with_the_nearest_names(tmp_path: Path) -> None:

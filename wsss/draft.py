@@ -15,7 +15,7 @@ from pipeline.data.complete import InvalidFile
 from pipeline.data.duplicates import Fingerprint
 from pipeline.data.faults import Faults, hint
 from pipeline.data.tags import collect
-from pipeline.data.tags.names import folded
+from pipeline.data.tags.names import Blanks, folded
 from pipeline.data.tree import find_photos
 from pipeline.errors import PipelineError, counted
 from pipeline.stores.files import atomic, read_regular
@@ -77,6 +77,7 @@ class Request:
     share: float
     seed: int
     leave_out: Sequence[str]
+    blanks: Blanks | None
     negatives: bool
     skip_broken: bool
 
@@ -91,7 +92,7 @@ def read(request: Request, faults: Faults, threads: int, progress: Progress) -> 
     if not found:
         return None
     before = len(faults)
-    collected = collect(request.tags, found, faults)
+    collected = collect(request.tags, found, faults, request.blanks)
     for line in collected.unmatched:
         faults.add("entry without a photo", str(line))
     classes = _classes(collected.classes, request.leave_out, faults)

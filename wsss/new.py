@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.data.faults import Faults
     from wsss.draft import Draft, Request
 
-EPILOG = "The tags are recognised by their content: see docs/OWN_PHOTOS.md."
+EPILOG = "The tags are recognised by their content: see docs/OWN_IMAGES.md."
 REMBG = "rembg"
 FILES = {"classes": "classes.txt", "tags": "tags.json", "train": "train.txt", "evaluation": "evaluation.txt"}
 
@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the split and of the trainings; default: 1")
     parser.add_argument(
         "--leave-out", nargs="+", default=[], metavar="CLASS", help="classes to ignore; their photos stay as negatives"
+    )
+    parser.add_argument(
+        "--blanks",
+        choices=("separate", "belong"),
+        help="whether a blank separates two tags ('cat dog') or belongs to a class name ('golden retriever'); default: "
+        "recognised by the content",
     )
     parser.add_argument("--negatives", action="store_true", help="photos that the tags do not name show no class")
     parser.add_argument(
@@ -88,6 +94,7 @@ def run(options: argparse.Namespace) -> int:
         min(max(options.evaluation, 0.0), 1.0),
         max(options.seed, 0),
         options.leave_out,
+        options.blanks,
         options.negatives,
         options.skip_broken,
     )

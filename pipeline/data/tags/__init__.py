@@ -16,7 +16,7 @@ from pipeline.data.faults import LIMIT, Faults
 from pipeline.data.tags import reading
 from pipeline.data.tags.annotations import Annotations, Field, Pairs, Reference
 from pipeline.data.tags.matching import Photos
-from pipeline.data.tags.names import ClassNames, folded, means_nothing, nearest, split_without_classes, tidy
+from pipeline.data.tags.names import Blanks, ClassNames, folded, means_nothing, nearest, split_without_classes, tidy
 
 SHOWN = 5  # items that a remark names
 LONGEST_NUMBER = 19  # digits from which a text is no class id
@@ -90,19 +90,22 @@ def read_tags(
     return Tags(by_image, f"{path.name} ({annotations.kind})", unmatched, [*annotations.remarks, *resolver.remarks])
 
 
-def collect(path: Path, photos: Mapping[str, str], faults: Faults, separator: str | None = None) -> Collected:
+def collect(path: Path, photos: Mapping[str, str], faults: Faults, blanks: Blanks | None = None) -> Collected:
     """Read tags and find their classes. Names that differ only in case, blanks, '_' or '-' are one class.
 
     Args:
         photos: the path of each photo below the photos' folder, by id.
-        separator: what separates the tags in a field, if the user says so; None: decided by the content.
+        blanks: whether blanks in a field separate tags or belong to names; None: decided by the content. A fault if
+            that leaves a doubt.
     """
     finder = Photos(photos)
     annotations = reading.read(path, finder, photos, None, faults)
     matched, unmatched = _match(annotations, finder)
     fields = [tag for entries in matched.values() for _, tags in entries for tag in tags if isinstance(tag, Field)]
-    split, blanks = split_without_classes(list(dict.fromkeys(fields)), separator)
-    remarks = [*annotations.remarks, *filter(None, [blanks])]
+    split, doubtful, remark = split_without_classes(list(dict.fromkeys(fields)), blanks)
+    if doubtful:
+        annotations.fault("tags with blanks", _doubt(doubtful))
+    remarks = [*annotations.remarks, *filter(None, [remark])]
     named: dict[str, list[str]] = {}
     for photo, entries in matched.items():
         named[photo] = []
@@ -228,6 +231,12 @@ def _shown(tag: Any) -> str:
     if isinstance(tag, str | int | float) or tag is None:
         return repr(tag)
     return f"(a {'mapping' if isinstance(tag, Pairs) else type(tag).__name__})"
+
+
+def _doubt(names: Sequence[str]) -> str:
+    more = f", and so may {len(names) - 1} more" if len(names) > 1 else ""
+    reading = f"{names[0]!r} may be one class or the tags {' and '.join(names[0].split())}{more}"
+    return f"{reading}; add --blanks separate if blanks separate tags, or --blanks belong if they belong to names"
 
 
 def _nothing(name: str, count: int) -> str:

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from pipeline.data.tags.annotations import Field
 
@@ -12,6 +13,7 @@ from pipeline.data.tags.annotations import Field
 _NOTHING = re.compile(r"background|negatives?|none|null|nothing|no (?:objects?|class)|unlabell?ed")
 _LONGEST = 200  # characters of a name that are compared
 SEPARATORS = ";,|"
+Blanks = Literal["separate", "belong"]  # whether blanks separate tags or belong to names
 
 
 def tidy(name: str) -> str:
@@ -81,32 +83,63 @@ def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
     return [by_fold[close] for close in difflib.get_close_matches(folded(word[:_LONGEST]), list(by_fold), count)]
 
 
-def split_without_classes(fields: Sequence[Field], separator: str | None) -> tuple[dict[Field, list[str]], str]:
+def split_without_classes(
+    fields: Sequence[Field], blanks: Blanks | None
+) -> tuple[dict[Field, list[str]], list[str], str]:
     """Split all fields of a file before its classes are known.
 
-    ';', ',' and '|' separate tags. A blank does only if each word of each field that has blanks is a whole tag
+    ';', ',' and '|' separate tags. A blank does only if each word of each tag that has blanks is a whole tag
     elsewhere: 'cat dog' beside 'cat' and 'dog' holds two tags, 'traffic light' is one.
 
     Args:
-        separator: what separates tags, if the user says so.
+        blanks: whether blanks separate tags or belong to names, if the user says so.
 
     Returns:
-        The tags of each field, and a remark if blanks had to be interpreted.
+        The tags of each field; the tags with blanks that may as well be several (``_doubtful``); and a remark if blanks
+        had to be interpreted.
     """
-    if separator is not None:
-        pattern = r"\s+" if separator == " " else re.escape(separator)
-        return {field: _parts(pattern, field) for field in fields}, ""
-    split = {field: _parts(f"[{SEPARATORS}]", field) for field in fields}
+    split = {field: [tidy(part) for part in re.split(f"[{SEPARATORS}]", field) if part.strip()] for field in fields}
     whole = {folded(part) for parts in split.values() for part in parts if len(part.split()) == 1}
     several = Counter(part for parts in split.values() for part in parts if len(part.split()) > 1)
-    if not several:
-        return split, ""
     numbers = all(word.isdecimal() for part in several for word in part.split())
-    if numbers or all(folded(word) in whole for part in several for word in part.split()):
-        return {field: [tag for part in parts for tag in part.split()] for field, parts in split.items()}, ""
-    example = several.most_common(1)[0][0]
-    return split, f"blanks belong to class names, such as '{example}'; separate several tags by ';'"
+    if blanks is None and (numbers or all(whole.issuperset(_words(part)) for part in several)):
+        blanks = "separate"
+    if blanks == "separate":
+        return {field: [tag for part in parts for tag in part.split()] for field, parts in split.items()}, [], ""
+    if blanks == "belong":
+        return split, [], ""
+    if doubtful := _doubtful(several, whole):
+        return split, doubtful, ""
+    remark = f"blanks belong to class names, such as '{several.most_common(1)[0][0]}'; --blanks separate splits them"
+    return split, [], remark
 
 
-def _parts(pattern: str, field: str) -> list[str]:
-    return [tidy(part) for part in re.split(pattern, field) if part.strip()]
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(map(folded, name.split()))
+
+
+def _doubtful(several: Iterable[str], whole: set[str]) -> list[str]:
+    """The names with blanks whose words recur as those of separate tags would.
+
+    All words of such a name are whole tags elsewhere, or another name has the same words in another order. If more than
+    half of all names consist of words that recur in other tags, these are doubtful too, provided that one of their
+    words stands last, or alone, in one tag and before another word in a second: 'bird cat', 'bird dog', 'cat dog'. In
+    real names words keep their places ('traffic light', 'street light', 'traffic sign', 'street sign'), or most names
+    have a word of their own ('golden retriever', 'labrador retriever').
+
+    Args:
+        several: names with blanks.
+        whole: folded names without.
+    """
+    by_words = {_words(name): name for name in several}
+    orders = Counter(tuple(sorted(words)) for words in by_words)
+    counts = Counter(word for words in by_words for word in set(words))
+    recurring = [words for words in by_words if all(counts[word] > 1 or word in whole for word in words)]
+    last = whole | {words[-1] for words in by_words}
+    moving = {word for words in by_words for word in words[:-1]} & last
+    mixed = recurring if 2 * len(recurring) > len(by_words) and any(moving & set(words) for words in recurring) else []
+    return [
+        name
+        for words, name in by_words.items()
+        if whole.issuperset(words) or orders[tuple(sorted(words))] > 1 or words in mixed
+    ]
