@@ -34,7 +34,7 @@ def main(work: Work) -> None:
     if "pictures" in work.outputs:
         results = replace(results, photos=_photos(work, results))
     work.outputs["report"].write_text(document(results), encoding="utf-8")
-    boxed = boxes.metrics(results.scores)
+    boxed = boxes.metrics(runs)
     _write(work.outputs["table"], seeds.table(runs) | boxed)
     if "metrics" in work.outputs:
         _write(work.outputs["metrics"], seeds.headline(method, rows, runs) if rows else boxed)
@@ -45,6 +45,8 @@ def main(work: Work) -> None:
         print(f"means over the seeds {results.seeds}; the last column is the range of the final mIoU", flush=True)
     if boxed:
         print(boxes.text_table(boxed), flush=True)
+    if boxed and results.seeds:
+        print(f"boxes: means over the seeds {results.seeds}", flush=True)
     if results.is_mixed:
         print("warning: rows were computed in different arithmetic; see the report's protocol", flush=True)
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.boxes import BoxScores, mask_boxes
 from pipeline.inference.recognize import class_maps
 from pipeline.methods.base import Method, Output
-from pipeline.report.boxes import RIGHT, TRUE, WRONG
+from pipeline.report.boxes import COLUMNS, RIGHT, TRUE, WRONG
 from pipeline.stores.raster import RasterStore
 from pipeline.workflow.graph import Graph
 from tests.method_contract import small_classifier
@@ -133,6 +134,43 @@ class TestExperiment:
         assert found.keys() == {"boxes/cam", "boxes/two"}
         assert found == json.loads((RESULTS / "metrics.json").read_text())
         assert found["boxes/two"]["known"] == scores("two")["known"]
+
+
+FOLDERS = {0: "box_scores", 5: "seed_5/box_scores", 7: "seed_7/box_scores"}  # by seed
+
+
+def test_several_seeds_have_a_mean_and_a_range(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "seeds")
+    monkeypatch.chdir(tmp_path / "seeds")
+    raw = yaml.safe_load(Path("params.yaml").read_text())
+    Path("params.yaml").write_text(yaml.safe_dump(raw | {"seeds": [0, 5, 7]}))
+    run_stages(["params.yaml"])
+    printed = capsys.readouterr().out
+    assert "box_maps cam: up to date" in printed
+    files = {seed: RESULTS / folder / "cam/scores.json" for seed, folder in FOLDERS.items()}
+    each = {seed: json.loads(path.read_text()) for seed, path in files.items()}
+    values = {key: [found[key] for found in each.values()] for key in COLUMNS}
+    assert any(len(set(of_seeds)) > 1 for of_seeds in values.values())
+
+    found = json.loads(Path("metrics.json").read_text())["boxes/cam"]
+    page = (RESULTS / "report.html").read_text()
+    assert found["images"] == 4
+    for key, of_seeds in values.items():
+        assert found[key] == pytest.approx(np.mean(of_seeds), abs=1e-6)
+        assert (found["least"][key], found["most"][key]) == (min(of_seeds), max(of_seeds))
+        assert [found["seeds"][str(seed)][key] for seed in each] == of_seeds
+        mean, spread = f"{100 * found[key]:.1f}", f"{100 * min(of_seeds):.1f}–{100 * max(of_seeds):.1f}"
+        tooltip = ", ".join(f"seed {seed}: {100 * value:.1f}" for seed, value in zip(each, of_seeds, strict=True))
+        assert f'<td title="{tooltip}">{mean}<small>{spread}</small></td>' in page
+        if key == "known":
+            assert re.search(rf"^  boxes/cam .* {mean} .* {spread}$", printed, re.MULTILINE)
+    assert "Each is the mean over the seeds 0, 5, 7" in page
+    assert "boxes: means over the seeds 0, 5, 7\n" in printed
+    halves = [scored["max_box_accuracy_at"]["0.5"] for scored in each.values()]
+    thresholds = ", ".join(f"{half['threshold']:.2f}" for half in halves)
+    assert f"IoU 0.5: {100 * np.mean([half['accuracy'] for half in halves]):.1f} at {thresholds}" in page
 
 
 def test_true_boxes_may_come_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

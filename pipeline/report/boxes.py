@@ -1,19 +1,23 @@
 """The boxes of objects in the report: their localization accuracy and pictures of true and drawn boxes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import cv2
 import numpy as np
 
 from pipeline.data.index import Image
+from pipeline.report import seeds
 from pipeline.report.gallery import Chip, Gallery, GalleryRow, Heading, Picture, subject
-from pipeline.report.metrics import Metrics, Scores
+from pipeline.report.metrics import Scores
 from pipeline.report.pictures import Pixels, data_uri, read_photo
+from pipeline.report.seeds import Runs
+from pipeline.report.tables import Number, number
 
-BoxImages = Mapping[
-    str, Mapping[str, Any]
-]  # true boxes, highest classes and drawn boxes by image id; see box_scores.py
+# True boxes, highest classes and drawn boxes by image id; see box_scores.py
+BoxImages = Mapping[str, Mapping[str, Any]]
 PREFIX = "box_scores/"
 COLUMNS = {
     "top_1_localization": "top-1 loc.",
@@ -23,6 +27,9 @@ COLUMNS = {
     "top_1_classification": "top-1 class",
     "top_5_classification": "top-5 class",
 }
+SWEPT = "max_box_accuracy_at"  # the best threshold and its accuracy, by IoU
+RANGED = "known"  # the score whose range over several seeds is printed
+CELL = 15  # width of a number in the text table, in characters
 TRUE, RIGHT, WRONG = (230, 30, 30), (40, 190, 60), (250, 160, 30)  # RGB
 LEGEND = {
     "true box": TRUE,
@@ -42,35 +49,54 @@ def scored(scores: Scores) -> Scores:
     return {name: values for name, values in boxed.items() if values["images"]}
 
 
-def metrics(scores: Scores) -> Metrics:
-    """The localization accuracy of each block, as 'boxes/NAME', in [0, 1], with the number of images."""
+def accuracies(runs: Runs) -> Runs:
+    """The same seeds, with the localization accuracy of each block as metrics, in [0, 1]."""
     return {
-        f"boxes/{name}": {"images": values["images"], **{key: values[key] for key in COLUMNS}}
-        for name, values in scored(scores).items()
+        seed: replace(
+            run, metrics={name: {key: values[key] for key in COLUMNS} for name, values in scored(run.scores).items()}
+        )
+        for seed, run in runs.items()
     }
 
 
-def table(scores: Scores) -> dict[str, dict[str, str]]:
-    """The table's texts by block and heading, in percent."""
+def metrics(runs: Runs) -> dict[str, dict[str, Any]]:
+    """The content of metrics.json for each block, as 'boxes/NAME': the number of images, and ``seeds.table``."""
+    first = next(iter(runs.values()))
+    images = {name: values["images"] for name, values in scored(first.scores).items()}
+    return {
+        f"boxes/{name}": {"images": images[name], **values} for name, values in seeds.table(accuracies(runs)).items()
+    }
+
+
+def table(runs: Runs) -> dict[str, dict[str, Number]]:
+    """The table's cells by block and heading, in percent."""
+    found, scores = accuracies(runs), [scored(run.scores) for run in runs.values()]
     rows = {}
-    for name, values in scores.items():
-        numbers = {title: f"{100 * values[key]:.1f}" for key, title in COLUMNS.items()}
-        at = values["max_box_accuracy_at"].items()
-        best = ", ".join(
-            f"IoU {overlap}: {100 * found['accuracy']:.1f} at {found['threshold']:.2f}" for overlap, found in at
-        )
-        rows[name] = {"images": str(values["images"]), **numbers, "best thresholds": best}
+    for name, values in seeds.means(found).items():
+        numbers = {title: number(found, name, key, f"{100 * values[key]:.1f}") for key, title in COLUMNS.items()}
+        best = ", ".join(_best(overlap, [each[name] for each in scores]) for overlap in scores[0][name][SWEPT])
+        rows[name] = {"images": Number(str(scores[0][name]["images"])), **numbers, "best thresholds": Number(best)}
     return rows
 
 
-def text_table(boxed: Metrics) -> str:
-    """Format ``metrics`` as text in percent."""
+def _best(overlap: str, scores: Sequence[Mapping[str, Any]]) -> str:
+    """The mean accuracy at an IoU, and the threshold of each seed."""
+    found = [each[SWEPT][overlap] for each in scores]
+    thresholds = ", ".join(f"{each['threshold']:.2f}" for each in found)
+    return f"IoU {overlap}: {100 * fmean(each['accuracy'] for each in found):.1f} at {thresholds}"
+
+
+def text_table(boxed: Mapping[str, Mapping[str, Any]]) -> str:
+    """Format ``metrics`` as text in percent. With several seeds, a last column holds the range of ``RANGED``."""
+    several = any("least" in values for values in boxed.values())
+    titles = ["images", *COLUMNS.values(), *([f"{COLUMNS[RANGED]} range"] if several else [])]
     heading = "  boxes (%)"
     width = max(len(heading), *(len(name) + 2 for name in boxed))
-    lines = [heading.ljust(width) + "".join(f"{title:>13}" for title in ("images", *COLUMNS.values()))]
+    lines = [heading.ljust(width) + "".join(f"{title:>{CELL}}" for title in titles)]
     for name, values in boxed.items():
         numbers = [f"{values['images']:.0f}", *(f"{100 * values[key]:.1f}" for key in COLUMNS)]
-        lines.append(f"  {name}".ljust(width) + "".join(f"{number:>13}" for number in numbers))
+        numbers += [str(seeds.Range(values["least"][RANGED], values["most"][RANGED]))] if several else []
+        lines.append(f"  {name}".ljust(width) + "".join(f"{text:>{CELL}}" for text in numbers))
     return "\n".join(lines)
 
 

@@ -145,7 +145,7 @@ def document(results: Results) -> str:
 
 
 def box_section(results: Results) -> Content:
-    """The localization accuracy of all boxes, and a gallery of true and drawn ones."""
+    """The localization accuracy of all boxes over the seeds, and a gallery of true and drawn ones of the first seed."""
     scores = boxes.scored(results.scores)
     if not scores:
         return {}
@@ -154,7 +154,9 @@ def box_section(results: Results) -> Content:
     )
     chosen = choose(images, results.params.gallery)
     return {
-        "table": boxes.table(scores),
+        "table": boxes.table(results.runs),
+        "seeds": results.seeds,
+        "first": results.params.seed,
         "truth": next(iter(scores.values()))["truth"],
         "threshold": next(iter(scores.values()))["threshold"],
         "gallery": boxes.gallery(chosen, results.boxes, results.names) if chosen else None,

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from pipeline.report.describe import Logs
-from pipeline.report.metrics import COLUMNS, Chains, Metrics, Scores, collect, supervision
+from pipeline.report.metrics import INTERVAL, Chains, Metrics, Scores, collect, supervision
 
 RANKED = {  # key of a score -> the title of its ranking
     "miou": "Final mIoU of the segmentation",
@@ -20,7 +20,7 @@ RANKED = {  # key of a score -> the title of its ranking
 
 @dataclass(frozen=True)
 class Run:
-    """The scores and training logs of one seed, by reference, and its metrics by row."""
+    """The scores and training logs of one seed, by reference, and its metrics by row (or block: ``report.boxes``)."""
 
     scores: Scores
     logs: Logs
@@ -148,6 +148,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _values(runs: Runs, row: str) -> dict[str, list[float]]:
-    """Return the values of each score of a row over the seeds, without those that a seed lacks."""
-    found = {c.key: [run.metrics[row][c.key] for run in runs.values() if c.key in run.metrics[row]] for c in COLUMNS}
-    return {key: values for key, values in found.items() if values}
+    """Return the values of each score of a row over the seeds that have it. Intervals have no mean."""
+    found: dict[str, list[float]] = {}
+    for run in runs.values():
+        for key, value in run.metrics[row].items():
+            if key not in INTERVAL:
+                found.setdefault(key, []).append(value)
+    return found

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.data import census
-from pipeline.report import seeds
 from pipeline.report.metrics import COLUMNS, INTERVAL, STEPS, Chains, Column, best, supervision
-from pipeline.report.seeds import Runs, means
+from pipeline.report.seeds import Range, Runs, means
 
 BADGES = {"full": "upper bound", "mixed": "uses masks", "weak": ""}
 MAX_HORIZONTAL = 9  # maximum number of horizontal class names in a table head; more are rotated
@@ -14,13 +13,13 @@ MAX_HORIZONTAL = 9  # maximum number of horizontal class names in a table head; 
 
 @dataclass(frozen=True)
 class Number:
-    """A cell of the table of methods; ``best`` is true for the best row that learned from tags only.
+    """A score in a table; ``best`` is true for the best row that learned from tags only.
 
     If there are several seeds, ``text`` is their mean, ``range`` their range, and ``seeds`` their values.
     """
 
     text: str
-    best: bool
+    best: bool = False
     range: str = ""
     seeds: str = ""
 
@@ -99,32 +98,36 @@ def census_table(counted: census.Census) -> CensusTable:
     return CensusTable(groups, [(row[0], split(row)) for row in counted.rows()])
 
 
+def number(runs: Runs, row: str, key: str, text: str, best: bool = False) -> Number:
+    """Add to the text of a mean, if there are several seeds, its range and each seed's value."""
+    each = {seed: run.metrics[row][key] for seed, run in runs.items() if key in run.metrics[row]}
+    if len(runs) == 1 or not each:
+        return Number(text, best)
+    shown = ", ".join(f"seed {seed}: {100 * value:.1f}" for seed, value in each.items())
+    return Number(text, best, str(Range(min(each.values()), max(each.values()))), shown)
+
+
 def methods_table(runs: Runs, rows: Chains, method: str, scored_on: Mapping[str, str]) -> MethodsTable:
     """Lay out the table of methods. ``scored_on`` describes the images on which each step was scored."""
-    metrics, ranges = means(runs), seeds.ranges(runs)
+    metrics = means(runs)
     winners = best(metrics, rows)
     groups = [
         ColumnGroup(title, scored_on[step], [column for column in COLUMNS if column.step == step])
         for step, title in STEPS.items()
     ]
 
-    def number(row: str, column: Column) -> Number:
+    def cell(row: str, column: Column) -> Number:
         value = metrics[row].get(column.key)
         text = "–" if value is None else f"{100 * value:.1f}"
         if column.key == "miou" and all(key in metrics[row] for key in INTERVAL):
             text += " ({:.1f}–{:.1f})".format(*(100 * metrics[row][key] for key in INTERVAL))
-        spread = ranges.get(row, {}).get(column.key)
-        if spread is None:
-            return Number(text, (row, column.key) in winners)
-        each = {seed: run.metrics[row][column.key] for seed, run in runs.items() if column.key in run.metrics[row]}
-        shown = ", ".join(f"seed {seed}: {100 * value:.1f}" for seed, value in each.items())
-        return Number(text, (row, column.key) in winners, str(spread), shown)
+        return number(runs, row, column.key, text, (row, column.key) in winners)
 
     body = []
     for row, chain in rows.items():
         kind = supervision(chain)
         badges = [badge for badge in (BADGES[kind], "selected" if row == method else "") if badge]
-        body.append(MethodRow(row, badges, kind, [[number(row, column) for column in g.columns] for g in groups]))
+        body.append(MethodRow(row, badges, kind, [[cell(row, column) for column in g.columns] for g in groups]))
     return MethodsTable(groups, body)
 
 
