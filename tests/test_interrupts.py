@@ -2,11 +2,9 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,16 +14,13 @@ import pytest
 import yaml
 
 from pipeline import interrupts
-from pipeline.stores.files import sha256
 from pipeline.workflow.stage import run
 from stages import index
 from tests.project import link_code
+from tests.stopping import CLASSIFIER, LOG, STATUS, copy_without, group, hashes, log, wait_until
 from tests.voc_tree import make_tree, minimal_params
 
-CLASSIFIER = Path("results/test/classifiers/base")
 SALIENCY = Path("results/test/saliency")
-LOG = Path("log.txt")
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 TRAINING = ("stages.classifier", "base", "--workers", "2")
 BLOCKS = ("stages.saliency", "--workers", "2")
 PLAIN, TRAPPED = "tee /dev/null", "(trap '' INT TERM; exec tee /dev/null)"
@@ -52,11 +47,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same before both stages."""
-    shutil.copytree(unbroken, tmp_path / "project", symlinks=True)
-    monkeypatch.chdir(tmp_path / "project")
-    shutil.rmtree(CLASSIFIER)
-    shutil.rmtree(SALIENCY)
-    return tmp_path / "project"
+    project = copy_without(unbroken, tmp_path, CLASSIFIER, SALIENCY)
+    monkeypatch.chdir(project)
+    return project
 
 
 def begin(command: Sequence[str], reader: str = PLAIN) -> subprocess.Popen[bytes]:
@@ -69,33 +62,11 @@ def begin(command: Sequence[str], reader: str = PLAIN) -> subprocess.Popen[bytes
 
 def stopped(process: subprocess.Popen[bytes], when: Callable[[], object], number: signal.Signals) -> None:
     """Signal the whole group, workers and reader too, as a terminal or a scheduler does; none of it may be left."""
-    deadline = time.monotonic() + 120
-    while not when():
-        assert process.poll() is None, log()
-        assert time.monotonic() < deadline, log()
-        time.sleep(0.01)
+    wait_until(process, when)
     os.killpg(process.pid, number)
     assert process.wait(60) == STATUS[number], log()
     assert not group(process.pid)
     assert "Traceback" not in log()
-
-
-def log() -> str:
-    return LOG.read_text() if LOG.exists() else ""
-
-
-def group(leader: int) -> list[str]:
-    """The living processes of a process group."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, group, *_ = path.read_text().rpartition(")")[2].split()
-            found += [path.parent.name] if group == str(leader) and state != "Z" else []
-    return found
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path) for path in folder.iterdir() if path.suffix in (".pt", ".h5")}
 
 
 @pytest.mark.parametrize(("number", "reader"), [(signal.SIGINT, PLAIN), (signal.SIGTERM, TRAPPED)])

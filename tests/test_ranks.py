@@ -28,10 +28,10 @@ from pipeline.workflow.graph import Graph
 from pipeline.workflow.stage import execute
 from tests import rank_stages
 from tests.project import link_code, run_stages
-from tests.test_interrupts import STATUS, group
+from tests.stopping import CLASSIFIER, LOG, STATUS, copy_without, group, hashes, log, wait_until
 from tests.voc_tree import make_tree, minimal_params
 
-CLASSIFIER = Path("results/test/classifiers/base")
+WRITTEN = (".pt", ".h5", ".json")  # suffixes of outputs
 TRAINING = {"batch_size": 8, "lr": 0.01, "epochs": 30, "accumulation": 2, "processes": 2}
 LARGEFOV = {"deeplab_largefov": {"channels": 8, "rate": 2, "dropout": 0.5}}
 
@@ -67,30 +67,17 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same before the training."""
-    shutil.copytree(unbroken, tmp_path / "project", symlinks=True)
-    monkeypatch.chdir(tmp_path / "project")
-    shutil.rmtree(CLASSIFIER)
-    return tmp_path / "project"
+    project = copy_without(unbroken, tmp_path, CLASSIFIER)
+    monkeypatch.chdir(project)
+    return project
 
 
 def begin(*arguments: str, device: str = "cpu") -> subprocess.Popen[bytes]:
     """A stage in a process group of its own."""
     stage, *rest = arguments
     command = [sys.executable, "-m", f"stages.{stage}", *rest, "--device", device, "--threads", "1"]
-    with Path("log.txt").open("w") as file:
+    with LOG.open("w") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-
-
-def log() -> str:
-    return Path("log.txt").read_text()
-
-
-def wait_until(process: subprocess.Popen[bytes], when: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not when():
-        assert process.poll() is None, log()
-        assert time.monotonic() < deadline, log()
-        time.sleep(0.01)
 
 
 def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
@@ -99,16 +86,12 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
     return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path) for path in folder.iterdir() if path.suffix in (".pt", ".h5", ".json")}
-
-
 def assert_resumes(unbroken: Path) -> None:
     """The training goes on and ends with the bytes of an unbroken one, and leaves nothing else."""
     assert begin("classifier", "base", "--checkpoint-every", "0").wait(300) == 0, log()
     assert "classifier base: resumes from epoch" in log()
     names = ("model.pt", "maps.h5", "snapshots.h5", "log.json")
-    mine, theirs = hashes(CLASSIFIER), hashes(unbroken / CLASSIFIER)
+    mine, theirs = hashes(CLASSIFIER, WRITTEN), hashes(unbroken / CLASSIFIER, WRITTEN)
     assert {name: mine[name] for name in names} == {name: theirs[name] for name in names}
     assert not list(CLASSIFIER.glob(".checkpoint*"))
 
@@ -173,7 +156,7 @@ def test_killed_on_two_cards_it_ends_the_same(project: Path) -> None:
             while group(process.pid):
                 time.sleep(0.05)
         assert begin(*options, device="cuda").wait(300) == 0, log()
-        found.append(hashes(CLASSIFIER))
+        found.append(hashes(CLASSIFIER, WRITTEN))
     assert {**found[0], "manifest.json": ""} == {**found[1], "manifest.json": ""}
 
 
