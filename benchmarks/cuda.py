@@ -32,7 +32,8 @@ from benchmarks.photos import CLASSES, JITTER, Photos, photos
 from pipeline.config.schema import Accumulate, AttentionDrop, Augmentation, Training
 from pipeline.data.collation import LoadedBatch
 from pipeline.data.loader import LoadingPlan, load
-from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
+from pipeline.methods.attention_drop import AttentionDropLayer
+from pipeline.methods.oaa import AttentionAccumulator
 from pipeline.training.loop import Loop
 from pipeline.training.settings import describe, prepare, uses_bf16
 from stages.refinement import attention

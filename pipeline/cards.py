@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.config.schema import Augmentation, Demo, Training
+from pipeline.config.dataset import Demo
+from pipeline.config.schema import Augmentation, Training
 from pipeline.errors import PipelineError
 from pipeline.stores import locks
 

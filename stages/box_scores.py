@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.schema import BoxTest
+from pipeline.config.views import BoxTest
 from pipeline.data.index import Image, Index
 from pipeline.errors import PipelineError
 from pipeline.evaluation.boxes import HIGHEST, Boxes, BoxScores, mask_boxes

@@ -11,8 +11,9 @@ from pipeline.config.schema import Classifier
 from pipeline.data.index import Image
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.errors import PipelineError
+from pipeline.methods.attention_drop import AttentionDropLayer
 from pipeline.methods.base import Method
-from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer, Taken
+from pipeline.methods.oaa import AttentionAccumulator, Taken
 from pipeline.stores.files import sha256
 from pipeline.stores.raster import RasterStore, RasterWriter
 from pipeline.training.loop import extent

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from pipeline.config.schema import Saliency
+from pipeline.config.dataset import Saliency
 from pipeline.data.faults import Faults
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index

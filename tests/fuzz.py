@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from pipeline.config import params
-from pipeline.config.schema import Dataset
+from pipeline.config.dataset import Dataset
 from pipeline.data.checks import mask_values, saliency_values
 from pipeline.data.class_file import read_classes
 from pipeline.data.complete import InvalidFile

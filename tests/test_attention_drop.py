@@ -12,9 +12,10 @@ from torch import Tensor
 from pipeline.config.schema import Accumulate, AttentionDrop, Backbone, Classifier, Head, Training
 from pipeline.data.geometry import Window
 from pipeline.data.loading import Batch
+from pipeline.methods.attention_drop import AttentionDropLayer
 from pipeline.methods.base import Method, Output
 from pipeline.methods.cam import Cam
-from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
+from pipeline.methods.oaa import AttentionAccumulator
 from pipeline.runtime import Runtime
 from pipeline.stores.raster import RasterStore
 from pipeline.workflow.graph import Job

@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from pipeline.config import params as parameters
-from pipeline.config.schema import Boxes, Dataset
+from pipeline.config.dataset import Dataset
+from pipeline.config.views import Boxes
 from pipeline.data.build_index import build_index
 from pipeline.data.index import Image, Index, write
 from pipeline.data.parts import parts

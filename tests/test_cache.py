@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from pipeline import memory, runtime
-from pipeline.config.schema import Augmentation, Dataset, Training
+from pipeline.config.dataset import Dataset
+from pipeline.config.schema import Augmentation, Training
 from pipeline.data import loading
 from pipeline.data.cache import Cache
 from pipeline.data.index import Index

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config import params as parameters
-from pipeline.config.schema import Dataset
+from pipeline.config.dataset import Dataset
 from pipeline.data import census
 from pipeline.data.agreement import Agreement, contradictions
 from pipeline.data.build_index import build_index

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.config.schema import Climbing, Localization, Suppression
+from pipeline.config.schema import Suppression
+from pipeline.config.views import Climbing, Localization
 from pipeline.data.index import Image
 from pipeline.inference import climbing
 from pipeline.inference.climbing import climb

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline.config.dataset import Dataset
 from pipeline.config.params import load
-from pipeline.config.schema import Dataset
 from pipeline.data import matlab
 from pipeline.data.build_index import build_index
 from pipeline.data.coco_stuff import convert

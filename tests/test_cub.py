@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline.config.dataset import Dataset
 from pipeline.config.params import load
-from pipeline.config.schema import Dataset
 from pipeline.data import cub as module
 from pipeline.data.build_index import build_index
 from pipeline.data.cub import PUBLISHED, Counts, convert

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from pipeline.config.schema import Dataset, Demo
+from pipeline.config.dataset import Dataset, Demo
 from pipeline.data.build_index import build_index
 from pipeline.data.demo import CLASSES, draw, generate, simulated_saliency
 from pipeline.errors import PipelineError

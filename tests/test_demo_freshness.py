@@ -12,7 +12,7 @@ import cv2
 import pytest
 import yaml
 
-from pipeline.config.schema import Dataset
+from pipeline.config.dataset import Dataset
 from pipeline.workflow.graph import Job
 from tests.jobs import command, graph, outdated, perform, refused
 from tests.project import link_code

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.schema import Dataset
+from pipeline.config.dataset import Dataset
 from pipeline.data.build_index import build_index
 from pipeline.data.download import Archive, Release, download, is_complete, voc2012_aug
 from pipeline.data.palette import voc_palette

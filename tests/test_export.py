@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import wsss
-from pipeline.config.schema import Dataset
+from pipeline.config.dataset import Dataset
 from pipeline.data.build_index import build_index
 from pipeline.data.index import write
 from pipeline.stores.raster import RasterStore, RasterWriter

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline.config.dataset import Dataset
 from pipeline.config.params import load
-from pipeline.config.schema import Dataset
 from pipeline.data.build_index import build_index
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Index, write

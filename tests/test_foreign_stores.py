@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from pipeline.config.schema import Saliency
+from pipeline.config.dataset import Saliency
 from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
 from pipeline.stores import isolated

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.schema import Dataset
+from pipeline.config.dataset import Dataset
 from pipeline.data.build_index import build_index
 from pipeline.data.checks import mask_values
 from pipeline.data.complete import InvalidFile

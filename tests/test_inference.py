@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from pipeline.config import schema
 from pipeline.config.registry import SEGMENTATIONS, Choice
-from pipeline.config.schema import Backbone, Classifier, Crf, Head, Localization, Refinement, Segmentation, Training
+from pipeline.config.schema import Backbone, Classifier, Crf, Head, Refinement, Segmentation, Training
+from pipeline.config.views import Localization
 from pipeline.data.images import read_rgb
 from pipeline.data.index import Image, Index
 from pipeline.data.loading import normalise

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from pipeline.config import schema
-from pipeline.config.schema import Climbing, Localization
+from pipeline.config.views import Climbing, Localization
 from pipeline.data.build_index import build_index
 from pipeline.data.index import Index, write
 from pipeline.data.sampling import epoch_order

@@ -334,8 +334,10 @@ def test_params_and_the_stages_without_networks_do_not_import_torch() -> None:
 DEFAULTS = {"schema.py": {"cam", "integral"}}
 SHARED = [
     *(
+        "pipeline/config/dataset.py",
         "pipeline/config/schema.py",
         "pipeline/config/validation.py",
+        "pipeline/config/views.py",
         "pipeline/config/params.py",
         "pipeline/training/models.py",
     ),

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image as Pillow
 
-from pipeline.config.schema import Dataset
+from pipeline.config.dataset import Dataset
 from pipeline.data.build_index import Survey, build_index
 from pipeline.data.checks import read_mask
 from pipeline.data.images import read_rgb

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config.registry import REFINEMENTS, Choice
-from pipeline.config.schema import Backbone, Head, Localization, Refinement, Training
+from pipeline.config.schema import Backbone, Head, Refinement, Training
+from pipeline.config.views import Localization
 from pipeline.data.index import Image
 from pipeline.inference.localize import localization_maps
 from pipeline.refinement.regression import RegressionNetwork, strongest

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image as Picture
 
-from pipeline.config.schema import Saliency
+from pipeline.config.dataset import Saliency
 from pipeline.data.index import write
 from pipeline.errors import PipelineError
 from pipeline.labels import saliency

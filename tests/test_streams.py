@@ -13,7 +13,8 @@ from pipeline.data.index import Index
 from pipeline.data.loading import TrainingSet
 from pipeline.data.sampling import epoch_order
 from pipeline.data.streams import Purpose, chosen, rng
-from pipeline.methods.oaa import AttentionAccumulator, AttentionDropLayer
+from pipeline.methods.attention_drop import AttentionDropLayer
+from pipeline.methods.oaa import AttentionAccumulator
 from tests.voc_tree import make_index
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from pipeline.config.schema import Dataset
+from pipeline.config.dataset import Dataset
 from pipeline.data.build_index import build_index
 from pipeline.data.index import Index, write
 from pipeline.data.palette import voc_palette

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import Dataset
+from pipeline.config.dataset import Dataset
 from pipeline.data import duplicates, photos
 from pipeline.data.build_index import build_index
 from pipeline.data.complete import InvalidFile

@@ -16,7 +16,7 @@ from wsss import recipe
 from wsss.run import BASE, PROFILES, require_checkout
 
 if TYPE_CHECKING:
-    from pipeline.config.schema import Dataset
+    from pipeline.config.dataset import Dataset
     from pipeline.data.faults import Faults
     from wsss.draft import Draft, Request
 
@@ -215,7 +215,7 @@ def _machine() -> recipe.Machine:
 
 def _block(options: argparse.Namespace, root: Path) -> "Dataset":
     """The dataset of the profile, at ``root``."""
-    from pipeline.config.schema import Dataset
+    from pipeline.config.dataset import Dataset
 
     masks = options.masks and _relative(options.masks, root)
     values: dict[str, Any] = {"root": str(root), "images": _relative(options.photos, root), "masks": masks, **FILES}

@@ -2,15 +2,16 @@
 
 ``pipeline.config.params`` reads params files into these classes and rejects anything else. Annotations give the range
 of each number, and the ``faults`` of a block report inconsistencies among its keys. The settings of a method or
-network are defined in its own file; a block refers to it by name (``pipeline.config.registry``).
+network are defined in its own file; a block refers to it by name (``pipeline.config.registry``). The blocks that
+describe images and maps are in ``pipeline.config.dataset`` and ``pipeline.config.views``.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pipeline.config.dataset import Dataset, Saliency
 from pipeline.config.reader import (
     Count,
     FilePath,
@@ -34,98 +35,7 @@ from pipeline.config.registry import (
     Name,
 )
 from pipeline.config.tables import Table
-
-
-@dataclass(frozen=True)
-class Demo:
-    """The synthetic dataset: generated images with exact masks, in VOC layout."""
-
-    train: Count = 600
-    evaluation: Count = 150
-    size: Annotated[int, Range(least=24)] = 96  # side in pixels; the shapes scale with it
-    seed: NonNegativeInt = 0  # of the generated images; training has its own
-
-
-PREPARATION_STAGES = ("demo", "download", "coco_stuff", "cub")
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A dataset in VOC layout.
-
-    ``root``, ``extra``, ``coco_stuff`` and ``cub`` are relative to the working folder, all other paths to ``root``.
-    """
-
-    root: FilePath
-    classes: FilePath = "voc"  # 'voc', or a text file with one class name per line
-    tags: FilePath = "tags.json"  # a file or folder of any kind in data/README.md, which is recognized by its content
-    # Tags that name a class that ``classes`` does not list; without it, their images are negatives of the others
-    other_classes: Literal["refuse", "leave_out"] = "refuse"
-    # Listed images without an entry in the tags. An entry without a class always makes a negative
-    untagged: Literal["refuse", "negative"] = "refuse"
-    # The photos, in any tree of folders. An image's id is its path below this folder without the suffix
-    images: FilePath = "JPEGImages"
-    # The masks, with the ids of the images; used only for evaluation and supervised rows
-    masks: FilePath | None = None
-    train: FilePath = "ImageSets/Segmentation/train.txt"
-    evaluation: FilePath = "ImageSets/Segmentation/val.txt"
-    # More training images: one folder per class, named after their single tag (EDAM Sec. 4.4)
-    extra: FilePath | None = None
-    # Megapixels above which an image, mask or saliency map is refused before it is decoded
-    max_megapixels: Annotated[float, Range(above=0, most=1000)] = 100.0
-    # Megapixels to which larger images are reduced when they are read, with their masks and saliency maps
-    working_megapixels: Annotated[float, Range(least=0.001, most=1000)] = 2.5
-    # Masks that contradict the tags of a class throughout, or a picture that is in both lists
-    contradictions: Literal["refuse", "warn"] = "refuse"
-    # JSON of the evaluation images' object boxes: {"ID": [[class id, left, top, width, height], ...]}, in pixels
-    boxes: FilePath | None = None
-    demo: Demo | None = None  # generate the dataset at root
-    download: Literal["voc2012_aug"] | None = None  # or download it there
-    # Or convert it from COCO-Stuff 10k v1.1, unpacked in this folder (EDAM Sec. 4.6)
-    coco_stuff: FilePath | None = None
-    # Or convert it from CUB-200-2011, unpacked in this folder (OAA Sec. 4.5)
-    cub: FilePath | None = None
-
-    @property
-    def preparation_stages(self) -> list[str]:
-        """The stages that would create the dataset at ``root``. A valid block has one at most."""
-        return [key for key in PREPARATION_STAGES if getattr(self, key)]
-
-    @property
-    def max_pixels(self) -> int:
-        return round(self.max_megapixels * 1e6)
-
-    def faults(self) -> Iterator[str]:
-        if len(self.preparation_stages) > 1:
-            one, other = self.preparation_stages[:2]
-            yield f"{one}: creates the dataset, but {other} does too; set one of them to null"
-        for key, source in (("coco_stuff", self.coco_stuff), ("cub", self.cub)):
-            if source and Path(self.root).is_relative_to(source):
-                yield f"root: lies inside dataset.{key}, {source}; choose a folder outside of it"
-        root, here = Path(os.path.realpath(self.root)), Path.cwd()
-        if here.is_relative_to(root):
-            yield f"root: {self.root} contains the working folder; choose a folder of the dataset's own"
-        if here.is_relative_to(os.path.realpath(root / self.images)):
-            yield f"images: {self.images} contains the working folder; choose a folder of photos alone"
-        if root.is_relative_to(here / "results"):
-            yield f"root: {self.root} lies in results, which holds the outputs; choose a folder outside of it"
-
-
-@dataclass(frozen=True)
-class Saliency:
-    """The source of the saliency maps.
-
-    ``folder`` holds grey PNG files with the stem and size of the images. ``store`` is an HDF5 raster store.
-    ``rembg`` computes them by U2-Net (the package rembg, which downloads the network). ``spectral_residual`` and
-    ``fine_grained`` are OpenCV's detectors, which need no weights and are far weaker.
-    """
-
-    kind: Literal["folder", "store", "rembg", "spectral_residual", "fine_grained", "none"]
-    path: FilePath | None = None
-
-    def faults(self) -> Iterator[str]:
-        if self.kind in ("folder", "store") and self.path is None:
-            yield f"path: is missing; saliency.kind {self.kind} needs it"
+from pipeline.config.views import Boxes, BoxTest, Localization
 
 
 @dataclass(frozen=True)
@@ -310,69 +220,6 @@ class Refinement:
     network: Annotated[Choice, REFINEMENTS] = field(default_factory=lambda: Choice(REFINEMENTS, "integral"))
     head: Head = field(default_factory=Head)
     augmentation: Augmentation = field(default_factory=Augmentation)
-
-
-@dataclass(frozen=True)
-class Climbing:
-    """Anti-adversarial climbing (AdvCAM).
-
-    The image is changed step by step to increase the score of its tag, and the maps of all steps are summed. AMR's
-    published numbers use it, although its paper does not mention it.
-    """
-
-    iterations: NonNegativeInt = 27
-    step: Positive = 0.08  # largest change of any value in a step, in units of the normalised input
-    weight: NonNegative = 7.0  # of the term that suppresses growth in regions attended already
-    threshold: Share = 0.5  # fraction of a map's maximum above which a pixel counts as attended already
-
-
-@dataclass(frozen=True)
-class Views:
-    """The maps of a trained network on whole images: its inputs, their fusion and the stored grid."""
-
-    model: str  # SECTION/NAME
-    side: Literal["short", "long", "square", "none"] = "none"
-    length: Count | None = None  # pixels
-    scales: tuple[Scale, ...] = (1.0,)
-    flip: bool = False
-    fusion: Literal["mean", "max"] = "mean"
-    stride: Count = 4  # image pixels per stored cell
-    # The resizing of maps to these cells: between the outermost centres (DRS's code, at stride 1), or between the edges
-    align_corners: bool = False
-
-    def faults(self) -> Iterator[str]:
-        if self.side != "none" and self.length is None:
-            yield f"length: is missing; side {self.side} needs it"
-        if not self.scales:
-            yield "scales: is empty; add at least one"
-
-
-@dataclass(frozen=True)
-class Localization(Views):
-    """Localization maps of the training images. ``model``: classifiers/NAME, refinements/NAME or one_step/NAME."""
-
-    normalise: Literal["max", "none"] = "max"  # none: clip to 1 instead, for networks that regress values
-    climbing: Climbing | None = None  # only for a classifier
-
-    def faults(self) -> Iterator[str]:
-        yield from super().faults()
-        if self.climbing is not None and not self.model.startswith("classifiers/"):
-            yield f"climbing: {self.model} is not a classifier; set climbing to null"
-
-
-@dataclass(frozen=True)
-class Boxes(Views):
-    """Object boxes in the evaluation images, drawn from maps of their highest classes. ``model``: classifiers/NAME."""
-
-
-@dataclass(frozen=True)
-class BoxTest:
-    """The evaluation of all boxes (OAA Sec. 4.5)."""
-
-    threshold: Annotated[float, Range(least=0, below=1)] = 0.2  # of a map's maximum, above which a box is drawn (CAM)
-    # The boxes of a mask. single: only images whose object pixels form one component of one class; class: one box
-    # around all pixels of each tagged class. dataset.boxes replaces the masks
-    masks: Literal["single", "class"] = "single"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import Dataset
+from pipeline.config.dataset import Dataset
 from pipeline.data import boxes, census
 from pipeline.data.census import Census, Sight
 from pipeline.data.checks import LOSSLESS, LOSSY

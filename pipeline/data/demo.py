@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.schema import Demo
+from pipeline.config.dataset import Demo
 from pipeline.data.palette import encoded_mask
 from pipeline.errors import PipelineError
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.schema import Dataset
+from pipeline.config.dataset import Dataset
 from pipeline.data.census import SHOWN
 from pipeline.data.checks import IGNORE, mask_values, saliency_values
 from pipeline.data.complete import InvalidFile, TooLarge

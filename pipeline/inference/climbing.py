@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import Climbing
+from pipeline.config.views import Climbing
 from pipeline.inference.batching import pixels_per_batch
 from pipeline.methods.base import Method
 from pipeline.training.settings import autocast

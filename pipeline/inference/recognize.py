@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import Views
+from pipeline.config.views import Views
 from pipeline.data.index import Image
 from pipeline.data.loading import resized
 from pipeline.evaluation.boxes import HIGHEST

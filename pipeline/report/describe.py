@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config.schema import Climbing, Params, PseudoLabels, Walk
+from pipeline.config.schema import Params, PseudoLabels, Walk
+from pipeline.config.views import Climbing
 
 Logs = Mapping[str, Mapping[str, Any]]  # log.json of each training by SECTION/NAME
 

@@ -17,7 +17,8 @@ import yaml
 
 from pipeline import runtime
 from pipeline.config import params as parameters
-from pipeline.config.schema import PREPARATION_STAGES, Params
+from pipeline.config.dataset import PREPARATION_STAGES
+from pipeline.config.schema import Params
 from pipeline.config.stage_table import EXTERNAL, FOLDERS, SECTIONS, STAGES, Input, Stage, sections
 from pipeline.errors import PipelineError, exit_on_faults, warn
 from pipeline.stores import manifest

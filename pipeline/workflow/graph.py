@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from pipeline.config import references
+from pipeline.config.dataset import PREPARATION_STAGES
 from pipeline.config.registry import plain
-from pipeline.config.schema import PREPARATION_STAGES, Params, backbones
+from pipeline.config.schema import Params, backbones
 from pipeline.config.stage_table import EXTERNAL, FOLDERS, REPORTED, SECTIONS, STAGES, SUMMARISED, Stage
 from pipeline.config.tables import PlannedTable
 from pipeline.errors import PipelineError, exit_on_faults, warn
