@@ -151,13 +151,38 @@ _CONTENTS = {
 }
 
 
+Case = tuple[Any, ...]  # how to damage a file, and the numbers and values that it takes
+
+
 @dataclass(frozen=True)
 class Reader:
+    """A reader, the valid contents of its file, and the strategy of their damages.
+
+    A case holds no content of a file: hypothesis keeps all cases of a run, and formats what a strategy holds.
+    """
+
     name: str
     file: str
     seeds: list[bytes]
-    cases: st.SearchStrategy[bytes]
+    cases: st.SearchStrategy[Case]
     read: Read
+    folder: Path
+
+    def damaged(self, case: Case) -> bytes:
+        """The content of a damaged file."""
+        match case:
+            case ("edited" | "corrected" as kind, number, edits):
+                data = damage.damage(self.seeds[number], edits, damage.TOKENS[self.name])
+                return damage.with_checksums(data, self.name) if kind == "corrected" else data
+            case ("replaced", path, value):
+                if self.name == "params":
+                    return yaml.safe_dump(damage.replaced(yaml.safe_load(self.seeds[0]), path, value)).encode()
+                return json.dumps(damage.replaced(json.loads(self.seeds[0]), path, value)).encode()
+            case ("stored", columns):
+                return damage.store_of(columns, self.folder)
+            case ("pickled", values):
+                return _array(values)
+        raise ValueError(f"unknown case {case}")
 
 
 def names() -> list[str]:
@@ -168,28 +193,20 @@ def names() -> list[str]:
 def reader(name: str, folder: Path) -> Reader:
     """A reader with its strategy of damaged files. Valid files are written to ``folder``."""
     file, seeds = _seeds(name, folder)
-    return Reader(name, file, seeds, _cases(name, seeds, folder), _READS[name])
+    return Reader(name, file, seeds, _cases(name, len(seeds)), _READS[name], folder)
 
 
-def _cases(name: str, seeds: list[bytes], folder: Path) -> st.SearchStrategy[bytes]:
-    # Hypothesis formats what a strategy holds, which takes gigabytes for a large file; so it holds the file's number.
-    content = st.integers(0, len(seeds) - 1).map(lambda number: seeds[number])
-    edited = st.builds(damage.damage, content, damage.edits, st.just(damage.TOKENS[name]))
-    if name in (*_JSON_TAGS, "index", "manifest"):
-        return edited | _trees(json.loads(seeds[0])).map(lambda tree: json.dumps(tree).encode())
-    if name == "params":
-        return edited | _trees(yaml.safe_load(seeds[0])).map(lambda tree: yaml.safe_dump(tree).encode())
-    if name in ("mask", "saliency", "png", "weights"):
-        return edited | edited.map(lambda data: damage.with_checksums(data, name))
+def _cases(name: str, count: int) -> st.SearchStrategy[Case]:
+    kinds = ("edited", "corrected") if name in ("mask", "saliency", "png", "weights") else ("edited",)
+    edited = st.tuples(st.sampled_from(kinds), st.integers(0, count - 1), damage.edits)
+    if name in (*_JSON_TAGS, "index", "manifest", "params"):
+        return edited | st.tuples(st.just("replaced"), st.lists(st.integers(0, 9), max_size=6), damage.value)
     if name == "store":
-        return edited | damage.columns.map(lambda columns: damage.store_of(columns, folder))
+        return edited | st.tuples(st.just("stored"), damage.columns)
     if name == "npy":
-        return edited | st.dictionaries(st.text(max_size=5) | damage.number, damage.value).map(_array)
+        texts = st.dictionaries(st.text(max_size=5) | damage.number, damage.value)
+        return edited | st.tuples(st.just("pickled"), texts)
     return edited
-
-
-def _trees(tree: Any) -> st.SearchStrategy[Any]:
-    return st.builds(damage.replaced, st.just(tree), st.lists(st.integers(0, 9), max_size=6), damage.value)
 
 
 # Readers
@@ -319,14 +336,15 @@ def main() -> None:
 
 
 def _run(reader: Reader, folder: Path, cases: int) -> None:
-    """Run the cases in rounds, since hypothesis holds every case of a run in memory."""
+    """Run the cases in rounds, since hypothesis holds what it draws for every case of a run in memory."""
     outcomes: Counter[str] = Counter()
     bugs: dict[str, tuple[bytes, str]] = {}
     slowest = 0.0
     start = time.monotonic()
 
-    def run(data: bytes) -> None:
+    def run(case: Case) -> None:
         nonlocal slowest
+        data = reader.damaged(case)
         before = time.monotonic()
         try:
             outcome = check(reader, folder, data)

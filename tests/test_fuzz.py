@@ -19,8 +19,8 @@ def test_damaged_files_are_read_or_refused_in_one_line(name: str, tmp_path: Path
         max_examples=CASES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
     )
     @given(reader.cases)
-    def run(data: bytes) -> None:
-        outcomes.add(fuzz.check(reader, tmp_path, data))
+    def run(case: fuzz.Case) -> None:
+        outcomes.add(fuzz.check(reader, tmp_path, reader.damaged(case)))
 
     assert {fuzz.check(reader, tmp_path, seed) for seed in reader.seeds} == {"read"}
     run()
