@@ -9,6 +9,7 @@ from pipeline.config import schema
 from pipeline.config.registry import BACKBONES
 from pipeline.errors import PipelineError
 from pipeline.networks.base import Backbone, Tap
+from pipeline.networks.convolutions import replace_slow
 from pipeline.networks.weights import load_weights
 
 __all__ = ["Backbone", "Tap", "backbone_faults", "build_backbone"]
@@ -21,6 +22,7 @@ def build_backbone(settings: schema.Backbone) -> Backbone:
         PipelineError: the backbone does not support its settings, or its weights cannot be loaded.
     """
     backbone: Backbone = BACKBONES[settings.name](settings)
+    replace_slow(backbone)
     backbone.freeze(settings.frozen)
     if settings.weights is not None:
         load_weights(backbone, settings.weights)

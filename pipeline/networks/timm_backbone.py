@@ -25,6 +25,7 @@ from pipeline.config.registry import BACKBONES
 from pipeline.data.loading import MEAN, STD
 from pipeline.errors import PipelineError, one_line
 from pipeline.networks.base import Backbone, Tap
+from pipeline.networks.convolutions import SameConv, rebuilt
 from pipeline.networks.published import PublishedWeights
 from pipeline.networks.vision import import_torchvision
 
@@ -122,23 +123,6 @@ class HighResolution(Stage):
         size = list(branches[0].shape[2:])
         coarse = (functional.interpolate(each, size, mode="bilinear", align_corners=False) for each in branches[1:])
         return torch.cat([branches[0], *coarse], 1)
-
-
-class SameConv(nn.Conv2d):
-    """A strided convolution with TensorFlow's SAME padding, whose output has ceil(side / stride) cells a side.
-
-    timm computes the padding in floating point, which torch.export cannot trace for images of any size.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        padding = []
-        for axis in (1, 0):
-            reach = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
-            total = 0
-            if reach > self.stride[axis]:
-                total = reach - self.stride[axis] + -x.shape[2 + axis] % self.stride[axis]
-            padding += [total // 2, total - total // 2]
-        return super().forward(functional.pad(x, padding))
 
 
 class TimmWeights(PublishedWeights):
@@ -374,20 +358,10 @@ def _undilate(network: nn.Module) -> None:
 
 def _same(conv: nn.Conv2d) -> nn.Conv2d:
     """Return an equal convolution to timm's with SAME padding; the padding is constant where the stride is 1."""
-    options: dict[str, Any] = {
-        name: getattr(conv, name)
-        for name in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
-    }
-    if max(conv.stride) == 1 and all(size % 2 for size in conv.kernel_size):
-        options["padding"] = tuple(
-            rate * (size // 2) for rate, size in zip(conv.dilation, conv.kernel_size, strict=True)
-        )
-        kind = nn.Conv2d
-    else:
-        kind = SameConv
-    equal = kind(**options, bias=False, device="meta")
-    equal.weight, equal.bias = conv.weight, conv.bias
-    return equal
+    if max(conv.stride) > 1 or not all(size % 2 for size in conv.kernel_size):
+        return rebuilt(conv, SameConv)
+    padding = tuple(rate * (size // 2) for rate, size in zip(conv.dilation, conv.kernel_size, strict=True))
+    return rebuilt(conv, nn.Conv2d, padding=padding)
 
 
 def _layer_types(
