@@ -37,6 +37,13 @@ def test_each_pin_lies_in_a_range_of_pyproject_and_each_range_has_a_pin() -> Non
     assert [name for name, requirement in ranges.items() if not requirement.specifier.contains(pins[name])] == []
 
 
+def test_the_snakefile_requires_the_least_snakemake_of_the_range() -> None:
+    """Older ones refuse a function as the priority of a rule."""
+    (least,) = re.findall(r'^min_version\("(.*)"\)$', (ROOT / "Snakefile").read_text(), re.MULTILINE)
+    (snakemake,) = (requirement for requirement in RANGES if requirement.name == "snakemake")
+    assert str(snakemake.specifier) == f">={least}"
+
+
 def test_the_extras() -> None:
     extras = {
         name: {Requirement(text).name for text in texts} for name, texts in PROJECT["optional-dependencies"].items()
