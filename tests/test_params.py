@@ -290,7 +290,7 @@ def test_all_faults_are_reported_at_once() -> None:
 
 def test_saliency_that_is_not_there_cannot_be_used() -> None:
     (line,) = faults(over(saliency={"kind": "none"}))
-    assert line.startswith("rows left out, since they need saliency maps, but saliency.kind is none: ")
+    assert line.startswith("p.yaml: rows left out, since they need saliency maps, but saliency.kind is none: ")
     fix = "set saliency.kind to folder or store, or to a detector"
     assert line.endswith(f"; no row is left: {fix}, or choose other rows")
     without = {"rule": {"rule": {"oaa": {"background": 0.3, "saliency": None}}}}

@@ -48,7 +48,7 @@ def test_if_no_row_is_left_it_is_an_error() -> None:
     with pytest.raises(PipelineError) as caught:
         load([], dataset={"masks": None}, rows=["supervised"], method="supervised")
     assert caught.value.lines == (
-        "rows left out, since they need masks, but dataset.masks is null: supervised; "
+        f"{FILE}: rows left out, since they need masks, but dataset.masks is null: supervised; "
         "no row is left: set dataset.masks to the folder of masks, or choose other rows",
     )
 

@@ -217,7 +217,7 @@ def validate(
     if every_row:
         return params
     chosen = params if params.rows is None else references.keep_rows(params, params.rows)
-    remaining = table_rows.trim(possible_rows(chosen, notice))
+    remaining = table_rows.trim(possible_rows(chosen, origin, notice))
     if resolve:
         for section in SECTIONS:
             for name, block in getattr(remaining, section).items():

@@ -96,8 +96,11 @@ def reason_left_out(params: Params, reference: str) -> str:
     return f"{'row' if one else 'rows'} {', '.join(shown)} {' and '.join(causes)}; {' and '.join(fixes)}"
 
 
-def possible_rows(params: Params, notice: Callable[[str], None]) -> Params:
+def possible_rows(params: Params, origin: str, notice: Callable[[str], None]) -> Params:
     """Leave out the rows that need masks or saliency maps that are not there, and say so once.
+
+    Args:
+        origin: the source of the params, with which errors start.
 
     Raises:
         PipelineError: no row is left.
@@ -118,7 +121,7 @@ def possible_rows(params: Params, notice: Callable[[str], None]) -> Params:
         for reason, names in by_reason.items()
     ]
     if not kept:
-        raise PipelineError(*lines)
+        raise PipelineError(*(f"{origin}: {line}" for line in lines))
     method = params.method if params.method in kept else kept[0]
     if method != params.method:
         lines.append(f"metrics.json holds the scores of {method}, since {params.method} is left out")

@@ -74,7 +74,7 @@ def table(runs: Runs) -> dict[str, dict[str, Number]]:
     rows = {}
     for name, values in seeds.means(found).items():
         numbers = {title: number(found, name, key, f"{100 * values[key]:.1f}") for key, title in COLUMNS.items()}
-        best = ", ".join(_best(overlap, [each[name] for each in scores]) for overlap in scores[0][name][SWEPT])
+        best = "; ".join(_best(overlap, [each[name] for each in scores]) for overlap in scores[0][name][SWEPT])
         rows[name] = {"images": Number(str(scores[0][name]["images"])), **numbers, "best thresholds": Number(best)}
     return rows
 
