@@ -6,42 +6,34 @@ The label maps go to labels.h5. doubt.h5 says how sure the network is of each pa
 from functools import partial
 from typing import Any
 
-from pipeline.data.index import Index
 from pipeline.inference import model_file
 from pipeline.inference.segment import DOUBT, LABELS, segmentations
 from pipeline.stores import manifest
-from pipeline.stores.blocks import Writers, parallel, write_blocks
+from pipeline.stores.blocks import Writers, parallel
 from pipeline.stores.raster import RasterWriter
-from pipeline.training import models
-from pipeline.training.settings import prepare
-from pipeline.workflow.stage import Work, progress, run
+from pipeline.workflow.apply import Application
+from pipeline.workflow.stage import Work, run
 
 
 def main(work: Work) -> None:
-    runtime = work.runtime
-    device = prepare(runtime.device, runtime.threads, runtime.deterministic, runtime.slots)
-    index = Index(work.inputs["index"])
-    network = models.load(work.inputs["model"], index.num_classes, device)
+    applied = Application(work)
     workers = work.runtime.workers if work.job.block.crf else 0
     with (
         RasterWriter(work.outputs["labels"], "labels") as labels,
         RasterWriter(work.outputs["doubt"], "doubt") as doubt,
         parallel(work.job.label, workers) as mapper,
     ):
-        compute = partial(
-            segmentations,
-            network,
-            settings=work.job.block,
-            device=device,
-            mapper=mapper,
-            precision=work.job.precision,
-        )
-        shown = partial(progress, label=work.job.label)
+        compute = partial(segmentations, settings=work.job.block, mapper=mapper, precision=work.job.precision)
         writer = Writers({LABELS: labels, DOUBT: doubt})
-        write_blocks(index.images("evaluation"), compute, writer, work.checkpoint, progress=shown)
+        applied.write(applied.index.images("evaluation"), compute, writer)
     megapixels = work.job.params["dataset.working_megapixels"]
     model_file.write(
-        work.outputs["model"], work.inputs["model"], index.classes, work.job.block, megapixels, _provenance(work)
+        work.outputs["model"],
+        work.inputs["model"],
+        applied.index.classes,
+        work.job.block,
+        megapixels,
+        _provenance(work),
     )
 
 

@@ -18,6 +18,7 @@ from pipeline.data import collation
 from pipeline.errors import PipelineError
 from pipeline.stores.blocks import write_blocks
 from pipeline.training import models
+from pipeline.workflow import apply
 
 
 def in_float64(stage: str, work: Any) -> None:
@@ -41,10 +42,9 @@ def in_float64(stage: str, work: Any) -> None:
 
 def in_small_blocks(stage: str, work: Any) -> None:
     """Compute blocks of 3 images."""
-    module = import_module(f"stages.{stage}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "write_blocks", partial(write_blocks, size=3))
-        module.main(work)
+        patch.setattr(apply, "write_blocks", partial(write_blocks, size=3))
+        import_module(f"stages.{stage}").main(work)
 
 
 def stopped_after_two_blocks(stage: str, work: Any) -> None:
@@ -62,10 +62,9 @@ def stopped_after_two_blocks(stage: str, work: Any) -> None:
 
         write_blocks(images, computed, writer, checkpoint, size=3, **more)
 
-    module = import_module(f"stages.{stage}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "write_blocks", stopping)
-        module.main(work)
+        patch.setattr(apply, "write_blocks", stopping)
+        import_module(f"stages.{stage}").main(work)
 
 
 def with_kept_parts(stage: str, path: Path, work: Any) -> None:

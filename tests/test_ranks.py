@@ -54,6 +54,10 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         short = {"training": {**TRAINING, "epochs": 2}}
         params["classifiers"] = {"base": block, "short": {**block, **short}}
         params["localizations"]["cam"] = {"model": "classifiers/short"}
+        params["boxes"] = {"cam": {"model": "classifiers/short"}}
+        edges = {"labels": "pseudo_labels/cam", "backbone": {"name": "small"}, "channels": 8, "radius": 2, **short}
+        params["affinities"] = {"cam": edges}
+        params["walks"] = {"cam": {"affinity": "affinities/cam", "maps": "localizations/cam", "radius": 2, "times": 2}}
         row = {"labels": "ground_truth", "network": LARGEFOV, "backbone": {"name": "small"}}
         params["segmentations"]["cam"] = {**row, **short}
         params["test"] = {"scales": [1.0], "flip": True, "crf": {"iterations": 1}}
@@ -208,7 +212,13 @@ class TestInference:
 
     @pytest.mark.parametrize(
         ("stage", "name", "before"),
-        [("localization", "cam", "classifier short"), ("prediction", "cam", "segmentation cam")],
+        [
+            ("localization", "cam", "classifier short"),
+            ("prediction", "cam", "segmentation cam"),
+            ("walk", "cam", "affinity cam"),
+            ("features", "short", "classifier short"),
+            ("box_maps", "cam", "classifier short"),
+        ],
     )
     def test_the_bytes_are_those_of_one_process(self, project: Path, stage: str, name: str, before: str) -> None:
         run_stages(["params.yaml"], before)

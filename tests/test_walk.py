@@ -193,7 +193,7 @@ def stored(folder: Path, rasters: dict[str, dict[int, Raster]]) -> RasterStore:
 
 
 def walked(store: RasterStore, images: Sequence[Image], settings: Walk = WALK) -> dict[tuple[str, int], Raster]:
-    return {(name, tag): values for name, tag, values in walked_maps(Red(), store, images, settings, CPU)}
+    return {(name, tag): values for name, tag, values in walked_maps(Red(), images, store, settings, CPU)}
 
 
 def noise(seed: int, *shape: int) -> NDArray[np.uint8]:

@@ -20,8 +20,8 @@ from pipeline.training.settings import autocast
 @torch.no_grad()
 def walked_maps(
     network: nn.Module,
-    maps: RasterStore,
     images: Sequence[Image],
+    maps: RasterStore,
     settings: Walk,
     device: torch.device,
     precision: str = "auto",
