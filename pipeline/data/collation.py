@@ -45,7 +45,8 @@ class LoadedBatch:
     def jitter_in_place(self) -> None:
         """Apply the colour jitter to ``pixels`` if it is still to be applied."""
         if self.factors is not None:
-            self.pixels.copy_(jitter.apply(self.pixels, self.factors))
+            for image, factors in zip(self.pixels, self.factors, strict=True):  # one fits a CPU's caches
+                image.copy_(jitter.apply(image[None], factors[None])[0])
             self.factors = None
 
     def to(self, device: torch.device) -> Batch:

@@ -3,12 +3,11 @@
 The factors are drawn where an image is loaded, since the contrast needs the mean of the whole image. They may be
 applied later, to the cropped input, on the training device. Each pixel's result depends on this pixel and the factors
 alone. It is that of OpenCV's conversions on processors with fused multiply-add, whose last pixels of a row may differ
-by 1: the hue is rotated in 8-bit HSV with OpenCV's rounding, from tables.
+by 1: the hue is rotated in 8-bit HSV with OpenCV's rounding.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,47 +61,49 @@ def apply(pixels: Tensor, factors: Tensor) -> Tensor:
 
 
 def _turned(channels: Sequence[Tensor], turn: Tensor) -> Tensor:
-    """Rotate the hues of R, G and B, each B x H x W whole numbers, by B x 1 x 1 rotations: B x H x W x 3 uint8."""
+    """Rotate the hues of R, G and B, each B x H x W whole numbers, by B x 1 x 1 rotations: B x H x W x 3 uint8.
+
+    All numbers up to the index of a colour are whole and below 2 ** 24, hence exact in float32. Most steps are in
+    place, since a CPU would spend several times as long on new memory.
+    """
     red, green, blue = channels
-    tables = _tables(red.device)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    sixth = torch.where(
-        value == red,
+    value = torch.maximum(red, green)
+    torch.maximum(value, blue, out=value)
+    chroma = torch.minimum(red, green)
+    torch.minimum(chroma, blue, out=chroma)
+    torch.sub(value, chroma, out=chroma)
+    sixth, if_green, else_blue = (  # of the circle, in units of 1 / chroma, by the largest channel
         green - blue,
-        torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma),
+        (blue - red).add_(chroma, alpha=2),
+        (red - green).add_(chroma, alpha=4),
     )
-    size = value.shape
-    saturation = tables.saturation.index_select(0, (value * 256 + chroma).int().flatten()).view(size)
-    scale = tables.hue.index_select(0, chroma.int().flatten()).view(size)
-    hue = (sixth.int() * scale + (1 << (_SHIFT - 1))) >> _SHIFT
-    at = (hue + turn.int() - _LEAST) * 256 + saturation
-    colours = tables.colours.index_select(0, at.flatten()).view(*size, 3)
-    return colours.mul_(value.mul_(_UNIT)[..., None]).mul_(255).to(torch.uint8)
+    else_blue.sub_(if_green).mul_((value - green).clamp_(max=1))  # 0 where green is the largest
+    if_green.add_(else_blue).sub_(sixth).mul_((value - red).clamp_(max=1))
+    hue = _scaled(sixth.add_(if_green), HUES / 6, chroma)
+    saturation = _scaled(chroma.clone(), 255.0, value)
+    at = hue.add_(turn - _LEAST).mul_(256).add_(saturation).int().flatten()
+    value.mul_(_UNIT)
+    out = torch.empty(*value.shape, 3, dtype=torch.uint8, device=value.device)
+    for channel, table in enumerate(_tables(value.device)):
+        out[..., channel] = table.index_select(0, at).view(value.shape).mul_(value).mul_(255)
+    return out
 
 
-class _Tables(NamedTuple):
-    saturation: Tensor  # 65536: 8-bit saturation by value * 256 + chroma
-    hue: Tensor  # 256: units of hue per sixth of the circle and level of ``chroma``, with ``_SHIFT`` binary places
-    colours: Tensor  # rows of R, G, B at value 1, by (hue - _LEAST) * 256 + saturation
+def _scaled(numbers: Tensor, unit: float, divisor: Tensor) -> Tensor:
+    """Multiply by ``unit`` / ``divisor``, in place, in OpenCV's integer arithmetic; 0 / 0 is 0."""
+    ones = 1 << _SHIFT
+    factors = torch.div(unit * ones, divisor.clamp(min=1)).round_()
+    return numbers.mul_(factors).add_(ones / 2).mul_(1 / ones).floor_()
 
 
 @functools.cache
-def _tables(device: torch.device) -> _Tables:
-    levels = np.arange(256)
-    divisor = np.maximum(levels, 1)
-    scale = np.rint((255 << _SHIFT) / divisor).astype(np.int64) * (levels > 0)
-    saturation = (levels[None] * scale[:, None] + (1 << (_SHIFT - 1))) >> _SHIFT
-    hue = np.rint((HUES << _SHIFT) / (6.0 * divisor)).astype(np.int64) * (levels > 0)
-    return _Tables(
-        torch.from_numpy(saturation.clip(0, 255).astype(np.int32).ravel()).to(device),
-        torch.from_numpy(hue.astype(np.int32)).to(device),
-        torch.from_numpy(_colours()).to(device),
-    )
+def _tables(device: torch.device) -> tuple[Tensor, ...]:
+    """R, G and B at value 1, by (hue - ``_LEAST``) * 256 + saturation."""
+    return tuple(torch.from_numpy(np.ascontiguousarray(table)).to(device) for table in _colours().T)
 
 
 def _colours() -> NDArray[np.float32]:
-    """The table ``colours`` in the float32 arithmetic of OpenCV's HSV to RGB conversion."""
+    """N x 3: the colours of ``_tables``, in the float32 arithmetic of OpenCV's HSV to RGB conversion."""
     hues = (np.arange(_LEAST, _MOST + 1) % HUES).astype(np.float32) * np.float32(6 / HUES)
     sector = np.floor(hues)
     part = (hues - sector)[:, None]
