@@ -11,7 +11,7 @@ from pipeline.workflow.stage import Work, run
 
 
 def main(work: Work) -> None:
-    applied = Application(work)
+    applied = Application(work, "fp32")
     assert isinstance(applied.network, Method)
     images = choose(applied.index.images("train"), work.job.params["gallery"])
     with RasterWriter(work.outputs["features"], "features") as writer:

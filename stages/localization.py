@@ -9,10 +9,10 @@ from pipeline.workflow.stage import Work, run
 
 
 def main(work: Work) -> None:
-    applied = Application(work)
+    applied = Application(work, work.job.precision)
     compute = partial(localization_maps, settings=work.job.block, precision=work.job.precision)
     with RasterWriter(work.outputs["maps"], "localization") as writer:
-        applied.write(applied.index.images("train"), compute, writer)
+        applied.write(applied.index.images("train"), compute, writer, work.job.block.side == "square")
 
 
 if __name__ == "__main__":

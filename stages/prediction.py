@@ -16,7 +16,7 @@ from pipeline.workflow.stage import Work, run
 
 
 def main(work: Work) -> None:
-    applied = Application(work)
+    applied = Application(work, work.job.precision)
     workers = work.runtime.workers if work.job.block.crf else 0
     with (
         RasterWriter(work.outputs["labels"], "labels") as labels,

@@ -10,7 +10,7 @@ from pipeline.workflow.stage import Work, run
 
 
 def main(work: Work) -> None:
-    applied = Application(work)
+    applied = Application(work, work.job.precision)
     images, maps = applied.index.images("train"), RasterStore(work.inputs["maps"])
     require(maps, images)
     compute = partial(walked_maps, maps=maps, settings=work.job.block, precision=work.job.precision)

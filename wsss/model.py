@@ -1,9 +1,11 @@
 """The library: load a model file and segment photos."""
 
+import copy
 import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config.schema import Test
 from pipeline.data import photos
@@ -24,7 +26,10 @@ from pipeline.data.loading import normalise
 from pipeline.errors import PipelineError
 from pipeline.inference import model_file
 from pipeline.inference.batching import pixels_per_batch
+from pipeline.inference.folding import fold
 from pipeline.inference.segment import class_probabilities, enlarged, label_map, refine
+from pipeline.inference.shapes import FewShapes
+from pipeline.training.settings import uses_bf16
 
 BACKGROUND = "background"
 Photo = str | Path | bytes | NDArray[Any] | Image.Image
@@ -89,6 +94,14 @@ class Model:
         self._tables = content.tables
         self._precision = content.precision
 
+    @cached_property
+    def _folded(self) -> nn.Module:
+        """The network as the prediction stage uses it. ``network`` itself stays as it was trained, for exports."""
+        if not uses_bf16(self.device, self._precision):
+            return self.network
+        folded: nn.Module = fold(copy.deepcopy(self.network).cpu())
+        return folded.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     def predict(self, photo: Photo, tags: Iterable[str] | None = None) -> Result:
         """Segment a photo.
 
@@ -129,7 +142,8 @@ class Model:
                 reduced = [_reduced(pixels[number], size) for number in part]
                 inputs = torch.stack([normalise(rgb, self._tables) for rgb in reduced]).to(self.device)
                 named = [_named(photos[number]) for number in part]
-                scores = class_probabilities(self.network, named, inputs, self.test, self._precision)
+                with FewShapes() if self.device.type == "cuda" else nullcontext():
+                    scores = class_probabilities(self._folded, named, inputs, self.test, self._precision)
                 for number, rgb, probabilities in zip(part, reduced, scores, strict=True):
                     shape = pixels[number].shape
                     results[number] = self._result(probabilities, rgb, (shape[0], shape[1]), allowed[number])
