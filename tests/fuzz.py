@@ -339,11 +339,10 @@ def _run(reader: Reader, folder: Path, cases: int) -> None:
     """Run the cases in rounds, since hypothesis holds what it draws for every case of a run in memory."""
     outcomes: Counter[str] = Counter()
     bugs: dict[str, tuple[bytes, str]] = {}
-    slowest = 0.0
+    times: list[float] = []
     start = time.monotonic()
 
     def run(case: Case) -> None:
-        nonlocal slowest
         data = reader.damaged(case)
         before = time.monotonic()
         try:
@@ -354,7 +353,7 @@ def _run(reader: Reader, folder: Path, cases: int) -> None:
             key = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
             bugs.setdefault(key, (data, "".join(traceback.format_exception(error)[-6:])))
         outcomes[outcome] += 1
-        slowest = max(slowest, time.monotonic() - before)
+        times.append(time.monotonic() - before)
 
     stderr = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libjpeg and libpng print warnings
@@ -366,7 +365,8 @@ def _run(reader: Reader, folder: Path, cases: int) -> None:
     finally:
         os.dup2(stderr, 2)
     seconds = time.monotonic() - start
-    print(f"{reader.name}: {dict(outcomes)} in {seconds:.0f} s, slowest {slowest:.2f} s", flush=True)
+    slow = f"slowest {max(times):.2f} s, {sum(each > 1 for each in times)} above 1 s"
+    print(f"{reader.name}: {dict(outcomes)} in {seconds:.0f} s, {slow}", flush=True)
     for key, (data, text) in bugs.items():
         kept = Path(tempfile.gettempdir()) / f"fuzz-{reader.name}-{zlib.crc32(data):08x}"
         kept.write_bytes(data)
