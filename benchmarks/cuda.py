@@ -1,4 +1,4 @@
-"""All measurements of training on a CUDA card, in one run of at most 15 minutes.
+"""All measurements on a CUDA card, in one run of at most 15 minutes.
 
     python -m benchmarks.cuda [--workers 14] [--images 800]
     python -m benchmarks.cuda --device cpu --small        # tries the program itself, not a measurement
@@ -10,7 +10,8 @@
 4. The parts of a step that are not the network: jitter and normalisation, occlusion masks, refinement targets, maps to
    the accumulator.
 
-The CUDA tests (``pytest -m cuda``) are not part of it.
+5. Localization and prediction, with convolutions padded to few shapes and without (``benchmarks.inference``).
+6. The CUDA tests, as far as time is left: determinism, resumed trainings, and those that need two cards.
 
 Without a card it says so and ends.
 """
@@ -18,6 +19,7 @@ Without a card it says so and ends.
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +39,8 @@ from pipeline.methods.oaa import AttentionAccumulator
 from pipeline.training.loop import Loop
 from pipeline.training.settings import describe, prepare, uses_bf16
 from stages.refinement import attention
+
+LIMIT = 900  # seconds of all measurements
 
 
 def milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
@@ -114,6 +118,24 @@ def parts(source: Photos, device: torch.device, side: int, batch: int) -> None:
         print(f"  {name:<40} {milliseconds(function, device):8.3f} ms a batch of {len(images)}", flush=True)
 
 
+def inference(device: torch.device, small: bool) -> None:
+    """Run ``benchmarks.inference`` in processes of their own, since cuDNN keeps its plans in a process."""
+    images = ["--images", "2"] if small else []
+    for padding in ([], ["--unpadded"]):
+        print(f"inference, {'each shape its own plan' if padding else 'few shapes'}", flush=True)
+        command = [sys.executable, "-m", "benchmarks.inference", "--device", str(device), *images, *padding]
+        subprocess.run(command, check=True)
+
+
+def tests(seconds: float) -> None:
+    """Run the CUDA tests for at most so many seconds."""
+    print("pytest -m cuda", flush=True)
+    try:
+        subprocess.run([sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-n0"], timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        print(f"the tests did not end within {seconds:.0f} s; run them by themselves: pytest -m cuda")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -144,7 +166,9 @@ def main() -> None:
         merged(few, device, options.workers, min(224, options.side))
         print("parts of a step besides the network")
         parts(source, device, options.side, options.batch)
+    inference(device, options.small)
     if device.type == "cuda":
+        tests(LIMIT - (time.monotonic() - start))
         print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     print(f"{time.monotonic() - start:.0f} s in all")
 

@@ -4,7 +4,8 @@
 
 The photos have 48 sizes similar to those of VOC. On a CPU the figures are processor time. On CUDA they are wall time,
 from the first batch on: convolutions see few shapes (``pipeline.inference.shapes``), or each image's own with
-``--unpadded``. Compare the two in processes of their own, since cuDNN keeps its plans as long as the process lives.
+``--unpadded``. Compare the two in processes of their own, since cuDNN keeps its plans as long as the process lives. The
+photos are noisy, so that the CRF takes several times as long as on real ones.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def built(case: str, backbone: str, device: torch.device) -> nn.Module:
     else:
         head = Choice(SEGMENTATIONS, "deeplab_largefov", {"channels": 256, "rate": 6})
         network = models.build(Segmentation("ground_truth", head, Backbone(backbone, 16), TRAINING), CLASSES)
-        confident = torch.zeros(CLASSES + 1)
+        confident = torch.full((CLASSES + 1,), -10.0)
         confident[:3] = torch.tensor([3.0, 2.5, 2.0])  # the CRF sees three classes, as with a trained network
         network.head.fc8.bias.data = confident  # type: ignore[union-attr]
     network.eval()
