@@ -105,7 +105,6 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
         )
         for name in ("timm", "boxes")
     },
-    "pip install timm": Covered("test_environment.py::test_the_extras", '"timm"'),
     f"{PROFILE}/voc2012.yaml": Dry("download"),
     f"{PROFILE}/voc2012.yaml profiles/coco_stuff.yaml": Dry("unpack COCO-Stuff 10k v1.1 there", status=1),
     "snakemake --cores all --resources gpu=1 --configfile params.yaml profiles/voc2012.yaml profiles/cub.yaml": Dry(

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from pipeline.config.params import load
+from pipeline.networks.backbones import backbone_faults
 from pipeline.workflow.graph import Graph
 from tests.project import ROOT
 from tests.trained import command
@@ -188,6 +189,9 @@ def test_every_profile_is_valid(weights: str | None, cards: int, saliency: str |
     params = load([ROOT / "params.yaml", path], resolve=True)
     assert params.dataset.images == "../#1 'odd'"
     assert params.saliency.path == saliency
+    (segmentation,) = params.segmentations.values()
+    assert bool(segmentation.backbone.frozen) == (weights is not None)
+    assert backbone_faults(segmentation.backbone) == ()
     jsonschema.validate(yaml.safe_load(path.read_text()), json.loads((ROOT / "params.schema.json").read_text()))
 
 

@@ -148,7 +148,7 @@ def fitting_backbone(weights: str, usual: str, faults: "Faults") -> str:
     from pipeline.config.schema import Backbone
     from pipeline.networks.weights import load_weights
 
-    names = [usual, *(name for name in ("mobilenet_v2", "resnet50", "resnet101", "vgg16", "resnet38") if name != usual)]
+    names = [usual, *(name for name in recipe.BACKBONES if name != usual)]
     reasons: list[str] = []
     for name in names:
         try:

@@ -2,7 +2,8 @@
 
 The rows are those that were best on real photos in docs/RESULTS.md: OAA where there are saliency maps, else class
 activation maps that a random walk spreads (IRN). The settings are those of profiles/voc12_mini.yaml, except that the
-segmentation network has the classifier's backbone, with as many epochs as the number of photos calls for.
+segmentation network has the classifier's backbone, with as many epochs as the number of photos calls for. It trains the
+last stages only: on few photos a wholly trained one hardly recognises objects in new photos.
 """
 
 import math
@@ -15,6 +16,8 @@ import yaml
 
 TEMPLATES = Path(__file__).parent / "templates"
 WITHOUT_SALIENCY, WITH_SALIENCY = "cam_irn", "oaa"
+LITE2 = "timm:tf_efficientnet_lite2"
+BACKBONES = (LITE2, "mobilenet_v2", "resnet50", "resnet101", "vgg16", "resnet38", "timm:tf_efficientnet_lite0")
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,20 @@ def backbone(weights: str | None, machine: Machine) -> str:
     """The backbone for ImageNet weights, or for none."""
     if weights is None:
         return "small"
-    return "resnet50" if machine.cards else "mobilenet_v2"
+    if machine.cards:
+        return "resnet50"
+    return LITE2
+
+
+def frozen(name: str) -> list[str]:
+    """The stages of a backbone that the segmentation network does not train."""
+    import torch
+
+    from pipeline.config.schema import Backbone
+    from pipeline.networks.backbones import build_backbone
+
+    with torch.device("meta"):
+        return list(build_backbone(Backbone(name, output_stride=16)).taps)[:-1]
 
 
 def duration(source: Source, machine: Machine) -> str:
@@ -141,6 +157,7 @@ def write(source: Source, machine: Machine) -> str:
         "skip": min(learned - 1, max(1, learned // 6)),
         "milestone": max(1, learned * 5 // 6),
         "affinity_epochs": max(1, math.ceil(epochs / 3)),
+        "frozen": "" if source.weights is None else ", ".join(frozen(source.backbone)),
         "scales": "[1.0]" if source.weights is None else "[1.0, 1.5]",
     }
     names = ("header", "scratch" if source.weights is None else "pretrained")
@@ -181,7 +198,7 @@ def _why(source: Source, machine: Machine) -> str:
         return "the network that fits the file of weights"
     if machine.cards:
         return "for a GPU; resnet101 is slower and often better. These settings were measured on CPUs only"
-    return "small enough for a machine without a GPU; resnet50 is better and takes about 8 times as long"
+    return "small enough for a machine without a GPU; resnet50 takes several times as long"
 
 
 def _quoted(value: str | None) -> str:

@@ -199,7 +199,7 @@ def _import_timm() -> ModuleType:
     try:
         return importlib.import_module("timm")
     except ModuleNotFoundError:
-        raise PipelineError("timm is not installed; pip install 'wsss[timm]', or choose another backbone") from None
+        raise PipelineError("timm is not installed; pip install timm, or choose another backbone") from None
 
 
 def _config(timm: ModuleType, where: str, name: str) -> Any:

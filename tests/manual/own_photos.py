@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 from pipeline.data.voc import CLASSES
 
 VOC = Path("../shared/data/voc12_mini")
-WEIGHTS = "../shared/weights/mobilenet_v2_imagenet_fp16.pth"
+WEIGHTS = "../shared/weights/tf_efficientnet_lite2_fp16.pth"
 WORK = Path("data/trial_photos")
 PHOTOS, OTHERS = WORK / "Fotos & Käfer", WORK / "others"
 NAMES = list(CLASSES)
@@ -97,9 +97,9 @@ def train() -> None:
     timed(wsss("new", str(PHOTOS), str(WORK / "tags.csv"), *named))
     start = time.monotonic()
     process = subprocess.Popen(wsss("run", "trial"), start_new_session=True)
-    log = Path("results/trial/logs/segmentations/cam_irn.log")
+    log, folder = Path("results/trial/logs/segmentations/cam_irn.log"), Path("results/trial/segmentations/cam_irn")
     while process.poll() is None:
-        if log.exists() and "epoch 4/" in log.read_text():
+        if any(folder.glob(".checkpoint-segmentation-*")):
             family = tree(process.pid)
             used = sum(map(processor_seconds, family))
             for one in family:
