@@ -169,13 +169,25 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     **dict.fromkeys(("wsss new", "wsss new --skip-broken", "wsss run", "wsss predict"), Mention()),
     "wsss new --saliency rembg": Needs("rembg, which downloads its network"),
     "python -m tests.manual.own_photos": Needs("../shared/data/voc12_mini and about 15 minutes"),
+    "python -m tests.fuzz": Needs("about an hour; tests/test_fuzz.py runs some cases of each reader"),
     # Benchmarks take minutes; they must start
     **{
         f"python -m benchmarks.{name}": Dry("usage: ", "--help")
         for name in (
             *("accumulator", "agen_memory", "boundary", "collaboration", "confusion", "crf", "cuda", "deeplab_memory"),
             *("kill classifier base", "kill classifier base --kills 5", "kill segmentation supervised --kills 5"),
-            *("growth", "loading", "loop", "memory", "suppression", "training", "walk"),
+            *(
+                "growth",
+                "inference",
+                "loading",
+                "loop",
+                "memory",
+                "suppression",
+                "stages",
+                "stages results/demo",
+                "training",
+                "walk",
+            ),
         )
     },
 }
