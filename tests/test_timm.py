@@ -398,7 +398,7 @@ class TestRefusals:
 
     def test_without_timm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "timm", None)
-        with pytest.raises(PipelineError, match=r"^timm is not installed; pip install 'wsss\[timm\]', or choose"):
+        with pytest.raises(PipelineError, match=r"^timm is not installed; pip install timm, or choose"):
             build("timm:resnet18", 16)
 
     def test_are_found_when_a_run_is_planned(self) -> None:
