@@ -25,7 +25,7 @@ from pipeline.config.registry import SEGMENTATIONS, Choice
 from pipeline.config.schema import Augmentation, Backbone, Crf, Localization, Segmentation, Test, Training
 from pipeline.data.index import Image
 from pipeline.inference.batching import batches, pixels_per_batch
-from pipeline.inference.folding import fold
+from pipeline.inference.folding import placed
 from pipeline.inference.localize import localization_maps
 from pipeline.inference.segment import segmentations
 from pipeline.inference.shapes import FewShapes
@@ -78,10 +78,7 @@ def built(case: str, backbone: str, device: torch.device) -> nn.Module:
         confident = torch.full((CLASSES + 1,), -10.0)
         confident[:3] = torch.tensor([3.0, 2.5, 2.0])  # the CRF sees three classes, as with a trained network
         network.head.fc8.bias.data = confident  # type: ignore[union-attr]
-    network.eval()
-    if uses_bf16(device, "auto"):
-        fold(network)
-    return network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return placed(network.eval(), device, "auto")
 
 
 def measure(

@@ -42,7 +42,7 @@ K = 3
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 would hide small errors."""
-    monkeypatch.setattr("pipeline.workflow.apply.uses_bf16", lambda device, precision: False)
+    monkeypatch.setattr("pipeline.inference.folding.uses_bf16", lambda device, precision: False)
     for module in ("localize", "segment"):
         monkeypatch.setattr(
             f"pipeline.inference.{module}.autocast",

@@ -163,7 +163,7 @@ def test_on_cuda() -> None:
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 would hide small errors."""
-    monkeypatch.setattr("pipeline.workflow.apply.uses_bf16", lambda device, precision: False)
+    monkeypatch.setattr("pipeline.inference.folding.uses_bf16", lambda device, precision: False)
     monkeypatch.setattr(
         "pipeline.inference.walk.autocast",
         lambda device, precision: torch.autocast(device.type, torch.bfloat16, enabled=False),

@@ -26,7 +26,7 @@ from pipeline.data.loading import normalise
 from pipeline.errors import PipelineError
 from pipeline.inference import model_file
 from pipeline.inference.batching import pixels_per_batch
-from pipeline.inference.folding import fold
+from pipeline.inference.folding import placed
 from pipeline.inference.segment import class_probabilities, enlarged, label_map, refine
 from pipeline.inference.shapes import FewShapes
 from pipeline.training.settings import uses_bf16
@@ -99,8 +99,7 @@ class Model:
         """The network as the prediction stage uses it. ``network`` itself stays as it was trained, for exports."""
         if not uses_bf16(self.device, self._precision):
             return self.network
-        folded: nn.Module = fold(copy.deepcopy(self.network).cpu())
-        return folded.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return placed(copy.deepcopy(self.network).cpu(), self.device, self._precision)
 
     def predict(self, photo: Photo, tags: Iterable[str] | None = None) -> Result:
         """Segment a photo.

@@ -2,8 +2,8 @@
 
 The rows are those that were best on real photos in docs/RESULTS.md: OAA where there are saliency maps, else class
 activation maps that a random walk spreads (IRN). The settings are those of profiles/voc12_mini.yaml, except that the
-segmentation network has the classifier's backbone, with as many epochs as the number of photos calls for. It trains the
-last stages only: on few photos a wholly trained one hardly recognises objects in new photos.
+segmentation network has the classifier's backbone, with as many epochs as the number of photos calls for. Only its
+last stage and its head are trained: trained as a whole on few photos, it misses most objects in new ones.
 """
 
 import math

@@ -13,7 +13,21 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from pipeline.training.settings import uses_bf16
+
 PROBE = 64  # side in pixels of the image with which a network is traced
+
+
+def placed(network: nn.Module, device: torch.device, precision: str) -> nn.Module:
+    """Move a network to the device where it will compute, folded if it computes in bf16 there.
+
+    Args:
+        network: on the CPU, in evaluation mode. It is changed.
+        precision: 'auto', 'bf16' or 'fp32'.
+    """
+    if uses_bf16(device, precision):
+        fold(network)
+    return network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def fold(network: nn.Module) -> nn.Module:
@@ -98,7 +112,7 @@ def _is_foldable(norm: nn.BatchNorm2d) -> bool:
 
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Give ``conv`` the weights of both; ``norm`` goes on with what follows its normalisation."""
+    """Give ``conv`` the weights of both; ``norm`` keeps only what follows its normalisation."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()

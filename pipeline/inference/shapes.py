@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 STEPS = 8  # sides between two powers of two
-MOST = 8  # sizes of images for which plans are built as they are
+MOST = 8  # number of sizes of images up to which nothing is padded
 LOOK = 1000  # images whose sizes are compared
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from pipeline.data.index import Image, Index
-from pipeline.inference.folding import fold
+from pipeline.inference.folding import placed
 from pipeline.inference.shapes import FewShapes, differ
 from pipeline.stores.blocks import Row, Writer, write_blocks
 from pipeline.training import models
-from pipeline.training.settings import prepare, uses_bf16
+from pipeline.training.settings import prepare
 from pipeline.workflow.stage import Work, progress
 
 
@@ -38,9 +38,7 @@ class Application:
         self._device = prepare(runtime.device, runtime.threads, runtime.deterministic, runtime.slots)
         self.index = Index(work.inputs["index"])
         network = models.load(work.inputs["model"], self.index.num_classes, torch.device("cpu"))
-        if uses_bf16(self._device, precision):
-            fold(network)
-        self.network: nn.Module = network.to(device=self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network: nn.Module = placed(network, self._device, precision)
 
     def write(
         self, images: Sequence[Image], compute: Callable[..., Iterable[Row]], writer: Writer, resized: bool = False
