@@ -5,6 +5,7 @@ signal raises ``Stopped`` in the main thread: immediately, or at the next ``chec
 Worker processes start under ``shielded`` and never receive the signals, since the current step or block needs them.
 """
 
+import io
 import math
 import os
 import shlex
@@ -33,7 +34,14 @@ _deferrals = 0
 
 
 def listen() -> None:
-    """Install the handler for both signals. Call this in the main thread."""
+    """Install the handler for both signals, and write whole lines. Call this in the main thread.
+
+    With ``python -u`` or ``PYTHONUNBUFFERED=1``, ``print`` writes a line and its end separately, and the handler's own
+    line could come between them.
+    """
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
     for number in SIGNALS:
         signal.signal(number, _handle)
 

@@ -106,6 +106,16 @@ def test_a_stage_that_is_stopped_while_it_loads_prints_one_line(project: Path) -
     assert len(log().splitlines()) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs pipes that keep each write apart")
+def test_a_line_is_written_with_its_end_also_without_buffers() -> None:
+    code = "from pipeline import interrupts; interrupts.listen(); print('one', 'line'); print('another', flush=True)"
+    reader, writer = os.pipe2(os.O_DIRECT)
+    with open(reader, "rb", buffering=0) as packets:
+        subprocess.run([sys.executable, "-u", "-c", code], stdout=writer, check=True)
+        os.close(writer)
+        assert list(iter(lambda: packets.read(4096), b"")) == [b"one line\n", b"another\n"]
+
+
 def stage_maps(leader: int) -> bytes:
     """The libraries that the group's processes have loaded."""
     found = b""
