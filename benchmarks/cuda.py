@@ -13,10 +13,11 @@
 5. Localization and prediction, with convolutions padded to few shapes and without (``benchmarks.inference``).
 6. The CUDA tests, as far as time is left: determinism, resumed trainings, and those that need two cards.
 
-Without a card it says so and ends.
+The run ends with one table of its figures and goals. Without a card it says so and ends.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -41,6 +43,10 @@ from pipeline.training.settings import describe, prepare, uses_bf16
 from stages.refinement import attention
 
 LIMIT = 900  # seconds of all measurements
+# Images/s of inference at commit 812d9bf (docs/RESULTS.md, 'Does it run on CUDA?'). The goal is ten times as many.
+BEFORE = {"prediction, one view": 3.0, "maps, four views of 257 x 257": 50.0}
+
+Rows = list[tuple[str, str, str]]  # what, the figure, its goal
 
 
 def milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
@@ -72,27 +78,35 @@ def alone(device: torch.device, threads: int, side: int, batch: int, steps: int)
     return found
 
 
-def whole(source: Photos, device: torch.device, workers: int, side: int, batch: int, steps: dict[str, float]) -> None:
+def whole(source: Photos, device: torch.device, workers: int, side: int, batch: int, steps: dict[str, float]) -> Rows:
     """End to end, and the two goals."""
     training = Training(batch, 1e-3, epochs=4, precision="bf16")
     block = block_of("resnet50", training, Augmentation(side="square", length=(side, side), jitter=JITTER))
     epochs = end_to_end(source, block, device, workers, None)
     report(epochs, steps["bf16 channels-last"], len(source.images))
-    best = min(epoch.seconds / epoch.steps for epoch in epochs[1:])
-    print(f"  of the step alone: {steps['bf16 channels-last'] / best:.1%} (goal: 90 %)")
-    print(f"  against fp32 contiguous: {steps['fp32 contiguous'] / best:.2f} x (goal: 2 x)", flush=True)
+    best = min(epochs[1:], key=lambda epoch: epoch.seconds / epoch.steps)
+    step = best.seconds / best.steps
+    return [
+        ("step end to end, images/s", f"{batch / step:.1f}", "-"),
+        ("... speed of the step alone reached", f"{steps['bf16 channels-last'] / step:.1%}", "at least 90 %"),
+        ("... against the fp32 contiguous step", f"{steps['fp32 contiguous'] / step:.2f} x", "at least 2 x"),
+        ("... share that waits for data", f"{best.loading / best.seconds:.1%}", "-"),
+    ]
 
 
-def merged(source: Photos, device: torch.device, workers: int, side: int) -> None:
+def merged(source: Photos, device: torch.device, workers: int, side: int) -> Rows:
     """OAA's step of five batches of one image."""
     training = Training(1, 1e-3, epochs=3, accumulation=5, precision="bf16")
     block = block_of("vgg16", training, Augmentation(side="short", length=(side, side), jitter=JITTER))
+    steps = []
     for name, merges in (("merged", True), ("one by one", False)):
         with mock.patch.object(Loop, "_merges", merges):
             last = end_to_end(source, block, device, workers, None)[-1]
         print(
             f"  {name:<12} {1e3 * last.seconds / last.steps:8.2f} ms a step, {last.loading / last.seconds:6.1%} loading"
         )
+        steps.append(last.seconds / last.steps)
+    return [("OAA's 1 x 5 merged, against one by one", f"{steps[1] / steps[0]:.2f} x", "-")]
 
 
 def parts(source: Photos, device: torch.device, side: int, batch: int) -> None:
@@ -118,22 +132,39 @@ def parts(source: Photos, device: torch.device, side: int, batch: int) -> None:
         print(f"  {name:<40} {milliseconds(function, device):8.3f} ms a batch of {len(images)}", flush=True)
 
 
-def inference(device: torch.device, small: bool) -> None:
+def inference(device: torch.device, small: bool, folder: Path) -> Rows:
     """Run ``benchmarks.inference`` in processes of their own, since cuDNN keeps its plans in a process."""
-    images = ["--images", "2"] if small else []
+    rates: list[dict[str, Any]] = []
     for padding in ([], ["--unpadded"]):
         print(f"inference, {'each shape its own plan' if padding else 'few shapes'}", flush=True)
-        command = [sys.executable, "-m", "benchmarks.inference", "--device", str(device), *images, *padding]
-        subprocess.run(command, check=True)
+        file = folder / f"inference{len(rates)}.json"
+        options = ["--device", str(device), "--json", str(file), *(["--images", "2"] if small else []), *padding]
+        subprocess.run([sys.executable, "-m", "benchmarks.inference", *options], check=True)
+        rates.append(json.loads(file.read_text()))
+    padded, unpadded = rates
+    return [
+        (
+            f"{case}, images/s (with each shape's own plan)",
+            f"{rate:.1f} ({unpadded[case]:.1f})",
+            f"at least {10 * BEFORE[case]:.0f}" if case in BEFORE else "-",
+        )
+        for case, rate in padded.items()
+    ]
 
 
-def tests(seconds: float) -> None:
+def tests(seconds: float) -> Rows:
     """Run the CUDA tests for at most so many seconds."""
     print("pytest -m cuda", flush=True)
     try:
-        subprocess.run([sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-n0"], timeout=max(1.0, seconds))
+        status = subprocess.run([sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-n0"], timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
-        print(f"the tests did not end within {seconds:.0f} s; run them by themselves: pytest -m cuda")
+        return [("the CUDA tests", f"not done in {seconds:.0f} s: run `pytest -m cuda`", "pass")]
+    return [("the CUDA tests", "pass" if status.returncode == 0 else f"exit status {status.returncode}", "pass")]
+
+
+def table(rows: Rows) -> str:
+    """Lay out all figures beside their goals, as Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [("what", "measured", "goal"), ("---", "---", "---"), *rows])
 
 
 def main() -> None:
@@ -159,18 +190,21 @@ def main() -> None:
         source = photos(Path(folder), options.images)
         print(f"the step alone: ResNet-50, {options.side} px, batch {options.batch}")
         steps = alone(device, options.threads, options.side, options.batch, options.steps)
+        strict = steps["bf16 channels-last, --deterministic"] / steps["bf16 channels-last"]
+        rows = [("step with --deterministic, against without", f"{strict:.2f} x the time", "-")]
         print(f"end to end, {options.workers} workers, {options.images} photos")
-        whole(source, device, options.workers, options.side, options.batch, steps)
+        rows += whole(source, device, options.workers, options.side, options.batch, steps)
         print(f"OAA, VGG-16, short side {min(224, options.side)}, 1 x 5")
         few = source._replace(images=source.images[: max(5, len(source.images) // 4)])
-        merged(few, device, options.workers, min(224, options.side))
+        rows += merged(few, device, options.workers, min(224, options.side))
         print("parts of a step besides the network")
         parts(source, device, options.side, options.batch)
-    inference(device, options.small)
+        rows += inference(device, options.small, Path(folder))
     if device.type == "cuda":
-        tests(LIMIT - (time.monotonic() - start))
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-    print(f"{time.monotonic() - start:.0f} s in all")
+        rows += tests(LIMIT - (time.monotonic() - start))
+        rows.append(("peak memory", f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB", "-"))
+    rows.append(("all measurements", f"{time.monotonic() - start:.0f} s", f"at most {LIMIT}"))
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Localization and prediction of whole images: milliseconds an image, and the share of the network's forward passes.
 
-    python -m benchmarks.inference [--device cpu] [--backbone mobilenet_v2] [--images 48] [--unpadded] [CASE ...]
+    python -m benchmarks.inference [--device cpu] [--backbone NAME] [--images N] [--unpadded] [--json FILE] [CASE ...]
 
 The photos have 48 sizes similar to those of VOC. On a CPU the figures are processor time. On CUDA they are wall time,
 from the first batch on: convolutions see few shapes (``pipeline.inference.shapes``), or each image's own with
@@ -9,6 +9,7 @@ photos are noisy, so that the CRF takes several times as long as on real ones.
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=len(SIZES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--unpadded", action="store_true", help="on CUDA, do not pad the inputs of convolutions")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write images/s by case")
     options = parser.parse_args()
     device = prepare(options.device, options.threads)
     print(f"{options.images} photos, {options.backbone}, {describe(device, uses_bf16(device, 'auto'))}")
@@ -123,6 +125,7 @@ def main() -> None:
             pass
         reading = time.process_time() - reading
         print(f"reading and normalising alone: {1e3 * reading / len(images):.1f} ms of processor time an image")
+        rates = {}
         for case in options.cases:
             pads = device.type == "cuda" and not options.unpadded and "257 x 257" not in case
             whole, passes = measure(case, built(case, options.backbone, device), images, device, pads)
@@ -131,6 +134,9 @@ def main() -> None:
                 f"forward passes {passes / whole:6.1%}",
                 flush=True,
             )
+            rates[case] = len(images) / whole
+    if options.json is not None:
+        options.json.write_text(json.dumps(rates))
 
 
 if __name__ == "__main__":
