@@ -303,6 +303,24 @@ class TestSettings:
                 torch.equal(value, cam.backbone.state_dict()[key]) for key, value in backbone.state_dict().items()
             )
 
+    @pytest.mark.parametrize("shared", ["nothing", "stem"])
+    def test_a_frozen_spotlight_keeps_its_backbone_and_learns_its_head(self, images: Tensor, shared: str) -> None:
+        """Also in training mode; the compensation branch's own stages, whose weights are the same, learn."""
+        method = made(amr(shared=shared, spotlight="frozen")).train()
+        before = {name: value.clone() for name, value in method.backbone.state_dict().items()}
+        method.loss(method(images), torch.eye(K)[:3]).backward()  # type: ignore[no-untyped-call]
+        assert {name: torch.equal(value, before[name]) for name, value in method.backbone.state_dict().items()} == (
+            dict.fromkeys(before, True)
+        )
+        for name, parameter in method.named_parameters():
+            assert (parameter.grad is None) is name.startswith("backbone."), name
+
+    def test_random_weights_are_not_frozen(self) -> None:
+        (line,) = Settings(spotlight="frozen").faults_in(small_classifier())
+        assert line.startswith("method.amr.spotlight: would freeze random weights; set backbone.weights")
+        assert not list(Settings(spotlight="frozen").faults_in(replace(amr(), backbone=Backbone("small", weights="x"))))
+        assert not list(Settings().faults_in(small_classifier()))
+
     @pytest.mark.parametrize("function", ["gaussian", "density", "threshold"])
     def test_blank_and_single_images_in_bf16_stay_finite(self, function: str) -> None:
         method = made(amr(function=function)).train()

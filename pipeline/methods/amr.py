@@ -39,8 +39,9 @@ class Amr(Method):
 
     AMMs follow the modules of ``Backbone.increments``: in every residual block before the addition, as in the public
     code, or after every layer of a plain network. ``layers`` restricts them to these taps (the paper draws one AMM).
-    Both branches are trained together. The public code instead trains a plain classifier first, then freezes it as
-    the spotlight branch; to start from such a classifier, set ``backbone.weights`` to its model.pt.
+    Both branches are trained together. The public code instead trains a plain classifier first and freezes it as the
+    spotlight branch. ``spotlight: frozen`` with ``backbone.weights`` set to the model.pt of such a classifier does so,
+    except that the spotlight branch's head is trained anew.
 
     ``backbone`` and ``head`` belong to the spotlight branch and have the same names as in ``Cam``. With
     ``shared: stem``, the spotlight branch's first stage feeds both branches and has no AMMs.
@@ -62,8 +63,12 @@ class Amr(Method):
         consistency: NonNegative = 0.05  # weight of cross pseudo supervision, L_cps (the code; the paper: 1); 0: none
         xi: Share = 0.5  # share of the spotlight branch in the recalibrated maps (Table 5)
         shared: Literal["nothing", "stem"] = "nothing"  # part of the backbone that both branches share
+        # frozen: the spotlight branch's backbone keeps its weights and statistics; its head learns
+        spotlight: Literal["trained", "frozen"] = "trained"
 
         def faults_in(self, block: Classifier) -> Iterator[str]:
+            if self.spotlight == "frozen" and block.backbone.weights is None:
+                yield "method.amr.spotlight: would freeze random weights; set backbone.weights to a trained model.pt"
             if self.statistics == "batch" and block.training.processes > 1:
                 yield "method.amr.statistics: batch needs training.processes 1, or set it to sample"
 
@@ -79,6 +84,8 @@ class Amr(Method):
             self._modulate()
         if self.settings.shared == "stem":
             del self.compensation.backbone.stages[self._stem], self.compensation.backbone.taps[self._stem]
+        if self.settings.spotlight == "frozen":
+            self.backbone.freeze(tuple(self.backbone.taps))
 
     def describe(self) -> str:
         """Such as 'AMR (Gaussian modulation of channels and positions, consistency 0.05, ...)'."""
@@ -91,6 +98,7 @@ class Amr(Method):
             f"consistency {settings.consistency:g}",
             f"xi {settings.xi:g}",
             f"branches share {settings.shared if settings.shared == 'nothing' else f'the {settings.shared}'}",
+            *(["frozen spotlight branch"] if settings.spotlight == "frozen" else []),
         ]
         return f"AMR ({', '.join(parts)})"
 
