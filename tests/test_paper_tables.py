@@ -471,8 +471,10 @@ class TestList:
     ) -> None:
         monkeypatch.chdir(finished)
         monkeypatch.setattr(table_list, "OUTCOMES", tmp_path / "outcomes.json")
-        assert "No table has been measured yet." in table_list.document()
+        assert "Not measured on the demo: agen_1, agen_2, " in table_list.document()
         table_list.record("test", "Commit abc.")
         text = table_list.document()
-        assert "**OAA Table 11 on test** (maps): " in text
-        assert re.search(r"\| Both are alike \| holds \| oaa [\d.]+, cam [\d.]+: they differ by [\d.]+ \|", text)
+        assert re.search(r"\*\*On test\*\*, \d of the \d claims of \d tables? hold\. Commit abc\.", text)
+        assert re.search(
+            r"\| OAA Table 11 \| Both are alike \| holds \| oaa [\d.]+, cam [\d.]+: they differ by [\d.]+ \|", text
+        )

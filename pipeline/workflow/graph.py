@@ -219,7 +219,7 @@ class Graph:
                 key: Part(tuple(path / part for part in EXTERNAL[key].parts), EXTERNAL[key].depth)
                 for key, path in inputs.items()
             }
-            yield Job(name, "", inputs, root, values, block, self._dataset, parts=parts)
+            yield Job(name, "", inputs, root, values, block, self.results / stage.folder, parts=parts)
         kept = {key: value for key, value in plain(dataset).items() if key not in PREPARATION_STAGES}
         folder = saliency.path if saliency.kind == "folder" else None
         classes = None if dataset.classes == "voc" else dataset.classes
@@ -230,10 +230,6 @@ class Graph:
         yield replace(job, values={"dataset": kept, "saliency": folder}, block=dataset, parts=parts)
         yield self._job(STAGES["ground_truth"])
         yield self._job(STAGES["saliency"], block=saliency)
-
-    @property
-    def _dataset(self) -> Path:
-        return self.results / "dataset"
 
     def _block(self, reference: str) -> Job:
         """Return the job of a block."""

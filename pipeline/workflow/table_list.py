@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from pipeline.config import params as parameters
@@ -23,6 +24,7 @@ PROFILES = sorted(
     key=lambda path: [int(part) if part.isdigit() else part for part in path.stem.replace("fig_", "99_").split("_")],
 )
 OUTCOMES = ROOT / "docs" / "outcomes.json"
+WIDTH = 120
 TEXT = """\
 # The papers' tables
 
@@ -107,24 +109,31 @@ def document() -> str:
 
 
 def _outcomes() -> Iterator[str]:
-    """Yield the lines on the tables that have been measured."""
+    """Yield the lines on the tables that have been measured: a table of claims for each dataset and run."""
     recorded = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
-    if not recorded:
-        yield "No table has been measured yet."
+    order = [file.stem for file in PROFILES]
     for dataset, tables in recorded.items():
-        for name, entry in tables.items():
-            claims = entry["claims"]
+        for remark in dict.fromkeys(entry["remark"] for entry in tables.values()):
+            names = [name for name in dict.fromkeys([*order, *tables]) if name in tables]
+            run = [tables[name] for name in names if tables[name]["remark"] == remark]
+            claims = [claim for entry in run for claim in entry["claims"]]
             holds = sum(claim["holds"] == claim["seeds"] > 0 for claim in claims)
-            summary = f"{holds} of {len(claims)} claims hold"
-            yield f"**{entry['table']} on {dataset}** ({name}): {summary}. {entry['remark']}"
+            yield fill(
+                f"**On {dataset}**, {holds} of the {len(claims)} claims of {_counted(len(run))} hold. {remark}", WIDTH
+            )
             yield ""
-            yield "| claim | outcome | figures |"
-            yield "|---|---|---|"
-            for claim in claims:
-                yield f"| {claim['claim']} | {_verdict(claim)} | {claim['figures']} |"
+            yield "| table | claim | outcome | figures |"
+            yield "|---|---|---|---|"
+            for entry in run:
+                for claim in entry["claims"]:
+                    yield f"| {entry['table']} | {claim['claim']} | {_verdict(claim)} | {claim['figures']} |"
             yield ""
-    if recorded:
-        yield "The other tables have not been measured in this form; [TRIALS.md](TRIALS.md) has earlier trials of some."
+    if missing := [name for name in order if name not in recorded.get("demo", {})]:
+        yield fill(f"Not measured on the demo: {', '.join(missing)}. [TRIALS.md](TRIALS.md) has earlier trials.", WIDTH)
+
+
+def _counted(tables: int) -> str:
+    return "1 table" if tables == 1 else f"{tables} tables"
 
 
 def _verdict(claim: dict[str, Any]) -> str:
