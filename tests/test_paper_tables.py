@@ -254,6 +254,13 @@ def test_claims_are_checked(claim: dict[str, Any], holds: bool | None) -> None:
     assert (None if tested is None else tested[0]) is holds
 
 
+def test_rows_that_are_the_same_network_do_not_test_that_they_are_close() -> None:
+    claim = Claim("text", "miou", within=("a", "b"), by=1.0)
+    table = PlannedTable("OAA", "Table 1", "t", "VOC", (), {}, {}, claims=(claim,), chains={})
+    same, close = {"a": {"miou": 58.6012}, "b": {"miou": 58.6012}}, {"a": {"miou": 58.6012}, "b": {"miou": 58.6013}}
+    assert [paper_table.outcomes(table, seeds)[0].seeds for seeds in ([same], [close], [same, close])] == [0, 1, 1]
+
+
 def test_outcomes_count_seeds() -> None:
     table = PlannedTable(
         "OAA", "Table 1", "t", "VOC", (), {}, {}, claims=(Claim("text", "miou", above=("a", "b")),), chains={}
