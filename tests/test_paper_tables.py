@@ -337,10 +337,10 @@ class TestPage:
         noise = json.loads((finished / "results/test/evaluation/classifiers/base/scores.json").read_text())["noise"]
         assert cells(html) == [
             ["row", "Strategy", "recall (%)", "recall (%)", "train"],
-            ["cam", "CAM", "36.7", f"{100 * recall['cam']:.1f}", "41"],
+            ["cam", "CAM", "36.7", f"{100 * recall['cam']:.1f}", "41.0"],
             ["oaa", "OAA", "52.3", f"{100 * recall['oaa']:.1f}", "–"],
             ["both", "CAM and OAA", "–", f"{100 * noise:.1f}", "–"],
-            ["", "SeeNet", "40", "–", "–"],
+            ["", "SeeNet", "40.0", "–", "–"],
         ]
         assert re.findall(r"<th [^>]*>recall \(%\)<small>(.*?)</small>", html) == ["published", "measured here"]
         assert "SeeNet is not measured: a competitor&#39;s maps are not published." in html
@@ -481,7 +481,7 @@ class TestList:
         assert "Not measured on the demo: agen_1, agen_2, " in table_list.document()
         table_list.record("test", "Commit abc.")
         text = table_list.document()
-        assert re.search(r"\*\*On test\*\*, \d of the \d claims of \d tables? hold\. Commit abc\.", text)
+        assert re.search(r"\*\*On test\*\*, \d of \d measured claims of \d tables? hold\. Commit abc\.", text)
         assert re.search(
             r"\| OAA Table 11 \| Both are alike \| holds \| oaa [\d.]+, cam [\d.]+: they differ by [\d.]+ \|", text
         )

@@ -155,7 +155,7 @@ def grid(table: PlannedTable, seeds: Sequence[Figures]) -> list[list[Cell]]:
         cells = [Cell("" if row.reason else name, "text"), *(Cell(text, "text") for text in row.text)]
         for key in table.columns:
             if key in printed:
-                cells.append(_published(row.published.get(key)))
+                cells.append(_published(table, row.published.get(key)))
             if key in scored:
                 cells.append(_measured([figures[name][key] for figures in seeds if key in figures.get(name, {})]))
         body.append(cells)
@@ -169,7 +169,7 @@ def class_grid(table: PlannedTable, here: Figures, classes: Sequence[str]) -> li
         [Cell("row", "head"), Cell("", "head"), *(Cell(name, "head") for name in (*classes, column.title or first))]
     ]
     for name, row in table.rows.items():
-        printed = [_published(row.published.get(key)) for key in (*classes, first)]
+        printed = [_published(table, row.published.get(key)) for key in (*classes, first)]
         body.append([Cell(row.text[0], "text"), Cell("published", "text"), *printed])
         own = [_measured([here[name][key]] if key in here.get(name, {}) else []) for key in (*classes, first)]
         body.append([Cell(name, "text"), Cell("measured here", "text"), *own])
@@ -188,8 +188,15 @@ def coverage(table: PlannedTable, scores: Scores) -> LineChart | None:
     return line_chart(title, "epoch", "coverage (%)", lines) if scored else None
 
 
-def _published(value: float | None) -> Cell:
-    return Cell(NOT_RUN, "missing") if value is None else Cell(f"{value:.2f}".rstrip("0").rstrip("."), "published")
+def _published(table: PlannedTable, value: float | None) -> Cell:
+    """A published figure, with as many decimals as the table's other figures."""
+    if value is None:
+        return Cell(NOT_RUN, "missing")
+    figures = (figure for row in table.rows.values() for figure in row.published.values())
+    decimals = max(
+        next(places for places in (0, 1, 2) if abs(round(x, places) - x) < 1e-9 or places == 2) for x in figures
+    )
+    return Cell(f"{value:.{decimals}f}", "published")
 
 
 def _measured(values: Sequence[float]) -> Cell:

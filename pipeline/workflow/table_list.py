@@ -116,11 +116,9 @@ def _outcomes() -> Iterator[str]:
         for remark in dict.fromkeys(entry["remark"] for entry in tables.values()):
             names = [name for name in dict.fromkeys([*order, *tables]) if name in tables]
             run = [tables[name] for name in names if tables[name]["remark"] == remark]
-            claims = [claim for entry in run for claim in entry["claims"]]
-            holds = sum(claim["holds"] == claim["seeds"] > 0 for claim in claims)
-            yield fill(
-                f"**On {dataset}**, {holds} of the {len(claims)} claims of {_counted(len(run))} hold. {remark}", WIDTH
-            )
+            tested = [claim for entry in run for claim in entry["claims"] if claim["seeds"]]
+            holds = f"{sum(claim['holds'] == claim['seeds'] for claim in tested)} of {len(tested)} measured claims"
+            yield fill(f"**On {dataset}**, {holds} of {_counted(len(run))} hold. {remark}", WIDTH)
             yield ""
             yield "| table | claim | outcome | figures |"
             yield "|---|---|---|---|"
