@@ -64,12 +64,13 @@ def _facts(params: Params, index: Index, scores: Scores) -> list[tuple[str, str]
     kinds = sorted({kind for entry in scores.values() for kind in entry["arithmetic"]})
     test, saliency = params.test, params.saliency
     scales = ", ".join(f"{scale:g}" for scale in test.scales)
+    first = f"; curves, figures by class and those of claims are of seed {params.seed}" if params.further_seeds else ""
     return [
         ("Dataset", f"{Path(params.dataset.root).name}, {index.num_classes} classes and background"),
         ("Scored on", scored),
         ("Saliency", saliency.kind + (f" {saliency.path}" if saliency.path else "")),
         ("Test", f"scales {scales}; flip {'on' if test.flip else 'off'}; dense CRF {describe_crf(test.crf)}"),
-        ("Seeds" if params.further_seeds else "Seed", ", ".join(map(str, params.every_seed))),
+        ("Seeds" if params.further_seeds else "Seed", ", ".join(map(str, params.every_seed)) + first),
         ("Computed in", "; ".join(kinds) or "not recorded"),
     ]
 

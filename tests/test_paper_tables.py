@@ -238,6 +238,8 @@ FIGURES = {
         ({"above": ["a", "d"]}, None),
         ({"best": "a"}, True),
         ({"best": "a", "by": 1.5}, False),
+        ({"best": "b", "by": -1.5}, True),
+        ({"best": "b", "by": -1.4}, False),
         ({"best": "c"}, False),
         ({"within": ["b", "c"], "by": 0.1}, True),
         ({"within": ["a", "b", "c"], "by": 1.4}, False),

@@ -168,7 +168,11 @@ class TestPerClass:
     def scored(self, folder: Path) -> None:
         for output, scores in {
             "predictions/cam": prediction_scores(matrix_of(examples(False)), NAMES),
-            "localizations/cam": {"recall_per_class": {"a": 0.5}, "recall": 0.5},
+            "localizations/cam": {
+                "recall_per_class": {"a": 0.5},
+                "recall": 0.5,
+                "miou_at": {"irn": {"threshold": 0.15, "miou": 0.25}},
+            },
         }.items():
             file = folder / "evaluation" / output / "scores.json"
             file.parent.mkdir(parents=True)
@@ -183,13 +187,17 @@ class TestPerClass:
         rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
         assert [(line["output"], line["score"]) for line in lines] == [
             ("localizations/cam", "recall"),
+            ("localizations/cam", "miou_at_irn"),
             ("predictions/cam", "iou"),
             ("predictions/cam", "accuracy"),
+            *(("predictions/cam", f"miou_as_{code}") for code in ("irn", "mmsegmentation", "seam", "deeplab_pytorch")),
         ]
         for line, row in zip(lines, rows, strict=True):
             assert {key: "" if value is None else str(value) for key, value in line.items()} == row
-        miou = prediction_scores(matrix_of(examples(False)), NAMES)["miou"]
-        assert float(rows[1]["mean"]) == pytest.approx(float(miou), abs=1e-6)
+        scores = prediction_scores(matrix_of(examples(False)), NAMES)
+        assert float(rows[1]["mean"]) == 0.25
+        assert float(rows[2]["mean"]) == pytest.approx(float(scores["miou"]), abs=1e-6)
+        assert float(rows[6]["mean"]) == pytest.approx(float(scores["miou_as"]["seam"]), abs=1e-6)
         assert rows[1]["d"] == rows[0]["background"] == ""
 
     def test_a_folder_without_scores_is_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pipeline.config.reader import NonNegative, Range, did_you_mean
+from pipeline.config.reader import Range, did_you_mean
 
 # Scores of a row. The first ones are the keys of metrics.json. Coverage is the share of object pixels that cumulative
 # attention has discovered (OAA Fig. 11) after the first accumulated epoch, after half of them, and after the last.
@@ -71,7 +71,7 @@ class Claim:
     within: tuple[str, ...] | None = None  # the highest and the lowest of these rows differ by at most ``by``
     rising: str | None = None  # the figures of this row rise from each column to the next
     slowing: str | None = None  # and each rise is smaller than the one before
-    by: NonNegative = 0.0  # percentage points
+    by: Annotated[float, Range(least=-100, most=100)] = 0.0  # percentage points; below 0 it is a tolerance
 
     @property
     def rows(self) -> tuple[str, ...]:

@@ -32,7 +32,10 @@ def iou(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
 
 
 def normalised(raster: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Resize an h x w map to H x W and divide it by its maximum; a zero map stays zero."""
+    """Resize an h x w map to H x W and divide it by its maximum; a zero map stays zero.
+
+    Choe et al.'s code subtracts the minimum first. Here, 0 means no attention.
+    """
     resized = cv2.resize(raster.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)
     return np.asarray(resized / max(float(resized.max()), 1e-5), np.float32)
 

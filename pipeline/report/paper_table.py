@@ -120,11 +120,14 @@ def check(claim: Claim, rows: Sequence[str], figures: Figures) -> tuple[bool, st
         text = (
             f"{claim.best} {values[claim.best]:.1f}, the best other is {rival} with {others[rival]:.1f}: {ahead:+.1f}"
         )
-        return ahead > 0 and ahead >= claim.by - 1e-9, text
+        return _gains(claim, ahead), text
     steps = [values[higher] - values[lower] for higher, lower in pairwise(named)]
-    return all(gain > 0 and gain >= claim.by - 1e-9 for gain in steps), (
-        f"{listed}: {', '.join(f'{gain:+.1f}' for gain in steps)}"
-    )
+    text = f"{listed}: {', '.join(f'{gain:+.1f}' for gain in steps)}"
+    return all(_gains(claim, gain) for gain in steps), text
+
+
+def _gains(claim: Claim, gain: float) -> bool:
+    return gain >= claim.by - 1e-9 and (gain > 0 or claim.by < 0)
 
 
 def _over_columns(claim: Claim, figures: Sequence[tuple[str, float]]) -> tuple[bool, str] | None:

@@ -4,6 +4,10 @@
 an output, the name of a score, its mean and the value of each class, in [0, 1]. Maps have recall, noise, and IoU at
 their best background score; pseudo labels and predictions have IoU and accuracy. A class without a value is absent
 from masks and output, and left out of the mean.
+
+Lines without classes hold the mIoU as others count it: ``miou_as_CODE`` of labels and predictions, by the conventions
+of a public code (``pipeline.evaluation.confusion``), and ``miou_at_PAPER`` of maps, at the background score of a
+paper's code (``pipeline.evaluation.scores``).
 """
 
 import argparse
@@ -45,6 +49,11 @@ def per_class(folder: Path) -> Iterator[dict[str, Any]]:
             if key in scores:
                 values = {class_name: scores[key].get(class_name) for class_name in ["background", *scores["classes"]]}
                 yield {"output": output, "score": name, "mean": scores.get(mean), **values}
+        bare = dict.fromkeys(["background", *scores["classes"]])
+        for code, miou in scores.get("miou_as", {}).items():
+            yield {"output": output, "score": f"miou_as_{code}", "mean": miou, **bare}
+        for paper, found in scores.get("miou_at", {}).items():
+            yield {"output": output, "score": f"miou_at_{paper}", "mean": found["miou"], **bare}
 
 
 def main(arguments: list[str] | None = None) -> None:
