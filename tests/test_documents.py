@@ -106,6 +106,9 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
         f"snakemake --cores 2 {MINI} profiles/voc12_mini_{name}.yaml": Dry("correct dataset.root", status=1)
         for name in ("timm", "boxes")
     },
+    f"snakemake --cores 2 {MINI} profiles/voc12_mini_boxes.yaml --config 'seeds=[1,2,3]'": Dry(
+        "correct dataset.root", status=1
+    ),
     f"{PROFILE}/voc2012.yaml": Dry("download"),
     f"{PROFILE}/voc2012.yaml profiles/coco_stuff.yaml": Dry("unpack COCO-Stuff 10k v1.1 there", status=1),
     "snakemake --cores all --resources gpu=1 --configfile params.yaml profiles/voc2012.yaml profiles/cub.yaml": Dry(
