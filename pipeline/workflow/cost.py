@@ -19,13 +19,14 @@ class Measured:
     seconds: Mapping[str, float]
 
 
-# By experiment, from docs/RESULTS.md: demo, the means of the run that scored its rows; voc12_mini, 'One thread or two'
+# By experiment: demo, the means of the run that scored its rows (docs/RESULTS.md); voc12_mini, the classifier base, and
+# the segmentation of docs/TRIALS.md for 1,000 images in place of 800
 MEASURED = {
     "demo": Measured(
         "two cores of an AMD EPYC with AVX-512",
         {"classifier": 27.4, "segmentation": 28.0, "one_step": 53.0, "refinement": 14.5, "affinity": 10.0},
     ),
-    "voc12_mini": Measured("two cores of an AMD EPYC with AVX-512", {"classifier": 270.0, "segmentation": 488.0}),
+    "voc12_mini": Measured("two cores of an AMD EPYC with AVX-512", {"classifier": 252.0, "segmentation": 528.0}),
 }
 
 
