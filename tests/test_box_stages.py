@@ -23,7 +23,8 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.boxes import BoxScores, mask_boxes
 from pipeline.inference.recognize import class_maps
 from pipeline.methods.base import Method, Output
-from pipeline.report.boxes import COLUMNS, RIGHT, TRUE, WRONG
+from pipeline.report.boxes import COLUMNS, RIGHT, TRUE, WRONG, published
+from pipeline.report.page import Section, page
 from pipeline.stores.raster import RasterStore
 from pipeline.workflow.graph import Graph
 from tests.method_contract import small_classifier
@@ -61,6 +62,15 @@ def scores(name: str) -> Any:
 
 def drawn(name: str) -> Any:
     return json.loads((RESULTS / "box_scores" / name / "boxes.json").read_text())["images"]
+
+
+def section(**content: Any) -> str:
+    """The report's section of boxes."""
+    return page(
+        "title",
+        "",
+        [Section("Boxes", "boxes.html.j2", {"threshold": 0.2, "seeds": "", "truth": "", "gallery": None, **content})],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +139,16 @@ class TestExperiment:
         for x, y, wanted in corners[-1:]:  # the true box may lie below the other
             area = picture[max(0, y - 2) : y + 3, max(0, x - 2) : x + 40].reshape(-1, 3).astype(int)
             assert np.abs(area - wanted).max(1).min() < 60
+
+    def test_published_figures_stand_below_those_of_cub_alone(self) -> None:
+        html = (RESULTS / "report.html").read_text()
+        assert "published: OAA" not in html
+        rows = published()
+        (heading,) = re.findall(r'<th scope="col">Boxes</th>(.*?)</tr>', html)
+        assert {tuple(cells) for cells in rows.values()} == {tuple(re.findall(r">([^<]+)</th>", heading))}
+        shown = section(table=rows | {"ours": rows["published: CAM"]}, is_cub=True)
+        assert re.search(r"published: OAA</th><td>–</td><td>56.23</td><td>69.68</td><td>–</td>", shown)
+        assert "The published rows are those of" in shown
 
     def test_metrics_hold_them_without_rows(self) -> None:
         found = json.loads(Path("metrics.json").read_text())

@@ -31,6 +31,10 @@ SWEPT = "max_box_accuracy_at"  # the best threshold and its accuracy, by IoU
 RANGED = "known"  # the score whose range over several seeds is printed
 CELL = 15  # width of a number in the text table, in characters
 TRUE, RIGHT, WRONG = (230, 30, 30), (40, 190, 60), (250, 160, 30)  # RGB
+PUBLISHED = {  # in percent
+    "CAM": {"top_1_localization": 41.46, "top_5_localization": 51.36},
+    "OAA": {"top_1_localization": 56.23, "top_5_localization": 69.68},
+}
 LEGEND = {
     "true box": TRUE,
     "box of the highest class, which is right": RIGHT,
@@ -77,6 +81,15 @@ def table(runs: Runs) -> dict[str, dict[str, Number]]:
         best = "; ".join(_best(overlap, [each[name] for each in scores]) for overlap in scores[0][name][SWEPT])
         rows[name] = {"images": Number(str(scores[0][name]["images"])), **numbers, "best thresholds": Number(best)}
     return rows
+
+
+def published() -> dict[str, dict[str, Number]]:
+    """Return the rows of OAA Table 14, on CUB-200-2011 with VGG-16, as cells of ``table``."""
+    empty = dict.fromkeys(["images", *COLUMNS.values(), "best thresholds"], Number("–"))
+    return {
+        f"published: {name}": {**empty, **{COLUMNS[key]: Number(f"{value:.2f}") for key, value in values.items()}}
+        for name, values in PUBLISHED.items()
+    }
 
 
 def _best(overlap: str, scores: Sequence[Mapping[str, Any]]) -> str:

@@ -149,12 +149,14 @@ def box_section(results: Results) -> Content:
     scores = boxes.scored(results.scores)
     if not scores:
         return {}
+    is_cub = results.params.dataset.cub is not None
     images = results.index.images("evaluation").having(
         lambda name: all(name in each for each in results.boxes.values())
     )
     chosen = choose(images, results.params.gallery)
     return {
-        "table": boxes.table(results.runs),
+        "table": boxes.table(results.runs) | (boxes.published() if is_cub else {}),
+        "is_cub": is_cub,
         "seeds": results.seeds,
         "first": results.params.seed,
         "truth": next(iter(scores.values()))["truth"],

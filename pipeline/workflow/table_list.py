@@ -67,8 +67,8 @@ smaller difference is undecided.
 MISSING = {
     "OAA Tables 1 to 3": "They compare methods on the val and test sets of VOC. The other methods are not part of the "
     "project. The report on VOC shows the published figures of this paper's rows",
-    "OAA Table 14": "It is about boxes, which have profiles and a report of their own: profiles/cub.yaml and "
-    "profiles/demo_boxes.yaml",
+    "OAA Table 14": "It is about boxes: profiles/cub.yaml runs it, and its report shows the published rows below "
+    "ours. profiles/demo_boxes.yaml and profiles/voc12_mini_boxes.yaml have other images",
     "DRS Table 4": "It compares methods. DRS's own rows in it are `drs_refined` with three networks, which "
     "profiles/voc2012.yaml runs",
     "AMR Table 1": "It compares methods. AMR's own row in it is `amr_irn_deeplab_v2` of profiles/voc2012.yaml",
