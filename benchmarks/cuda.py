@@ -33,9 +33,11 @@ import torch
 
 from benchmarks.loop import block_of, end_to_end, report, step_alone
 from benchmarks.photos import CLASSES, JITTER, Photos, photos
+from pipeline import cards
 from pipeline.config.schema import Accumulate, AttentionDrop, Augmentation, Training
 from pipeline.data.collation import LoadedBatch
 from pipeline.data.loader import LoadingPlan, load
+from pipeline.errors import PipelineError
 from pipeline.methods.attention_drop import AttentionDropLayer
 from pipeline.methods.oaa import AttentionAccumulator
 from pipeline.training.loop import Loop
@@ -133,7 +135,13 @@ def parts(source: Photos, device: torch.device, side: int, batch: int) -> None:
 
 
 def inference(device: torch.device, small: bool, folder: Path) -> Rows:
-    """Run ``benchmarks.inference`` in processes of their own, since cuDNN keeps its plans in a process."""
+    """Run ``benchmarks.inference`` in processes of their own, since cuDNN keeps its plans in a process.
+
+    These processes and those of the tests take slots of the card, hence this one gives its own back.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    cards.release()
     rates: list[dict[str, Any]] = []
     for padding in ([], ["--unpadded"]):
         print(f"inference, {'each shape its own plan' if padding else 'few shapes'}", flush=True)
@@ -152,11 +160,12 @@ def inference(device: torch.device, small: bool, folder: Path) -> Rows:
     ]
 
 
-def tests(seconds: float) -> Rows:
-    """Run the CUDA tests for at most so many seconds."""
+def tests(seconds: float, environment: dict[str, str]) -> Rows:
+    """Run the CUDA tests for at most so many seconds, in an ``environment`` that shows them all GPUs."""
     print("pytest -m cuda", flush=True)
     try:
-        status = subprocess.run([sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-n0"], timeout=max(1.0, seconds))
+        command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-n0"]
+        status = subprocess.run(command, env=environment, timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
         return [("the CUDA tests", f"not done in {seconds:.0f} s: run `pytest -m cuda`", "pass")]
     return [("the CUDA tests", "pass" if status.returncode == 0 else f"exit status {status.returncode}", "pass")]
@@ -178,12 +187,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--small", action="store_true", help="a few small steps, to try the program")
     options = parser.parse_args()
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        print("no CUDA device: nothing measured")
-        sys.exit(0)
     if options.small:
         options = argparse.Namespace(**{**vars(options), "images": 6, "side": 64, "batch": 2, "steps": 1, "workers": 1})
-    device = prepare(options.device, options.threads)
+    environment = dict(os.environ)
+    try:
+        device = prepare(options.device, options.threads)  # before CUDA starts, which it selects a card for
+    except PipelineError as error:
+        print(f"nothing measured: {error}")
+        sys.exit(0)
     start = time.monotonic()
     print(f"{describe(device, uses_bf16(device, 'auto'))}, torch {torch.__version__}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +212,7 @@ def main() -> None:
         parts(source, device, options.side, options.batch)
         rows += inference(device, options.small, Path(folder))
     if device.type == "cuda":
-        rows += tests(LIMIT - (time.monotonic() - start))
+        rows += tests(LIMIT - (time.monotonic() - start), environment)
         rows.append(("peak memory", f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB", "-"))
     rows.append(("all measurements", f"{time.monotonic() - start:.0f} s", f"at most {LIMIT}"))
     print(table(rows))

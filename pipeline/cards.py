@@ -149,8 +149,18 @@ def adopt(device: str, name: str) -> str:
     if name.startswith(("GPU-", "MIG-")):
         os.environ[VISIBLE], name = name, "cuda:0"
     if name.startswith("cuda"):
-        _chosen[device] = name
+        _chosen[device] = _chosen[name] = name  # also by the name that it has from now on
     return name
+
+
+def release() -> None:
+    """Give the slots of this process back, before it waits for another process that needs them.
+
+    A card with a single slot would otherwise let both wait for ever. Memory that this process has on the card stays.
+    """
+    while _held:
+        _held.pop().close()
+    _chosen.clear()
 
 
 def reserve(device: str, needed: int, processes: int = 1) -> list[str]:

@@ -3,12 +3,12 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 import stages  # noqa: F401  # its settings of OpenMP and malloc must come before torch is imported
-from pipeline import arithmetic
+from pipeline import arithmetic, cards
 
 pytest_plugins = ["tests.trained"]  # fixtures
 
@@ -32,3 +32,26 @@ def one_thread() -> Iterator[None]:
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)
         torch.set_flush_denormal(False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Show GPUs only to tests marked ``cuda``, to their fixtures and to the processes that they start.
+
+    By default stages use a GPU if there is one, and all other tests expect a CPU's bytes. Marks that skip tests without
+    a GPU have already been evaluated. The slots that a test took are given back.
+    """
+    cards.visible.cache_clear()
+    before = os.environ.get(cards.VISIBLE)
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("cuda") is None:
+            os.environ[cards.VISIBLE] = ""
+            if (torch := sys.modules.get("torch")) is not None:
+                patch.setattr(torch.cuda, "is_available", lambda: False)
+        try:
+            return (yield)
+        finally:
+            cards.release()
+            os.environ.pop(cards.VISIBLE, None)
+            if before is not None:
+                os.environ[cards.VISIBLE] = before

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import cuda
 from pipeline import cards
 from pipeline.config.params import load
 from pipeline.config.stage_table import STAGES
@@ -74,6 +75,10 @@ def choose(device: str = "auto", needed: int = 1) -> tuple[str, str | None]:
             os.environ.pop(cards.VISIBLE, None)
         else:
             os.environ[cards.VISIBLE] = before
+
+
+def _waits(seconds: float) -> None:
+    raise AssertionError("the process waits for slots")
 
 
 def uuids() -> list[str]:
@@ -201,6 +206,48 @@ class TestChoose:
             assert cards.choose("auto", 1) == cards.choose("auto", 1) == "cuda:0"
         finally:
             os.environ.pop(cards.VISIBLE)
+
+    @pytest.mark.parametrize("requested", ["auto", "cuda", "cuda:0"])
+    def test_the_card_that_a_process_has_is_taken_once_under_any_name(
+        self, machine: Any, monkeypatch: pytest.MonkeyPatch, requested: str
+    ) -> None:
+        machine(TWO.splitlines()[0] + "\n", 15360)  # a T4: a single slot
+        monkeypatch.setattr(cards, "time", SimpleNamespace(sleep=_waits))
+        monkeypatch.setenv(cards.VISIBLE, "0")
+        name = cards.choose(requested, 1)
+        assert cards.choose(name, 1) == cards.choose(requested, 1) == name == "cuda:0"
+
+    def test_released_slots_are_free_for_a_child(
+        self, machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        machine(TWO.splitlines()[0] + "\n", 15360)
+        monkeypatch.setenv(cards.VISIBLE, "0")
+        device = cards.choose("cuda", 1)
+        code = f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}; from pipeline import cards; import torch; "
+        code += f"torch.version.cuda = '13'; print(cards.choose({device!r}, 1))"
+        child = subprocess.Popen(
+            [sys.executable, "-uc", code], cwd=project.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline().startswith("waiting: no GPU has 1 free slots")
+        cards.release()
+        assert child.communicate()[0].endswith("\ncuda:0\n")
+        monkeypatch.setattr(cards, "time", SimpleNamespace(sleep=_waits))
+        assert cards.choose(device, 1) == "cuda:0"  # takes a slot again
+
+    def test_the_benchmark_holds_no_slots_while_it_waits_for_others(
+        self, machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def run(command: list[str], **more: Any) -> None:
+            held.append(len(cards._held))
+            Path(command[command.index("--json") + 1]).write_text("{}")
+
+        machine(TWO.splitlines()[0] + "\n", 15360)
+        choose()
+        held: list[int] = []
+        monkeypatch.setattr("subprocess.run", run)
+        cuda.inference(torch.device("cpu"), small=True, folder=tmp_path)
+        assert held == [0, 0]
 
     def test_without_the_program_torch_lists_the_cards(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

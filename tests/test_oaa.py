@@ -22,6 +22,7 @@ TAGS = [(1,), (2, 4), (3,), (1, 3, 4), (2,)]
 IMAGES = [Image(f"img{n}", Path(), 40, 60, tags, None, None) for n, tags in enumerate(TAGS)]
 WHOLE = Window()
 ALL = Accumulate(gate="none", skip_epochs=0, cells=4)
+CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def tag_row(image: Image) -> list[float]:
@@ -63,11 +64,9 @@ class TestAttention:
     def test_a_map_without_a_positive_value_is_zero(self) -> None:
         assert not attention(np.array([[[-1.0, -2.0]], [[0.0, 0.0]]], np.float32)).any()
 
-    @pytest.mark.parametrize("kind", ["bfloat16", "channels_last", "requires_grad", "cuda"])
+    @pytest.mark.parametrize("kind", ["bfloat16", "channels_last", "requires_grad", pytest.param("cuda", marks=CUDA)])
     def test_maps_of_any_kind_are_fused_alike(self, kind: str) -> None:
         """As networks hand them out; the values are exact in bfloat16."""
-        if kind == "cuda" and not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
         plain = torch.randn(len(IMAGES), K, *GRID, generator=torch.Generator().manual_seed(0)).bfloat16().float()
         maps = {
             "bfloat16": plain.bfloat16(),
@@ -79,7 +78,7 @@ class TestAttention:
         tags = torch.tensor([tag_row(image) for image in IMAGES])
         for into, given in zip(found, (plain, maps), strict=True):
             logits = given.float().amax((2, 3))
-            into.update(given, logits, tags.to(given.device), [image.id for image in IMAGES], [WHOLE] * 5, 0)
+            into.update(given, logits, tags, [image.id for image in IMAGES], [WHOLE] * 5, 0)
         assert found[0]._seen.any()
         assert np.array_equal(found[0]._values, found[1]._values)
 

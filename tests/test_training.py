@@ -1,6 +1,7 @@
 """The training loop: learning rates, parameter groups, accumulated gradients, log, and the checkpoint's file."""
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline import cards
 from pipeline.config.schema import Accumulate, Augmentation, Backbone, Classifier, Head, Training
 from pipeline.data import loading
 from pipeline.data.index import Index
@@ -37,6 +39,7 @@ from stages.classifier import ClassifierTask
 from tests.voc_tree import make_index
 
 CPU = torch.device("cpu")
+AVAILABLE, SELECTED = torch.cuda.is_available, os.environ.get(cards.VISIBLE)  # before ``tests.conftest`` hides GPUs
 needs_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
@@ -171,13 +174,21 @@ class TestPrecision:
             with autocast(CPU, precision):
                 assert layer(x).dtype == expected
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
     def test_cuda_that_is_not_there_is_refused(self) -> None:
         with pytest.raises(PipelineError, match="--device cuda:0: this torch sees no CUDA device; use --device cpu"):
             prepare("cuda:0", 1)
         with pytest.raises(PipelineError, match="--device gpu: no such device; use auto, cpu, cuda or cuda:N"):
             prepare("gpu", 1)
         assert prepare("auto", 1).type == "cpu"
+
+    def test_a_test_without_the_mark_sees_no_gpu(self) -> None:
+        assert os.environ[cards.VISIBLE] == ""  # for the processes that it starts
+        assert torch.cuda.is_available is not AVAILABLE
+
+    @pytest.mark.cuda
+    def test_a_test_with_the_mark_sees_the_gpus(self) -> None:
+        assert os.environ.get(cards.VISIBLE) == SELECTED
+        assert torch.cuda.is_available is AVAILABLE
 
 
 class TestCudaSettings:
