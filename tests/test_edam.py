@@ -47,6 +47,19 @@ class TestEdam(MethodContract):
         assert background.min() > -1e-6
         assert background.max() > 1e-3
 
+    def test_localization_maps_may_be_the_scores(self, method: Method, images: Tensor) -> None:
+        """The masks are these scores, with that of the background, over their norm."""
+        scored = build_method(small_classifier("edam", replace(method.settings, maps="scores")), K).eval()
+        scored.load_state_dict(method.state_dict())
+        with torch.no_grad():
+            scores = scored.localize(images)
+            every = scored.activation(scored.backbone(images))  # type: ignore[operator]
+            torch.testing.assert_close(scores / every.norm(dim=1, keepdim=True), method.eval().localize(images))
+            assert torch.equal(scored(images).maps, method(images).maps)  # the training is the same
+        assert scores.shape == (4, K, *every.shape[2:])
+        assert "maps of scores" in scored.describe()
+        assert "scores" not in method.describe()
+
     def test_in_training_the_images_of_a_group_see_each_other(self, images: Tensor) -> None:
         method = build_method(small_classifier("edam", replace(SMALL, dropout=0.0)), K)
         for norm in (module for module in method.modules() if isinstance(module, torch.nn.BatchNorm2d)):

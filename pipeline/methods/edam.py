@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class Edam(Method):
         collaborative: bool = True  # use collaborative multi-attention; false: plain pooling (Table 5)
         group: Annotated[int, Range(least=1, most=4)] = 2  # images that attend to each other (Table 6)
         pairing: Literal["shared_class", "random"] = "shared_class"  # how groups are formed
+        # Localization maps: the masks (the paper), or the absolute scores before their normalisation over the classes
+        maps: Literal["masks", "scores"] = "masks"
 
         def faults(self) -> Iterator[str]:
             if self.channels % self.heads:
@@ -81,11 +83,12 @@ class Edam(Method):
     def describe(self) -> str:
         """Such as 'EDAM, collaborative attention over 2 images that share a class'."""
         settings = self.settings
+        maps = ", maps of scores" if settings.maps == "scores" else ""
         if not settings.collaborative:
-            return "EDAM without collaborative attention"
+            return f"EDAM without collaborative attention{maps}"
         pairing = {"shared_class": "that share a class", "random": "drawn at random"}[settings.pairing]
         images = f"{settings.group} images {pairing}" if settings.group > 1 else "single images"
-        return f"EDAM, collaborative attention over {images}"
+        return f"EDAM, collaborative attention over {images}{maps}"
 
     @property
     def unit(self) -> int:
@@ -117,10 +120,20 @@ class Edam(Method):
         return Output(logits.float(), masks)
 
     def localize(self, images: Tensor) -> Tensor:
-        """The masks; the rest of the network is not evaluated."""
-        return self._masks(self.backbone(images))
+        """The masks, or with ``maps: scores`` the absolute scores; the rest of the network is not evaluated.
+
+        A mask compares the classes at a position and is near 1 wherever one class prevails, also where all scores are
+        small. The scores themselves are larger on objects than beside them, if the backbone is pretrained.
+        """
+        features = self.backbone(images)
+        if self.settings.maps == "scores":
+            return self._scores(features)[:, : self.num_classes].abs()
+        return self._masks(features)
 
     def _masks(self, features: Tensor) -> Tensor:
         """The masks, B x K x h x w float32; masks and gradients are 0 where all scores are 0 (occluded positions)."""
-        scores = self.activation(features).float()
-        return functional.normalize(scores, dim=1)[:, : self.num_classes].abs()
+        return functional.normalize(self._scores(features), dim=1)[:, : self.num_classes].abs()
+
+    def _scores(self, features: Tensor) -> Tensor:
+        """The scores of the K classes and the background, B x K+1 x h x w float32."""
+        return cast(Tensor, self.activation(features)).float()
