@@ -1,17 +1,30 @@
 """Discriminative region suppression: gradients, where it can be plugged in, and what it costs in parameters."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.registry import BACKBONES
 from pipeline.config.schema import Backbone, Classifier, Head, Suppression, Training
 from pipeline.errors import PipelineError
+from pipeline.methods.amr import Amr
 from pipeline.methods.drs import Suppressor
+from pipeline.methods.modulation import SpatialModulation
 from pipeline.training.settings import parameter_groups
 from tests.method_contract import build_method
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+    ),
+]
 TRAINING = Training(5, 0.001, epochs=15, milestones=(5, 10), nesterov=True)
 
 
@@ -46,11 +59,13 @@ def test_the_learnable_controller_starts_near_one_half() -> None:
     assert kept.std() > 0
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("delta", [0.0, 0.55])
-def test_gradients_flow_through_features_maxima_and_controls(delta: float) -> None:
-    """Against torch's own operations; of equal maxima one gets it, as in max pooling."""
+def test_gradients_flow_through_features_maxima_and_controls(delta: float, device: str) -> None:
+    """Against torch's own operations on the CPU; of equal maxima the first gets it, as in max pooling."""
     torch.manual_seed(0)
     suppressor = Suppressor(6, delta).double()
+    there = copy.deepcopy(suppressor).to(device)
     x = torch.randn(3, 6, 5, 4, dtype=torch.double).relu()
     x[0, 0] = 2.0  # every element is the maximum
     x[1, 1, :2] = x[1, 1].max()
@@ -60,10 +75,35 @@ def test_gradients_flow_through_features_maxima_and_controls(delta: float) -> No
     if suppressor.controller is not None:
         gate = torch.sigmoid(x.mean((2, 3)) @ suppressor.controller.weight.T)[:, :, None, None]
     expected = torch.autograd.grad((plain(x, gate) * weights).sum(), leaves)
-    found = torch.autograd.grad((suppressor(x) * weights).sum(), leaves)
+    moved = x.detach().to(device, memory_format=torch.channels_last).requires_grad_()
+    found = torch.autograd.grad((there(moved) * weights.to(device)).sum(), [moved, *there.parameters()])
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one.cpu(), other)
         assert one.abs().sum() > 0
+
+
+class Accumulations(TorchDispatchMode):
+    """Counts writes at indices that may repeat, which CUDA sorts."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if "index_put" in function.name():
+            self.count += bool(arguments[3] if len(arguments) > 3 else (named or {}).get("accumulate"))
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("module", [Suppressor(4, 0.5), SpatialModulation(Amr.Settings())])
+def test_no_gradient_is_accumulated_at_indices(module: nn.Module) -> None:
+    """The positions of maxima are distinct."""
+    x = torch.randn(2, 4, 5, 6, requires_grad=True)
+    y = module(x).square().sum()
+    with Accumulations() as counted:
+        y.backward()
+    assert counted.count == 0
+    with counted:
+        torch.zeros(3).index_put_((torch.tensor([1, 1]),), torch.ones(2), accumulate=True)
+    assert counted.count == 1
 
 
 def test_gradients_are_their_numeric_limits() -> None:

@@ -230,7 +230,7 @@ class TestCudaSettings:
 
     def test_an_operation_without_a_deterministic_kernel_is_named(self) -> None:
         message = (
-            "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set "
+            "reflection_pad2d_backward_cuda does not have a deterministic implementation, but you set "
             "'torch.use_deterministic_algorithms(True)'."
         )
         with (
@@ -239,7 +239,7 @@ class TestCudaSettings:
         ):
             raise RuntimeError(message)
         assert caught.value.lines == (
-            "affinity cam: --deterministic: adaptive_avg_pool2d_backward_cuda has no deterministic form on CUDA; "
+            "affinity cam: --deterministic: reflection_pad2d_backward_cuda has no deterministic form on CUDA; "
             "run without --deterministic",
         )
         with pytest.raises(RuntimeError, match="size mismatch"), deterministic_only("affinity cam"):

@@ -112,7 +112,7 @@ class _Pool(torch.autograd.Function):
         total = torch.add(grad, to_pooled[:, 1:], alpha=1 / grad.shape[1])
         sample, row, column = (torch.arange(grad.shape[dim], device=grad.device) for dim in (0, 2, 3))
         at = sample[:, None, None], place[:, 0], row[:, None], column
-        return total.index_put_(at, to_pooled[:, 0], accumulate=True)
+        return total.index_put_(at, total[at] + to_pooled[:, 0])  # distinct: CUDA would sort them to accumulate
 
 
 def attention_modulation(channels: int, settings: "Amr.Settings") -> nn.Sequential:
