@@ -344,13 +344,13 @@ class TestSlots:
     def test_snakemake_counts_slots(self) -> None:
         graph = Graph(load([project.ROOT / "params.yaml", project.ROOT / "profiles/voc2012.yaml"]))
         stage, wildcards = STAGES["segmentation"], SimpleNamespace(name="oaa")
-        plan = Plan(graph, [], gpu_slots=10, full_threads=True)
+        plan = Plan(graph, [], gpu_slots=10, has_gpu=True)
         slots = plan.slots(stage)(wildcards)
         assert slots == cards.slots_needed(graph.find("segmentation", "oaa").block, None) > 1
         assert plan.slots(STAGES["evaluation"]) == 0
         command = plan.command(stage)(wildcards, 8, SimpleNamespace(gpu=slots))
         assert re.search(rf" --slots {slots}\b", command)
-        limited = Plan(graph, [], gpu_slots=1, full_threads=True)
+        limited = Plan(graph, [], gpu_slots=1, has_gpu=True)
         assert limited.slots(stage)(wildcards) == 1
 
     def test_a_job_of_several_processes_takes_a_card_for_each(self) -> None:
@@ -361,13 +361,13 @@ class TestSlots:
         stage, wildcards = STAGES["segmentation"], SimpleNamespace(name="oaa")
         each = cards.slots_needed(graph.find("segmentation", "oaa").block, None)
         assert 1 <= each < cards.slots_needed(whole.find("segmentation", "oaa").block, None)
-        plan = Plan(graph, [], gpu_slots=40, full_threads=True)
+        plan = Plan(graph, [], gpu_slots=40, has_gpu=True)
         slots = plan.slots(stage)(wildcards)
         assert slots == 5 * each
         command = plan.command(stage)(wildcards, 8, SimpleNamespace(gpu=slots))
         assert re.search(rf" --slots {each}\b", command)
         assert plan.slots(STAGES["prediction"])(wildcards) == 5
-        cluster = Plan(graph, [], full_threads=True)
+        cluster = Plan(graph, [], has_gpu=True)
         assert cluster.slots(stage)(wildcards) == 5
         assert cluster.slots(stage)(SimpleNamespace(name="cam")) == 1
         assert cluster.slots(STAGES["localization"]) == 1
@@ -375,8 +375,45 @@ class TestSlots:
         assert plain.threads(stage)(wildcards) == 5
         assert plain.threads(stage)(SimpleNamespace(name="cam")) == plain.threads(STAGES["localization"]) == 1
 
+    def test_jobs_share_the_cores_as_they_share_the_slots(self) -> None:
+        """A job has two cores at least, 8 for each process at most, and on a cluster always as many."""
+        training = {"segmentations": {"oaa_plus": {"training": {"processes": 2}}}}
+        files = [project.ROOT / "params.yaml", project.ROOT / "profiles/voc2012.yaml"]
+        graph = Graph(load(files, training))
+
+        def cores_of(name: str, slots: int, cores: int, stage: str = "segmentation") -> tuple[int, int]:
+            plan = Plan(graph, [], slots, cores, has_gpu=True)
+            wildcards = SimpleNamespace(name=name)
+            return plan.slots(STAGES[stage])(wildcards), plan.threads(STAGES[stage])(wildcards)
+
+        needed = cards.slots_needed(graph.find("segmentation", "oaa").block, None)
+        assert 2 <= needed <= 4
+        assert cores_of("oaa", 17, 34) == (needed, 2 * needed)
+        assert cores_of("oaa", 17, 16) == (needed, max(2, 16 * needed // 17))
+        assert cores_of("cam", 17, 16, "localization") == (1, 2)
+        assert cores_of("oaa", 1, 16) == (1, 8)
+        assert cores_of("oaa_plus", 8, 64)[1] == 16
+        assert cores_of("oaa_plus", 34, 4)[1] == 4
+        cluster = Plan(graph, [], has_gpu=True)
+        threads = cluster.threads(STAGES["segmentation"])
+        assert [threads(SimpleNamespace(name=name)) for name in ("oaa", "oaa_plus")] == [8, 16]
+        assert cluster.threads(STAGES["localization"]) == 8
+
+    @pytest.mark.slow
+    def test_snakemake_plans_them(self, machine: Any, tmp_path: Path) -> None:
+        """Of a card with 17 slots each job takes one, and its part of the cores; ``--resources`` offers fewer slots."""
+        machine(TWO.splitlines()[0] + "\n", 143771)
+        folder = project.copy(tmp_path / "project", git=False)
+        arguments = ("snakemake", "--dry-run", "--printshellcmds", "--cores", "68")
+        shown = project.run(folder, *arguments)
+        assert "stages.classifier base --threads 1 --workers 3 --slots 1 " in shown
+        assert "stages.localization cam --threads 4 --slots 1 " in shown
+        assert "stages.prediction cam --threads 4 --workers 4 --slots 1 " in shown
+        shown = project.run(folder, *arguments, "--resources", "gpu=1")
+        assert "stages.classifier base --threads 2 --workers 6 --slots 1 " in shown
+
     def test_a_job_on_a_cluster_takes_a_card(self) -> None:
-        plan = Plan(Graph(load([project.ROOT / "params.yaml"])), [], full_threads=True)
+        plan = Plan(Graph(load([project.ROOT / "params.yaml"])), [], has_gpu=True)
         assert {plan.slots(stage) for stage in plan.stages if stage.gpu} == {1}
         assert "--slots" not in plan.command(STAGES["walk"])(SimpleNamespace(name="cam_irn"), 8, SimpleNamespace(gpu=1))
 

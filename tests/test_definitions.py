@@ -232,19 +232,42 @@ def test_the_first_report_is_planned_only_before_the_last(graph: Graph) -> None:
     assert last in fresh
 
 
-def test_every_gpu_stage_gets_its_threads_where_there_are_enough(graph: Graph) -> None:
-    plan = Plan(graph, [], full_threads=True)
-    shown = {
-        stage.name: plan.command(stage)(SimpleNamespace(name="base"), plan.threads(stage), None).split("base ")[1]
-        for stage in plan.stages
-        if stage.gpu
-    }
-    loads = "--threads 8 --workers 6"
-    assert shown == dict.fromkeys(shown, loads) | {"prediction": "--threads 8 --workers 8"}
+def test_every_gpu_stage_gets_its_cores_where_there_are_enough(graph: Graph) -> None:
+    """Threads and workers of a training are as many as its cores; networks and CRF of a prediction take turns."""
+    plan = Plan(graph, [], has_gpu=True)
+    shown = {stage.name: " ".join(stage.arguments(plan.threads(stage), True)) for stage in plan.stages if stage.gpu}
     trained = {FOLDERS[section].name for section in TRAINED}
+    expected = dict.fromkeys(shown, "--threads 8") | dict.fromkeys(trained, "--threads 2 --workers 6")
+    assert shown == expected | {"prediction": "--threads 8 --workers 8"}
     assert shown.keys() == {*trained, "localization", "box_maps", "walk", "features", "prediction"}
     assert plan.threads(STAGES["pseudo_labels"]) == 16
     assert {Plan(graph, []).threads(stage) for stage in plan.stages if stage.gpu} == {1}
+
+
+@pytest.mark.parametrize(
+    ("cores", "on_gpu", "processes", "expected"),
+    [
+        (1, False, 1, (1, 0)),
+        (2, False, 1, (2, 0)),
+        (4, False, 1, (3, 1)),
+        (16, False, 1, (14, 2)),
+        (5, False, 5, (5, 0)),
+        (8, False, 2, (6, 2)),
+        (1, True, 1, (1, 1)),  # one more than there are cores: otherwise the GPU would wait for each image
+        (2, True, 1, (1, 1)),
+        (4, True, 1, (1, 3)),
+        (8, True, 1, (2, 6)),
+        (16, True, 1, (2, 14)),
+        (4, True, 2, (2, 2)),
+        (16, True, 2, (4, 12)),
+        (3, True, 2, (2, 2)),
+    ],
+)
+def test_a_training_divides_its_cores(cores: int, on_gpu: bool, processes: int, expected: tuple[int, int]) -> None:
+    threads, workers = expected
+    arguments = ["--threads", str(threads), "--workers", str(workers)]
+    assert STAGES["segmentation"].arguments(cores, on_gpu, processes) == arguments
+    assert threads + workers <= max(cores, 2 * processes if on_gpu else 0)
 
 
 def test_the_table_agrees_with_itself() -> None:

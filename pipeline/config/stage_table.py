@@ -61,21 +61,35 @@ class Stage:
     keeps_user_files: bool = False  # its output folder may hold files of the user, such as saliency maps
     trains: bool = False
     gpu: bool = False
-    threads: int = 1  # threads on a cluster node or a machine with a GPU
-    local_threads: int = 1  # threads on a machine without a GPU, where several jobs run in parallel
-    thread_use: Literal["", "loader", "workers", "both"] = ""  # see ``arguments``
+    threads: int = (
+        1  # cores of a job on a cluster node or a machine with a GPU; the most that it uses of a GPU's machine
+    )
+    local_threads: int = 1  # cores of a job on a machine without a GPU, where several jobs run in parallel
+    thread_use: Literal["", "arithmetic", "loader", "workers", "both"] = ""  # see ``arguments``
     first_seed_only: bool = False  # only the report reads its outputs, and it shows those of the first seed
     effort: float = 1.0  # rough duration of a job relative to other stages, for the estimate of the time left
 
-    def arguments(self, threads: int) -> list[str]:
-        """Return the command-line arguments that make the program use this number of threads."""
+    def arguments(self, cores: int, on_gpu: bool = False, processes: int = 1) -> list[str]:
+        """Return the command-line arguments that make the program use this number of cores.
+
+        Arithmetic threads and worker processes together are as many as the cores, unless they take turns.
+
+        Args:
+            on_gpu: whether a GPU does the arithmetic of a stage with ``gpu``.
+            processes: number of processes that share the job, each with its part of the threads and workers.
+        """
         match self.thread_use:
-            case "loader":  # with more than two threads, all but two load images
-                return ["--threads", str(threads), "--workers", str(max(0, threads - 2))]
-            case "both":  # arithmetic and worker processes take turns
-                return ["--threads", str(threads), "--workers", str(threads)]
+            case "arithmetic":
+                return ["--threads", str(cores)]
+            case "loader":
+                threads = _arithmetic_threads(max(1, cores // processes), on_gpu) * processes
+                # A GPU waits for images that the process loads itself, so that each process has a worker in any case.
+                workers = max(processes, cores - threads) if on_gpu else max(0, cores - threads)
+                return ["--threads", str(threads), "--workers", str(workers)]
+            case "both":  # the network waits while the workers run the CRF, and they wait for the network
+                return ["--threads", str(cores), "--workers", str(cores)]
             case "workers":
-                return ["--workers", str(threads)]
+                return ["--workers", str(cores)]
         return []
 
     @property
@@ -86,6 +100,16 @@ class Stage:
     def output(self, stem: str) -> str | None:
         """Return the name of the output with this stem; None if the stage has none."""
         return next((file for file in self.writes if PurePath(file).stem == stem), None)
+
+
+def _arithmetic_threads(cores: int, on_gpu: bool) -> int:
+    """Return how many of the cores of a training's process compute; the others load images.
+
+    With a GPU, these threads only start its kernels. On a CPU, an image takes much longer to learn than to load.
+    """
+    if on_gpu:
+        return min(2, max(1, cores // 4))
+    return cores if cores <= 2 else cores - max(1, cores // 8)
 
 
 EXTERNAL = {
@@ -155,7 +179,8 @@ def _training(stage: Stage) -> Stage:
 
 
 def _on_gpu(stage: Stage) -> Stage:
-    return replace(stage, reads=_TRAINING | stage.reads, gpu=True, threads=8, thread_use=stage.thread_use or "loader")
+    use = stage.thread_use or ("loader" if stage.trains else "arithmetic")
+    return replace(stage, reads=_TRAINING | stage.reads, gpu=True, threads=8, thread_use=use)
 
 
 _REPORT = Stage(

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from pipeline import runtime
+from pipeline import cards, runtime
 from pipeline.config import params as parameters
 from pipeline.config.dataset import PREPARATION_STAGES
 from pipeline.config.schema import Params
@@ -278,7 +278,9 @@ def run(name: str) -> None:
                 f"warning: dvc.yaml does not know {key}, so DVC will not notice changes there; {GENERATE}", flush=True
             )
     entry = STAGES[job.stage]
-    arguments = entry.arguments(runtime.default_threads(entry))
+    processes = job.processes
+    cores = max(processes, runtime.default_threads(entry))
+    arguments = entry.arguments(cores, entry.gpu and bool(cards.visible()), processes)
     command = [sys.executable, "-m", f"stages.{job.stage}", *filter(None, [job.full_name]), *arguments]
     os.execv(sys.executable, command)
 

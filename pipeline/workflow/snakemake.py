@@ -72,7 +72,8 @@ class Plan:
     graph: Graph
     options: list[str]  # arguments that pass this run's params files and overrides to the stages
     gpu_slots: int = 0  # of this machine, for jobs to share; 0 on a cluster or without a GPU
-    full_threads: bool = False  # there is a GPU or a cluster, so stages get all their threads
+    cores: int = 1  # of this machine, for jobs to share
+    has_gpu: bool = False  # this machine, or each node of the cluster
     outdated: Sequence[Job] = ()  # the jobs that are not up to date
     unset: Set[str] = frozenset()  # labels of jobs whose inputs' times Snakemake must ignore: see ``_set_times``
     requests: Requests | None = None  # None: no job is requested that the graph lacks
@@ -116,15 +117,25 @@ class Plan:
         )
 
     def threads(self, stage: Stage) -> Any:
-        """Return the number of threads of a rule, or the function that gives it where a job has several processes.
+        """Return the number of cores of a rule, or the function that gives it where its jobs differ.
 
-        Without a GPU, most stages get one thread, and their jobs run in parallel: a second thread shortens a training
-        by only a quarter to a third.
+        Without a GPU, most stages get one core, and their jobs run in parallel: a second thread shortens a training by
+        only a quarter to a third. A job on a GPU of this machine gets the share of the cores that its slots are of all
+        slots, but at least two for each process, to start kernels and to load images.
         """
-        threads = stage.threads if self.full_threads else stage.local_threads
-        if not self._has_several_processes(stage):
+        threads = stage.threads if self.has_gpu else stage.local_threads
+        slots = self.slots(stage)
+        if not callable(slots):
             return threads
-        return lambda wildcards: max(threads, self.graph.find(stage.name, _full_name(wildcards)).processes)
+
+        def job_threads(wildcards: Any) -> int:
+            processes = self.graph.find(stage.name, _full_name(wildcards)).processes
+            if not self.has_gpu:
+                return max(threads, processes)
+            share = self.cores * slots(wildcards) // self.gpu_slots if self.gpu_slots else threads * processes
+            return max(2 * processes, min(threads * processes, share))
+
+        return job_threads
 
     def slots(self, stage: Stage) -> Any:
         """Return the function that gives the slots of GPUs that a job takes (``pipeline.cards``).
@@ -163,9 +174,9 @@ class Plan:
 
         def job_command(wildcards: Any, threads: int, resources: Any) -> str:
             name = [_full_name(wildcards)] if stage.has_many_jobs else []
-            arguments = stage.arguments(threads)
+            processes = self.graph.find(stage.name, *name).processes if stage.gpu else 1
+            arguments = stage.arguments(threads, self.has_gpu and stage.gpu, processes)
             if self.gpu_slots and stage.gpu:
-                processes = self.graph.find(stage.name, *name).processes
                 arguments += ["--slots", str(max(1, resources.gpu // processes))]
             return shlex.join(["python", "-m", f"stages.{stage.name}", *name, *arguments, *self.options])
 
@@ -259,11 +270,12 @@ def plan(workflow: Any) -> Plan:
             keep_outputs(outdated)
         unset = _set_times(graph, outdated)
         if gpu_slots:
-            gpu_slots = workflow.global_resources.setdefault("gpu", gpu_slots)
+            gpu_slots = workflow.global_resources.setdefault("gpu", gpu_slots).value
     customised = files != [PARAMS] or overrides
     options = ["--params", *files, "--set", json.dumps(overrides)] if customised else []
     requests = Requests(workflow, LeftOut([Path(file) for file in files], overrides, graph))
-    return Plan(graph, options, gpu_slots, bool(gpu_slots) or not local, outdated, unset, requests)
+    cores = workflow.resource_settings.cores or 1  # a job that Snakemake starts on a node has no use for it
+    return Plan(graph, options, gpu_slots, cores, bool(gpu_slots) or not local, outdated, unset, requests)
 
 
 def _note_interrupts() -> None:
