@@ -257,6 +257,18 @@ class TestSettings:
         )
         assert all(gradient is None for gradient in gradients)
 
+    def test_heads_may_learn_at_the_new_layers_rate(self) -> None:
+        block = amr(fast="heads")
+        method = made(block)
+        groups = parameter_groups(method, method.new_layers(), replace(block.training, lr_new=10.0, lr_bias=1.0))
+        fast = {id(parameter) for group in groups if group["multiplier"] == 10 for parameter in group["params"]}  # type: ignore[attr-defined]
+        names = {name for name, parameter in method.named_parameters() if id(parameter) in fast}
+        assert names == {
+            name
+            for name, _ in method.named_parameters()
+            if name.startswith(("head.", "compensation.head.", "modulations."))
+        }
+
     def test_the_compensation_backbone_learns_at_the_new_layers_rate(self) -> None:
         """METHODS: spotlight branch and both heads 0.01, compensation backbone and its modulation 0.1."""
         for shared in ("nothing", "stem"):

@@ -63,6 +63,9 @@ class Amr(Method):
         consistency: NonNegative = 0.05  # weight of cross pseudo supervision, L_cps (the code; the paper: 1); 0: none
         xi: Share = 0.5  # share of the spotlight branch in the recalibrated maps (Table 5)
         shared: Literal["nothing", "stem"] = "nothing"  # part of the backbone that both branches share
+        # Layers that learn at lr * lr_new, beside the AMMs: the compensation branch's backbone (the code, whose
+        # spotlight branch is a trained classifier), or both heads, as in other methods
+        fast: Literal["compensation", "heads"] = "compensation"
         # frozen: the spotlight branch's backbone keeps its weights and statistics; its head learns
         spotlight: Literal["trained", "frozen"] = "trained"
 
@@ -131,12 +134,14 @@ class Amr(Method):
         return self.settings.statistics == "sample"
 
     def new_layers(self) -> Iterable[nn.Module]:
-        """The compensation branch's backbone, even if pretrained, and its AMMs.
+        """The AMMs, and the compensation branch's backbone, even if pretrained, or with ``fast: heads`` both heads.
 
-        The public code trains these at a rate of 0.1, and the spotlight branch and both heads at 0.01. The settings
-        ``lr: 0.01`` and ``lr_new: 10`` reproduce this.
+        The public code trains the former at a rate of 0.1, and the spotlight branch and both heads at 0.01. The
+        settings ``lr: 0.01`` and ``lr_new: 10`` reproduce this.
         """
-        return [self.compensation.backbone, self.modulations, self.suppressors]
+        heads = [self.head, self.compensation.head]
+        fast = heads if self.settings.fast == "heads" else [self.compensation.backbone]
+        return [*fast, self.modulations, self.suppressors]
 
     def layers(self) -> dict[str, list[nn.Module]]:
         """The spotlight branch's layers, named as in ``Cam``, and the compensation branch's, as 'compensation_NAME'."""
