@@ -1,10 +1,11 @@
 """Execution options and hardware detection.
 
-``slots``, ``workers``, ``checkpoint_every`` and ``cache`` never change a result. ``device``, ``processes``, ``threads``
-and ``deterministic`` choose the arithmetic of the networks: a training with another device, or another number of
-processes or threads, adds in another order, which its many steps amplify. Inference and label stages have given the
-same bytes with one thread and with two; the number of processes does not matter to them. No option is part of a job's
-key, so that results remain valid on other machines; ``pipeline.arithmetic`` records what was used.
+``slots``, ``workers``, ``helpers``, ``checkpoint_every`` and ``cache`` never change a result. ``device``,
+``processes``, ``threads`` and ``deterministic`` choose the arithmetic of the networks: a training with another device,
+or another number of processes or threads, adds in another order, which its many steps amplify. Inference and label
+stages have given the same bytes with one thread and with two; the number of processes does not matter to them. No
+option is part of a job's key, so that results remain valid on other machines; ``pipeline.arithmetic`` records what was
+used.
 """
 
 import os
@@ -27,6 +28,7 @@ class Runtime:
     processes: int = 1  # that share the job, each on a GPU of its own; see ``pipeline.ranks``
     slots: int = 1  # of a GPU; see ``pipeline.cards``
     workers: int = 0  # extra processes that load and label images; 0: the main process does it
+    helpers: int = 0  # extra processes that compute for the losses of a training, which are no longer among the workers
     threads: int = 1  # arithmetic threads
     checkpoint_every: float = 60.0  # seconds between two checkpoints
     cache: float | None = None  # GB of memory for decoded training images; None: a share of the free memory
@@ -56,7 +58,8 @@ def cache_budget(runtime: Runtime) -> int:
     if runtime.cache is not None:
         return int(runtime.cache * 1e9)
     cores = len(os.sched_getaffinity(0))
-    return int(CACHE_SHARE * memory.available() * min(1, (runtime.threads + runtime.workers) / cores))
+    used = runtime.threads + runtime.workers + runtime.helpers
+    return int(CACHE_SHARE * memory.available() * min(1, used / cores))
 
 
 def default_threads(stage: Stage) -> int:

@@ -61,13 +61,19 @@ class OneStepTask:
 
 
 def main(work: Work) -> None:
+    def crf_processes(network: OneStepNetwork) -> int:
+        """Most workers, since an image's CRF takes several times as long as its loading."""
+        workers = work.runtime.workers
+        loaders = max(1, workers // 4) if workers > 1 else 0
+        return workers - loaders if network.uses_mapper else 0
+
     with ExitStack() as stack:
 
         def task_of(network: OneStepNetwork, _dataset: Any) -> OneStepTask:
-            workers = work.runtime.workers if network.uses_mapper else 0
-            return OneStepTask(network, stack.enter_context(parallel(work.job.label, workers, chunk=1)))
+            mapper = parallel(work.job.label, crf_processes(network), chunk=1)
+            return OneStepTask(network, stack.enter_context(mapper))
 
-        fit(work, task_of)
+        fit(work, task_of, helpers=crf_processes)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,7 @@ class TestMemory:
         monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda _: set(range(16)))
         assert cache_budget(Runtime(threads=2, workers=6)) == 250
         assert cache_budget(Runtime(threads=16, workers=14)) == 500
+        assert cache_budget(Runtime(threads=2, workers=1, helpers=5)) == 250
         assert cache_budget(Runtime(cache=1.5)) == 1_500_000_000
         assert cache_budget(Runtime(cache=0.0)) == 0
 

@@ -318,6 +318,24 @@ class TestSegmentation:
             (i.id, DOUBT): (-(-(i.height - 4) // 8), -(-(i.width - 4) // 8)) for i in images
         }
 
+    def test_network_and_crf_take_turns(self, images: list[Image]) -> None:
+        """So that a job on N cores can have N threads for the network and N processes for the CRF."""
+        events: list[str] = []
+
+        class Noted(Scores):
+            def forward(self, inputs: Tensor) -> Tensor:
+                events.append("network")
+                result: Tensor = super().forward(inputs)
+                return result
+
+        def mapper(function: Any, tasks: Any) -> Any:
+            events.append("CRF starts")
+            yield from map(function, tasks)
+            events.append("CRF ends")
+
+        list(segmentations(Noted(), images, schema.Test(crf=Crf(iterations=1)), CPU, mapper))
+        assert events == ["network", "CRF starts", "CRF ends"] * 3
+
     @pytest.mark.parametrize("crf", [None, Crf(iterations=1)])
     @pytest.mark.parametrize(("scales", "flip"), [((1.0,), False), ((1.0, 1.5), True)])
     def test_doubt_is_the_rest_of_the_largest_probability(

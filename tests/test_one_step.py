@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from pipeline.config import params as parameters
 from pipeline.config import references
 from pipeline.config.registry import ONE_STEP, Choice
 from pipeline.config.schema import Backbone, OneStep, Training
+from pipeline.data.loader import LoadingPlan, loading_plan
 from pipeline.errors import PipelineError
 from pipeline.methods.agen import Agen
 from pipeline.report import metrics, protocol
+from pipeline.runtime import Runtime
 from pipeline.stores.files import sha256
 from pipeline.stores.raster import RasterStore
 from pipeline.workflow import dvc
@@ -97,10 +100,43 @@ def test_the_model_does_not_depend_on_who_computes_the_crf(raw: dict[str, Any]) 
     write(raw)
     run("index", index.main, [])
     hashes = []
-    for workers in ("0", "2"):
+    for workers in ("0", "1", "2"):
         run("one_step", one_step.main, ["agen", "--device", "cpu", "--threads", "1", "--workers", workers, "--force"])
         hashes.append(sha256(Path("results/test/one_step/agen/model.pt")))
-    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 1
+
+
+@pytest.mark.parametrize(
+    ("workers", "weight", "expected"),
+    [(0, 1.0, (0, 0)), (1, 1.0, (0, 1)), (2, 1.0, (1, 1)), (6, 1.0, (1, 5)), (14, 1.0, (3, 11)), (6, 0.0, (6, 0))],
+)
+def test_loading_and_crf_divide_the_workers(
+    raw: dict[str, Any], workers: int, weight: float, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They work at the same time. The memory for images stays that of all the job's cores."""
+    raw["one_step"]["agen"]["network"]["agen"]["boundary_weight"] = weight
+    write(raw)
+    run("index", index.main, [])
+    started: dict[str, int] = {}
+
+    def plan(dataset: Any, size: int, count: int, *others: Any) -> LoadingPlan:
+        started["loading"] = count
+        return loading_plan(dataset, size, 0, *others)
+
+    def parallel(label: str, count: int, chunk: int) -> Any:
+        started["CRF"] = count
+        return nullcontext(map)
+
+    def budget(runtime: Runtime) -> int:
+        started["all"] = runtime.threads + runtime.workers + runtime.helpers
+        return 0
+
+    monkeypatch.setattr("pipeline.training.loop.loading_plan", plan)
+    monkeypatch.setattr("pipeline.training.loop.cache_budget", budget)
+    monkeypatch.setattr(one_step, "parallel", parallel)
+    run("one_step", one_step.main, ["agen", "--device", "cpu", "--threads", "1", "--workers", str(workers)])
+    assert (started["loading"], started["CRF"]) == expected
+    assert started["all"] == 1 + workers
 
 
 def test_an_epochs_terms_are_part_of_the_checkpoint() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ def fit(
     labels: RasterStore | None = None,
     maps: RasterStore | None = None,
     group: Callable[[Any], int] = lambda network: 1,
+    helpers: Callable[[Any], int] = lambda network: 0,
     skip_unlabelled: bool = False,
     share: float = 1.0,
 ) -> _Task:
@@ -37,6 +39,7 @@ def fit(
         labels: label maps of the images.
         maps: maps of the images' classes, with which their batches come.
         group: returns the number of images in a group that shares a class (``TrainingSet``), for the network.
+        helpers: returns how many of the job's worker processes compute the network's losses; the others load images.
         skip_unlabelled: drop images without a label map. It is still an error if no image has one.
         share: the share of the images to train on, for as many steps as on all (``Segmentation.share``).
 
@@ -59,6 +62,8 @@ def fit(
     network = models.build(settings, index.num_classes)
     dataset = TrainingSet(images, index.num_classes, settings.augmentation, seed, labels, group(network), maps)
     task = make(network, dataset)
+    helping = helpers(network)
+    runtime = replace(runtime, workers=runtime.workers - helping, helpers=helping)
     training, label = settings.training.on_share(share), work.job.label
     log: dict[str, Any] = {"about": task.about()}
     if labels is not None and (warning := empty_labels(labels, images)):
