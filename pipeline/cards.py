@@ -2,8 +2,8 @@
 
 A card has a slot for every ``SLOT`` MiB of its memory, or as many as the environment variable WSSS_GPU_SLOTS says. A
 job takes the slots that it needs (``slots_needed``) on one card and holds them until its process ends; a job that finds
-too few waits. Only visible cards count: CUDA_VISIBLE_DEVICES may hold numbers, UUIDs of cards and UUIDs of MIG
-instances. On a card in MIG mode, each instance counts as a card.
+too few waits, also for jobs of other users. Only visible cards count: CUDA_VISIBLE_DEVICES may hold numbers, UUIDs of
+cards and UUIDs of MIG instances. On a card in MIG mode, each instance counts as a card.
 
 The cards are listed by nvidia-smi, before CUDA starts, since a process sees at most one MIG instance, which
 CUDA_VISIBLE_DEVICES must select before. Where nvidia-smi is missing, torch lists them.
@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,7 @@ from pipeline.stores import locks
 SLOT = 8000  # MiB
 VARIABLE = "WSSS_GPU_SLOTS"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+FOLDER = "wsss-cards"  # in the folder of temporary files, where the slots of all users are locked
 POLL = 1.0  # seconds between two looks for free slots
 # The memory of a training, estimated for ResNet-101 at an output stride of 8; most networks need less.
 CONTEXT = 2000  # MiB: CUDA itself, the weights, the optimizer and the workspace of convolutions
@@ -239,12 +241,14 @@ def _torch_cards() -> tuple[Card, ...]:
 
 def _take(cards: Mapping[int, Card], needed: int, count: int) -> list[tuple[int, list[int]]]:
     """Lock slots on ``count`` cards; wait until there are enough. Return the numbers of the cards and of the slots."""
-    folder = Path(tempfile.gettempdir()) / f"wsss-cards-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
+    folder = Path(tempfile.gettempdir()) / FOLDER
+    with suppress(FileExistsError):
+        folder.mkdir()
+        folder.chmod(0o1777)  # jobs of all users share the cards
     wanted = {number: min(needed, card.slots) for number, card in cards.items()}
     waited = False
     while True:
-        with (folder / "choosing").open("a") as choosing:  # otherwise two jobs could each take half of what both need
+        with _lock_file(folder / "choosing") as choosing:  # otherwise two jobs could each take half of what both need
             locks.take(choosing, _UNGUARDED, wait=True)
             free = {number: _lock_free(folder, card) for number, card in cards.items()}
             fitting = [number for number in cards if len(free[number]) >= wanted[number]]
@@ -265,11 +269,29 @@ def _take(cards: Mapping[int, Card], needed: int, count: int) -> list[tuple[int,
         time.sleep(POLL)
 
 
+def _lock_file(path: Path) -> IO[str]:
+    """Open a lock file that a job of any user may have created, or create it.
+
+    Raises:
+        PipelineError: another user has closed the file or its folder to this one.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW
+    try:
+        try:
+            descriptor = os.open(path, flags)  # Linux may refuse O_CREAT for a file of another user (protected_regular)
+        except FileNotFoundError:
+            descriptor = os.open(path, flags | os.O_CREAT)
+            os.fchmod(descriptor, 0o666)
+    except OSError as error:
+        raise PipelineError(f"{path}: {error.strerror}; remove {path.parent}, by which jobs share GPUs") from error
+    return os.fdopen(descriptor, "r+")
+
+
 def _lock_free(folder: Path, card: Card) -> dict[int, IO[str]]:
     """Lock all free slots of a card."""
     free: dict[int, IO[str]] = {}
     for slot in range(card.slots):
-        file = (folder / f"{card.uuid}.{slot}").open("a")
+        file = _lock_file(folder / f"{card.uuid}.{slot}")
         if locks.take(file, _UNGUARDED) is locks.Lock.BUSY:
             file.close()
         else:

@@ -3,8 +3,10 @@
 import dataclasses
 import os
 import re
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,6 +194,43 @@ class TestChoose:
         assert done.returncode == -9
         assert choose()[1] == "GPU-11111111-aaaa"
 
+    def test_users_share_a_card(self, machine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        """Whoever comes first creates files that all can lock, whatever their umask."""
+        machine(TWO.splitlines()[0] + "\n", 24564)
+        with tempfile.TemporaryDirectory(dir="/tmp") as shared, pytest.MonkeyPatch.context() as patch:
+            os.chmod(shared, 0o777)
+            patch.setattr("tempfile.tempdir", shared)
+            before = os.umask(0o077)
+            try:
+                choose(needed=2)
+            finally:
+                os.umask(before)
+            assert stat.S_IMODE(Path(shared, cards.FOLDER).stat().st_mode) == 0o1777
+            names = ("choosing", "GPU-11111111-aaaa.0", "GPU-11111111-aaaa.2")
+            modes = [stat.S_IMODE(Path(shared, cards.FOLDER, name).stat().st_mode) for name in names]
+            assert modes == [0o666] * 3
+            if os.getuid() == 0:
+                assert self.free_of_another_user(Path(shared, cards.FOLDER)) == 1
+
+    @staticmethod
+    def free_of_another_user(folder: Path) -> int:
+        """The number of slots of the first card that a process of another user finds free."""
+        if (child := os.fork()) == 0:
+            try:
+                os.setuid(65534)
+                os._exit(len(cards._lock_free(folder, cards.visible()[0])))
+            finally:
+                os._exit(99)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def test_a_folder_that_is_closed_is_named(self, machine: Any, tmp_path: Path) -> None:
+        machine(TWO.splitlines()[0] + "\n", 24564)
+        (tmp_path / cards.FOLDER).write_text("")
+        with pytest.raises(
+            PipelineError, match=r"wsss-cards/choosing: Not a directory; remove \S*/wsss-cards, by which"
+        ):
+            choose()
+
     def test_a_named_card_is_taken_and_locked(self, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         machine(TWO, 81559, 81559)
         assert choose("cuda:1") == ("cuda:0", "GPU-12222222-bbbb")
@@ -289,7 +328,7 @@ class TestSeveral:
         printed = capsys.readouterr().out.splitlines()
         uuids = ("GPU-11111111-aaaa", "GPU-12222222-bbbb")
         assert printed == [f"device: NVIDIA H100 80GB HBM3 ({uuid}), slots 0, 1, 2 of 10" for uuid in uuids]
-        folder = tmp_path / f"wsss-cards-{os.getuid()}"
+        folder = tmp_path / cards.FOLDER
         assert [len(cards._lock_free(folder, card)) for card in cards.visible()] == [7, 7]
 
     def test_a_process_uses_the_card_that_is_named(self, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
