@@ -30,7 +30,7 @@ class Runtime:
     workers: int = 0  # extra processes that load and label images; 0: the main process does it
     helpers: int = 0  # extra processes that compute for the losses of a training, which are no longer among the workers
     threads: int = 1  # arithmetic threads
-    checkpoint_every: float = 60.0  # seconds between two checkpoints
+    checkpoint_every: float = 60.0  # seconds between two checkpoints; slow ones are written less often
     cache: float | None = None  # GB of memory for decoded training images; None: a share of the free memory
     deterministic: bool = False  # on CUDA, use only kernels that give the same bytes in every run
 

@@ -1,10 +1,14 @@
 """The training loop: learning rates, parameter groups, accumulated gradients, log, and the checkpoint's file."""
 
+import errno
+import hashlib
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +21,12 @@ from pipeline import cards
 from pipeline.config.schema import Accumulate, Augmentation, Backbone, Classifier, Head, Training
 from pipeline.data import loading
 from pipeline.data.index import Index
-from pipeline.data.loader import load
+from pipeline.data.loader import LoadingPlan, load
 from pipeline.data.loading import Batch, TrainingSet
 from pipeline.errors import PipelineError
 from pipeline.methods.cam import Cam
 from pipeline.runtime import Runtime, deterministic_only
+from pipeline.stores import sealed
 from pipeline.training import checkpoint
 from pipeline.training import settings as settings_module
 from pipeline.training.loop import Extent, Loop, Stateless, alike, extent, has_batch_statistics
@@ -284,6 +289,37 @@ class TestLoop:
         for other in weights[1:]:
             torch.testing.assert_close(other, weights[0], rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize(
+        ("seconds", "every", "expected"),
+        [(0.1, 55, [6, 12, 18]), (1.1, 55, [6, 17]), (3.0, 55, [6]), (1.1, 28, [3, 9, 15]), (3.0, 0, range(1, 19))],
+    )
+    def test_slow_checkpoints_are_written_less_often(
+        self,
+        index: Index,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        seconds: float,
+        every: float,
+        expected: Iterable[int],
+    ) -> None:
+        """18 steps of 10 s; the seconds are those of a save. The last one follows the last step."""
+        now, saved = [0.0], []
+
+        def save(path: Path, state: dict[str, Any]) -> None:
+            now[0] += seconds
+            saved.append(state["step"])
+
+        class Slow(TinyTask):
+            def loss(self, batch: Batch, epoch: int) -> Tensor:
+                now[0] += 10
+                return super().loss(batch, epoch)
+
+        monkeypatch.setattr("pipeline.training.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
+        monkeypatch.setattr(checkpoint, "save", save)
+        loop(Slow(), dataset(index), Training(3, 0.1, epochs=6), tmp_path / "state", every).run()
+        assert sorted({*saved, 18}) == sorted({*expected, 18})
+        assert len(saved) == len(set(saved))
+
     def test_a_step_of_fewer_batches_is_their_mean(self, index: Index) -> None:
         """9 images in batches of 2, three batches a step: 3 and 2 an epoch. Each batch's gradient is 1."""
 
@@ -445,6 +481,36 @@ class TestMerging:
         assert not TinyTask().is_mean
 
 
+class TestCuda:
+    pytestmark = needs_cuda
+
+    def test_a_classifiers_step_does_not_wait_for_the_device(self, index: Index, tmp_path: Path) -> None:
+        """After the first two steps, which fill caches. Fusing the maps afterwards waits for them alone."""
+        device = prepare("cuda", 1)
+        settings = TestMerging.SETTINGS
+        images = index.images("train")
+        job = Job("classifier", "x", {}, {}, {}, settings)
+        task = ClassifierTask(Cam(settings, 3), images, 1, 0, Work(job, {}, {}, Runtime(), "", tmp_path))
+        task.network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        optimizer = build_optimizer(
+            parameter_groups(task.network, task.new_layers(), settings.training), settings.training
+        )
+        data = TrainingSet(images, 3, Augmentation(crop=20), seed=0)
+        steps = 0
+        for steps, loaded in enumerate(load(data, 2, [0], 0, LoadingPlan(gpu=True)), 1):
+            torch.cuda.set_sync_debug_mode("error" if steps > 2 else "default")
+            try:
+                with autocast(device, "auto"):
+                    loss = task.loss(loaded.to(device), 0)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            task.end_batch()
+        assert steps == 5
+
+
 def noise(name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
     return np.random.default_rng(int(name[-3:])).integers(0, 256, (*size, 3)).astype(np.uint8)
 
@@ -457,6 +523,44 @@ class TestCheckpointFile:
         assert found is not None
         assert torch.equal(found.pop("weights"), state.pop("weights"))  # type: ignore[arg-type]
         assert found == state
+
+    def test_no_copy_of_it_is_held_in_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        written = [0]
+
+        class Buffer(io.BytesIO):
+            def write(self, data: Any) -> int:
+                written[0] += len(data)
+                return super().write(data)
+
+        monkeypatch.setattr("io.BytesIO", Buffer)
+        checkpoint.save(tmp_path / "state", {"weights": torch.arange(1e5)})
+        assert 0 < written[0] < 1000  # torch writes the pickled structure to memory
+        digest, payload = (content := (tmp_path / "state").read_bytes())[:64], content[64:]
+        assert digest.decode() == hashlib.sha256(payload).hexdigest()
+
+    @pytest.mark.parametrize("space", [0, 10, 64, 1000, 5000])
+    def test_a_full_disk_is_named_and_the_last_one_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: int
+    ) -> None:
+        """``torch.save`` replaces the error of some writes by its own."""
+
+        class Full(sealed.Writer):
+            def __init__(self, file: Any) -> None:
+                super().__init__(SimpleNamespace(write=self.limited, flush=file.flush))  # type: ignore[arg-type]
+                self.free = space
+
+            def limited(self, data: Any) -> int:
+                self.free -= len(data)
+                if self.free < 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return len(data)
+
+        checkpoint.save(tmp_path / "state", {"epoch": 1})
+        monkeypatch.setattr(sealed, "Writer", Full)
+        with pytest.raises(OSError, match="No space left on device"):
+            checkpoint.save(tmp_path / "state", {"epoch": 2, "weights": torch.zeros(1000)})
+        assert checkpoint.load(tmp_path / "state") == {"epoch": 1}
+        assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
     def test_none_is_none(self, tmp_path: Path) -> None:
         assert checkpoint.load(tmp_path / "state") is None

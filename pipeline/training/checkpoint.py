@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -10,8 +10,9 @@ from pipeline.stores import sealed
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` atomically, with its checksum."""
-    sealed.write(path, _serialized(state))
+    """Write ``state`` atomically, with its checksum. No more than one tensor is copied at a time."""
+    with sealed.writing(path) as file:
+        torch.save(state, cast(IO[bytes], file))
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -31,14 +32,9 @@ def load(path: Path) -> dict[str, Any] | None:
 def save_model(path: Path, network: torch.nn.Module, **fields: Any) -> None:
     """Write a trained network's weights, as CPU tensors, and ``fields`` that describe how to rebuild it."""
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    path.write_bytes(_serialized({"state": state, **fields}))
-
-
-def _serialized(values: dict[str, Any]) -> memoryview:
-    """Serialize in memory: if the disk is full, ``torch.save`` raises an error that does not say so."""
-    buffer = io.BytesIO()
-    torch.save(values, buffer)
-    return buffer.getbuffer()
+    buffer = io.BytesIO()  # if the disk is full, ``torch.save`` raises an error that does not say so
+    torch.save({"state": state, **fields}, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def load_model(path: Path) -> dict[str, Any]:

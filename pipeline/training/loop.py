@@ -6,8 +6,9 @@ an optimizer step only on seed, epoch and step, and checkpoints include the stat
 (dropout). On CUDA the loop restores the same state, but many kernels add in any order, unless the stage runs with
 ``--deterministic``. In another arithmetic (``pipeline.arithmetic``) a training goes on, says so, and records both.
 
-On CUDA the loop never waits for the device, except to log a loss, to read the maps that OAA accumulates, and at the end
-of an epoch.
+On CUDA the loop itself waits for the device only to log a loss, at checkpoints and at the end of an epoch. Two tasks
+wait in every step: one that accumulates attention reads its maps after the backward pass (OAA), and the CRF of AGEN's
+boundary loss computes on the CPU.
 """
 
 import math
@@ -38,6 +39,9 @@ from pipeline.training.settings import (
     uses_bf16,
 )
 
+# Seconds. A longer save extends the interval between checkpoints in proportion, so that at the default interval of 60 s
+# saves take 1 % of the time at most.
+SLOW_SAVE = 0.6
 LOGGED = 20  # maximum number of logged losses per epoch
 MERGED_PIXELS = 512 * 1024  # of a batch that is merged from smaller ones: about five images of 321 pixels
 
@@ -184,6 +188,7 @@ class Loop:
             self._resume()
             self.task.network.train()
             saved_at, saved_step, begun = time.monotonic(), self.step, time.monotonic()
+            interval, is_first = self.every, ranks.place().rank == 0  # the first rank writes, and says when
             epochs = range(self.epoch, self.epochs)
             with closing(load(self.dataset, self.settings.batch_size, epochs, self.batches_done, self.plan)) as batches:
                 while self.step < self.steps:
@@ -191,10 +196,13 @@ class Loop:
                     if self.batches_done == self.batches or self.step == self.steps:
                         self._end_epoch(time.monotonic() - begun)
                         begun = time.monotonic()
-                    if distributed.agreed(interrupts.requested() or time.monotonic() - saved_at >= self.every):
+                    due = is_first and time.monotonic() - saved_at >= interval
+                    if distributed.agreed(interrupts.requested() or due):
+                        start = time.monotonic()
                         self._save()
                         self._stop_if_asked()
                         saved_at, saved_step = time.monotonic(), self.step
+                        interval = self.every * max(1, (saved_at - start) / SLOW_SAVE)
             if self.step > saved_step:  # the stage's next steps, such as writing maps, may be interrupted as well
                 self._save()
         return self.log

@@ -48,6 +48,15 @@ def prepare(device: str, threads: int, deterministic: bool = False, slots: int =
 
 
 def _configure_cuda(deterministic: bool) -> None:
+    """Configure the arithmetic of CUDA. Three options that could be faster keep the defaults of torch:
+
+    * ``cudnn.benchmark`` times all plans of each new shape. OAA's inputs and those of inference have many shapes, and
+      a plan that is chosen by its time may be another one when a training goes on.
+    * ``set_float32_matmul_precision('high')``: convolutions already use TF32, and networks in bf16, which ``precision:
+      auto`` selects on a GPU that has it, multiply in bf16. The rest is kept in fp32 on purpose (AGEN's attention).
+    * Fused optimizers refuse a gradient whose strides differ from its weight's, as those of channels-last 1x1
+      convolutions may (pytorch issue 126585). By default torch updates all tensors in a few kernels ('foreach').
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
