@@ -146,7 +146,8 @@ def megabytes(device: torch.device) -> float:
 
 def turn(kind: str, precision: str, arguments: list[str]) -> dict[str, float]:
     command = [sys.executable, "-m", __spec__.name, *arguments, "--kind", kind, "--precision", precision]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(shown.splitlines()[-1])  # after the line that names a GPU and its slots
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cuda
+from benchmarks import collaboration, cuda
 from pipeline import cards
 from pipeline.config.params import load
 from pipeline.config.stage_table import STAGES
@@ -287,6 +287,15 @@ class TestChoose:
         monkeypatch.setattr("subprocess.run", run)
         cuda.inference(torch.device("cpu"), small=True, folder=tmp_path)
         assert held == [0, 0]
+
+    def test_the_line_that_names_the_gpu_is_no_part_of_a_benchmarks_figures(
+        self, machine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        machine(TWO.splitlines()[0] + "\n", 15360)
+        choose()
+        shown = capsys.readouterr().out + '{"seconds": 1.5}\n'
+        monkeypatch.setattr("subprocess.run", lambda *_, **__: SimpleNamespace(stdout=shown))
+        assert collaboration.turn("sum", "fp32", []) == {"seconds": 1.5}
 
     def test_without_the_program_torch_lists_the_cards(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
