@@ -61,9 +61,7 @@ class Stage:
     keeps_user_files: bool = False  # its output folder may hold files of the user, such as saliency maps
     trains: bool = False
     gpu: bool = False
-    threads: int = (
-        1  # cores of a job on a cluster node or a machine with a GPU; the most that it uses of a GPU's machine
-    )
+    threads: int = 1  # cores of a job on a cluster node, and the most that it gets of a machine with a GPU
     local_threads: int = 1  # cores of a job on a machine without a GPU, where several jobs run in parallel
     thread_use: Literal["", "arithmetic", "loader", "workers", "both"] = ""  # see ``arguments``
     first_seed_only: bool = False  # only the report reads its outputs, and it shows those of the first seed

@@ -89,15 +89,16 @@ def outcomes(table: PlannedTable, seeds: Sequence[Figures]) -> list[Outcome]:
     """
     found = []
     for claim in table.claims:
-        distinct = [
-            figures
-            for figures in seeds
-            if len({figures.get(row, {}).get(claim.column or "") for row in claim.within or ()})
-            == len(claim.within or ())
-        ]
-        tested = [test for figures in distinct if (test := check(claim, table.measured, figures)) is not None]
+        checks = (check(claim, table.measured, figures) for figures in seeds if not _are_one(claim, figures))
+        tested = [test for test in checks if test is not None]
         found.append(Outcome(claim, sum(holds for holds, _ in tested), len(tested), tested[0][1] if tested else ""))
     return found
+
+
+def _are_one(claim: Claim, figures: Figures) -> bool:
+    """Whether two of the rows that should be close have the same figure."""
+    rows, column = claim.within or (), claim.column or ""
+    return len({figures.get(row, {}).get(column) for row in rows}) < len(rows)
 
 
 def check(claim: Claim, rows: Sequence[str], figures: Figures) -> tuple[bool, str] | None:
@@ -147,6 +148,7 @@ def grid(table: PlannedTable, seeds: Sequence[Figures]) -> list[list[Cell]]:
 
     With several seeds, a cell shows their mean and, in small print, the lowest and the highest figure.
     """
+    decimals = _decimals(table)
     printed = {key for row in table.rows.values() for key in row.published}
     scored = {key for name in table.rows for key in table.columns if table.source(name, key) is not None}
     heading = [Cell("row", "head"), *(Cell(name, "head") for name in table.head)]
@@ -158,7 +160,7 @@ def grid(table: PlannedTable, seeds: Sequence[Figures]) -> list[list[Cell]]:
         cells = [Cell("" if row.reason else name, "text"), *(Cell(text, "text") for text in row.text)]
         for key in table.columns:
             if key in printed:
-                cells.append(_published(table, row.published.get(key)))
+                cells.append(_published(row.published.get(key), decimals))
             if key in scored:
                 cells.append(_measured([figures[name][key] for figures in seeds if key in figures.get(name, {})]))
         body.append(cells)
@@ -167,12 +169,13 @@ def grid(table: PlannedTable, seeds: Sequence[Figures]) -> list[list[Cell]]:
 
 def class_grid(table: PlannedTable, here: Figures, classes: Sequence[str]) -> list[list[Cell]]:
     """Lay out a table by class: for each row a line of published figures and a line of measured ones."""
+    decimals = _decimals(table)
     first, column = next(iter(table.columns.items()))
     body = [
         [Cell("row", "head"), Cell("", "head"), *(Cell(name, "head") for name in (*classes, column.title or first))]
     ]
     for name, row in table.rows.items():
-        printed = [_published(table, row.published.get(key)) for key in (*classes, first)]
+        printed = [_published(row.published.get(key), decimals) for key in (*classes, first)]
         body.append([Cell(row.text[0], "text"), Cell("published", "text"), *printed])
         own = [_measured([here[name][key]] if key in here.get(name, {}) else []) for key in (*classes, first)]
         body.append([Cell(name, "text"), Cell("measured here", "text"), *own])
@@ -191,15 +194,14 @@ def coverage(table: PlannedTable, scores: Scores) -> LineChart | None:
     return line_chart(title, "epoch", "coverage (%)", lines) if scored else None
 
 
-def _published(table: PlannedTable, value: float | None) -> Cell:
-    """A published figure, with as many decimals as the table's other figures."""
-    if value is None:
-        return Cell(NOT_RUN, "missing")
+def _decimals(table: PlannedTable) -> int:
+    """The most decimals of a published figure of the table, with which all of them are printed."""
     figures = (figure for row in table.rows.values() for figure in row.published.values())
-    decimals = max(
-        next(places for places in (0, 1, 2) if abs(round(x, places) - x) < 1e-9 or places == 2) for x in figures
-    )
-    return Cell(f"{value:.{decimals}f}", "published")
+    return max((len(f"{figure:g}".partition(".")[2]) for figure in figures), default=0)
+
+
+def _published(value: float | None, decimals: int) -> Cell:
+    return Cell(NOT_RUN, "missing") if value is None else Cell(f"{value:.{decimals}f}", "published")
 
 
 def _measured(values: Sequence[float]) -> Cell:

@@ -14,6 +14,7 @@ from textwrap import fill
 from typing import Any
 
 from pipeline.config import params as parameters
+from pipeline.errors import counted
 from pipeline.workflow import closure
 from pipeline.workflow.cost import trainings
 from pipeline.workflow.graph import Graph
@@ -117,11 +118,11 @@ def _outcomes() -> Iterator[str]:
     order = [file.stem for file in PROFILES]
     for dataset, tables in recorded.items():
         for remark in dict.fromkeys(entry["remark"] for entry in tables.values()):
-            names = [name for name in dict.fromkeys([*order, *tables]) if name in tables]
+            names = [*(name for name in order if name in tables), *(name for name in tables if name not in order)]
             run = [tables[name] for name in names if tables[name]["remark"] == remark]
             tested = [claim for entry in run for claim in entry["claims"] if claim["seeds"]]
             holds = f"{sum(claim['holds'] == claim['seeds'] for claim in tested)} of {len(tested)} measured claims"
-            yield fill(f"**On {dataset}**, {holds} of {_counted(len(run))} hold. {remark}", WIDTH)
+            yield fill(f"**On {dataset}**, {holds} of {counted(len(run), 'table')} hold. {remark}", WIDTH)
             yield ""
             yield "| table | claim | outcome | figures |"
             yield "|---|---|---|---|"
@@ -131,10 +132,6 @@ def _outcomes() -> Iterator[str]:
             yield ""
     if missing := [name for name in order if name not in recorded.get("demo", {})]:
         yield fill(f"Not measured on the demo: {', '.join(missing)}. [TRIALS.md](TRIALS.md) has earlier trials.", WIDTH)
-
-
-def _counted(tables: int) -> str:
-    return "1 table" if tables == 1 else f"{tables} tables"
 
 
 def _verdict(claim: dict[str, Any]) -> str:
