@@ -62,9 +62,10 @@ def cache_budget(runtime: Runtime) -> int:
     return int(CACHE_SHARE * memory.available() * min(1, used / cores))
 
 
-def default_threads(stage: Stage) -> int:
-    """Return the number of threads of a stage under DVC and by hand.
+def default_cores(stage: Stage, processes: int = 1) -> int:
+    """Return the number of cores of a job under DVC and by hand.
 
     It is the one that Snakemake uses on this machine, so that all three end with the same bytes.
     """
-    return min(len(os.sched_getaffinity(0)), stage.threads if cards.visible() else stage.local_threads)
+    cores = min(len(os.sched_getaffinity(0)), stage.threads if cards.visible() else stage.local_threads)
+    return max(processes, cores)

@@ -18,6 +18,7 @@ import torch
 from pipeline import arithmetic, cards
 from pipeline.config.params import load
 from pipeline.config.stage_table import STAGES
+from pipeline.runtime import Runtime
 from pipeline.stores import manifest
 from pipeline.stores.blocks import Row, write_blocks
 from pipeline.stores.raster import RasterStore, RasterWriter
@@ -169,7 +170,7 @@ def test_blocks_computed_before_an_interruption_keep_their_arithmetic(
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("cores", [1, 2, 16])
-def test_snakemake_dvc_and_a_start_by_hand_use_the_same_threads(
+def test_snakemake_dvc_and_a_start_by_hand_use_the_same_threads_and_workers(
     number: int, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training's bytes on a CPU depend on it. Snakemake caps the threads of a rule at its cores, by default all."""
@@ -179,10 +180,8 @@ def test_snakemake_dvc_and_a_start_by_hand_use_the_same_threads(
     commands: list[list[str]] = []
     monkeypatch.setattr("os.execv", lambda _, command: commands.append(command))
     monkeypatch.setattr(dvc, "is_fresh", lambda *_: False)
-    by_hand: list[int] = []
-    monkeypatch.setattr(
-        "pipeline.workflow.stage.execute", lambda job, work, options, _: by_hand.append(options.threads)
-    )
+    by_hand: list[Runtime] = []
+    monkeypatch.setattr("pipeline.workflow.stage.execute", lambda job, work, options, _: by_hand.append(options))
     graph = Graph(load([Path("params.yaml")]))
     plan = Plan(graph, [], has_gpu=bool(number))
     jobs = {job.stage: job for job in graph.jobs if STAGES[job.stage].gpu}
@@ -194,5 +193,9 @@ def test_snakemake_dvc_and_a_start_by_hand_use_the_same_threads(
         dvc.run(dvc.name_of(job))
         run(stage, lambda _: None, [name])
         assert commands[-1][1:] == snakemake.split()[1:]
-        assert by_hand[-1] == threads
         assert number or re.search(rf"--threads {threads}\b", snakemake)
+        started = by_hand[-1]
+        assert f"--threads {started.threads}" in snakemake
+        assert f"--workers {started.workers}" in snakemake or (not started.workers and "--workers" not in snakemake)
+        run(stage, lambda _: None, [name, "--workers", "0", "--threads", "5"])
+        assert (by_hand[-1].threads, by_hand[-1].workers) == (5, 0)

@@ -1,6 +1,7 @@
 """Localization maps and segmentations of whole images, by networks whose output is known at every pixel."""
 
 import queue
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -358,6 +359,21 @@ class TestBatches:
         for part, inputs in found:
             for image, one in zip(part, inputs, strict=True):
                 assert torch.equal(one, normalise(read_rgb(image)))
+
+    def test_several_threads_read_the_same(self, images: list[Image], monkeypatch: pytest.MonkeyPatch) -> None:
+        one = list(batches(images, lambda image: (20, 20), 3 * 400))
+        together = threading.Barrier(3)
+
+        def met(image: Image) -> NDArray[np.uint8]:
+            if image.id != "image3":  # the batch of three is read by three threads at a time
+                together.wait(timeout=60)
+            return read_rgb(image)
+
+        monkeypatch.setattr(batching, "read_rgb", met)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        three = list(batches(images, lambda image: (20, 20), 3 * 400))
+        assert [part for part, _ in three] == [part for part, _ in one]
+        assert all(torch.equal(ours, inputs) for (_, ours), (_, inputs) in zip(three, one, strict=True))
 
     def test_a_batch_holds_at_most_so_many_pixels(self, images: list[Image]) -> None:
         square = [len(part) for part, _ in batches(images, lambda image: (20, 20), 3 * 400)]

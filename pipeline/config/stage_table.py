@@ -63,14 +63,19 @@ class Stage:
     gpu: bool = False
     threads: int = 1  # cores of a job on a cluster node, and the most that it gets of a machine with a GPU
     local_threads: int = 1  # cores of a job on a machine without a GPU, where several jobs run in parallel
-    thread_use: Literal["", "arithmetic", "loader", "workers", "both"] = ""  # see ``arguments``
+    thread_use: Literal["", "arithmetic", "loader", "workers", "both"] = ""  # see ``shares``
     first_seed_only: bool = False  # only the report reads its outputs, and it shows those of the first seed
     effort: float = 1.0  # rough duration of a job relative to other stages, for the estimate of the time left
 
     def arguments(self, cores: int, on_gpu: bool = False, processes: int = 1) -> list[str]:
-        """Return the command-line arguments that make the program use this number of cores.
+        """Return the command-line arguments that make the program use this number of cores; see ``shares``."""
+        shares = zip(("--threads", "--workers"), self.shares(cores, on_gpu, processes), strict=True)
+        return [word for name, share in shares if share is not None for word in (name, str(share))]
 
-        Arithmetic threads and worker processes together are as many as the cores, unless they take turns.
+    def shares(self, cores: int, on_gpu: bool = False, processes: int = 1) -> tuple[int | None, int | None]:
+        """Divide cores into arithmetic threads and worker processes; None for what the program does not have.
+
+        Both together are as many as the cores, unless they take turns.
 
         Args:
             on_gpu: whether a GPU does the arithmetic of a stage with ``gpu``.
@@ -78,17 +83,16 @@ class Stage:
         """
         match self.thread_use:
             case "arithmetic":
-                return ["--threads", str(cores)]
+                return cores, None
             case "loader":
                 threads = _arithmetic_threads(max(1, cores // processes), on_gpu) * processes
                 # A GPU waits for images that the process loads itself, so that each process has a worker in any case.
-                workers = max(processes, cores - threads) if on_gpu else max(0, cores - threads)
-                return ["--threads", str(threads), "--workers", str(workers)]
+                return threads, max(processes, cores - threads) if on_gpu else max(0, cores - threads)
             case "both":  # the network waits while the workers run the CRF, and they wait for the network
-                return ["--threads", str(cores), "--workers", str(cores)]
+                return cores, cores
             case "workers":
-                return ["--workers", str(cores)]
-        return []
+                return None, cores
+        return None, None
 
     @property
     def has_many_jobs(self) -> bool:

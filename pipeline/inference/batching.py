@@ -1,7 +1,8 @@
 """Batches of images of equal shape for inference."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from pipeline.data.loading import normalise, resize
 def batches(
     images: Sequence[Image], size: Callable[[Image], tuple[int, int]], pixels: int
 ) -> Iterator[tuple[list[Image], Tensor]]:
-    """Read, resize and batch images, grouped by input size. A thread reads the next batch during the caller's work.
+    """Read, resize and batch images, grouped by input size. As many threads as compute read the next batch
+    during the caller's work.
 
     Args:
         size: returns the input's (height, width) for an image.
@@ -30,17 +32,26 @@ def batches(
     for shape, group in groups.items():
         step = max(1, pixels // (shape[0] * shape[1]))
         parts += [(group[start : start + step], shape) for start in range(0, len(group), step)]
-    with ThreadPoolExecutor(1) as reader:
-        inputs = [reader.submit(_read, *parts[0])] if parts else []
+    with ThreadPoolExecutor(torch.get_num_threads()) as readers:
+        ahead = deque(_begin(readers, *part) for part in parts[:1])
         for number, (part, _) in enumerate(parts, 1):
-            ready = inputs.pop().result()
-            if number < len(parts):
-                inputs.append(reader.submit(_read, *parts[number]))
-            yield part, ready
+            inputs, reads = ahead.popleft()
+            for read in reads:
+                read.result()
+            ahead += [_begin(readers, *coming) for coming in parts[number : number + 1]]
+            yield part, inputs
 
 
-def _read(images: Sequence[Image], shape: tuple[int, int]) -> Tensor:
-    return torch.stack([normalise(resize(read_rgb(image), shape)) for image in images])
+def _begin(
+    readers: ThreadPoolExecutor, images: Sequence[Image], shape: tuple[int, int]
+) -> tuple[Tensor, list[Future[None]]]:
+    """Begin to read images into a tensor, which is filled once all futures are done."""
+    inputs = torch.empty(len(images), 3, *shape)
+    return inputs, [readers.submit(_read, image, into) for image, into in zip(images, inputs, strict=True)]
+
+
+def _read(image: Image, into: Tensor) -> None:
+    into.copy_(normalise(resize(read_rgb(image), (into.shape[1], into.shape[2]))))
 
 
 def pixels_per_batch(device: torch.device) -> int:

@@ -47,28 +47,40 @@ def localization_maps(
     for part, inputs in batches(images, shape, pixels_per_batch(device)):
         if not any(image.tags for image in part):
             continue  # images without a class have no maps
-        grids = [(-(-image.height // settings.stride), -(-image.width // settings.stride)) for image in part]
+        present = [[tag - 1 for tag in image.tags] for image in part]
         localize: Callable[[Tensor], Tensor] = partial(_localize, network, precision=precision)
         if settings.climbing is not None:
             assert isinstance(network, Method)
-            present = [[tag - 1 for tag in image.tags] for image in part]
             localize = partial(climb, network, present=present, settings=settings.climbing, precision=precision)
         views = view_maps(localize, inputs.to(device), settings)
-        for grid in dict.fromkeys(grids):  # images of equal input may have grids of their own
-            pairs = [(n, tag) for n, image in enumerate(part) if grids[n] == grid for tag in image.tags]
-            if not pairs:
-                continue
-            samples, tags = torch.tensor(pairs, device=device).unbind(1)
-            fused = fuse_views([maps[samples, tags - 1] for maps in views], grid, settings)
-            check_outputs(fused, [part[n] for n, _ in pairs])
-            if settings.normalise == "max":
-                fused = fused / fused.amax((1, 2), keepdim=True).clamp_min(1e-5)
-            levels = (fused.clamp_max(1) * 255).round().to(torch.uint8).cpu().numpy()
-            for (n, tag), level in zip(pairs, levels, strict=True):
-                yield part[n].id, tag, np.ascontiguousarray(level)
+        yield from fused_rows(views, part, present, settings, settings.normalise == "max")
 
 
-def fuse_views(views: Sequence[Tensor], grid: tuple[int, int], settings: Views) -> Tensor:
+def fused_rows(
+    views: Sequence[Tensor], images: Sequence[Image], classes: Sequence[Sequence[int]], settings: Views, normalise: bool
+) -> Iterator[Row]:
+    """Yield the stored maps of a batch: those of each image's classes, numbered from 0.
+
+    Args:
+        views: B x K x h x w maps of each scale and flip.
+        normalise: divide each map by its maximum.
+    """
+    grids = [(-(-image.height // settings.stride), -(-image.width // settings.stride)) for image in images]
+    for grid in dict.fromkeys(grids):  # images of equal input may have grids of their own
+        pairs = [(n, label) for n in range(len(images)) if grids[n] == grid for label in classes[n]]
+        if not pairs:
+            continue
+        samples, labels = torch.tensor(pairs, device=views[0].device).unbind(1)
+        fused = _fused([maps[samples, labels] for maps in views], grid, settings)
+        check_outputs(fused, [images[n] for n, _ in pairs])
+        if normalise:
+            fused = fused / fused.amax((1, 2), keepdim=True).clamp_min(1e-5)
+        levels = (fused.clamp_max(1) * 255).round().to(torch.uint8).cpu().numpy()
+        for (n, label), level in zip(pairs, levels, strict=True):
+            yield images[n].id, label + 1, np.ascontiguousarray(level)
+
+
+def _fused(views: Sequence[Tensor], grid: tuple[int, int], settings: Views) -> Tensor:
     """Resize the N x h x w maps of each view to the grid, and fuse them."""
     fused: Tensor | None = None
     for maps in views:

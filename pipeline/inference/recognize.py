@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from pipeline.data.index import Image
 from pipeline.data.loading import resized
 from pipeline.evaluation.boxes import HIGHEST
 from pipeline.inference.batching import batches, pixels_per_batch
-from pipeline.inference.localize import fuse_views, view_maps
+from pipeline.inference.localize import fused_rows, view_maps
 from pipeline.methods.base import Method
 from pipeline.networks.finite import check_outputs
 from pipeline.stores.blocks import Row
@@ -43,12 +42,6 @@ def class_maps(
         scores = torch.stack(logits).mean(0)
         check_outputs(scores, part)
         highest = scores.topk(min(HIGHEST, network.num_classes)).indices.tolist()
-        for sample, image in enumerate(part):
-            classes = [*highest[sample], *(tag - 1 for tag in image.tags if tag - 1 not in highest[sample])]
-            grid = -(-image.height // settings.stride), -(-image.width // settings.stride)
-            values = fuse_views([view[sample, classes] for view in maps], grid, settings)
-            check_outputs(values[None], [image])
-            values = values / values.amax((1, 2), keepdim=True).clamp_min(1e-5)
-            levels = (values * 255).round().to(torch.uint8).cpu().numpy()
-            for class_index, level in zip(classes, levels, strict=True):
-                yield image.id, class_index + 1, np.ascontiguousarray(level)
+        others = [[tag - 1 for tag in image.tags] for image in part]
+        classes = [[*first, *(k for k in rest if k not in first)] for first, rest in zip(highest, others, strict=True)]
+        yield from fused_rows(maps, part, classes, settings, normalise=True)

@@ -278,9 +278,8 @@ def run(name: str) -> None:
                 f"warning: dvc.yaml does not know {key}, so DVC will not notice changes there; {GENERATE}", flush=True
             )
     entry = STAGES[job.stage]
-    processes = job.processes
-    cores = max(processes, runtime.default_threads(entry))
-    arguments = entry.arguments(cores, entry.gpu and bool(cards.visible()), processes)
+    cores = runtime.default_cores(entry, job.processes)
+    arguments = entry.arguments(cores, entry.gpu and bool(cards.visible()), job.processes)
     command = [sys.executable, "-m", f"stages.{job.stage}", *filter(None, [job.full_name]), *arguments]
     os.execv(sys.executable, command)
 

@@ -22,7 +22,7 @@ from pipeline.config.registry import plain
 from pipeline.config.stage_table import STAGES
 from pipeline.errors import PipelineError, disk_faults, exit_on_faults
 from pipeline.memory import shortage
-from pipeline.runtime import Runtime, default_threads, deterministic_only
+from pipeline.runtime import Runtime, default_cores, deterministic_only
 from pipeline.stores import kept, locks, manifest
 from pipeline.stores.files import partial, publish
 from pipeline.stores.hashes import fingerprint
@@ -56,12 +56,15 @@ def run(stage: str, work: Callable[[Work], None], arguments: list[str] | None = 
         graph = Graph(parameters.load(files, overrides))
         job = LeftOut(files, overrides, graph).find(stage, options.name)
         parameters.check(job.block, " + ".join(options.params))
+        entry = STAGES[stage]
+        on_gpu = entry.gpu and options.device != "cpu" and bool(cards.visible())
+        threads, workers = entry.shares(default_cores(entry, job.processes), on_gpu, job.processes)
         runtime = Runtime(
             device=options.device,
             processes=job.processes,
             slots=options.slots or cards.slots_needed(job.block, graph.params.dataset.demo),
-            workers=options.workers,
-            threads=options.threads or max(job.processes, default_threads(STAGES[stage])),
+            workers=(workers or 0) if options.workers is None else options.workers,
+            threads=options.threads or threads or job.processes,
             checkpoint_every=options.checkpoint_every,
             cache=_gigabytes(options.cache),
             deterministic=options.deterministic,
@@ -122,8 +125,10 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     parser.add_argument("--set", default="{}", metavar="JSON", help="overrides, merged over the params files")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--slots", type=int, default=0, help="slots of a GPU to take; 0: as many as the block needs")
-    parser.add_argument("--workers", type=int, default=0, help="loader processes")
-    parser.add_argument("--threads", type=int, default=0, help="arithmetic threads; 0: as under Snakemake and DVC")
+    parser.add_argument("--workers", type=int, help="processes that load or label images")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="arithmetic threads; both default to Snakemake's and DVC's"
+    )
     parser.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument(
         "--cache",
