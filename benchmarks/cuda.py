@@ -9,9 +9,9 @@
 3. OAA's five batches of one image: merged where shapes agree, and one by one.
 4. The parts of a step that are not the network: jitter and normalisation, occlusion masks, refinement targets, maps to
    the accumulator.
-
 5. Localization and prediction, with convolutions padded to few shapes and without (``benchmarks.inference``).
-6. The CUDA tests, as far as time is left: determinism, resumed trainings, and those that need two cards.
+6. Trainings of MobileNetV2 that share the card, each with two cores.
+7. The CUDA tests, as far as time is left: determinism, resumed trainings, and those that need two cards.
 
 The run ends with one table of its figures and goals. Without a card it says so and ends.
 """
@@ -47,6 +47,8 @@ from stages.refinement import attention
 LIMIT = 900  # seconds of all measurements
 # Images/s of inference at commit 812d9bf (docs/RESULTS.md, 'Does it run on CUDA?'). The goal is ten times as many.
 BEFORE = {"prediction, one view": 3.0, "maps, four views of 257 x 257": 50.0}
+# Images/s of twelve trainings side by side there, for each of the 16 cores
+BEFORE_SHARED = 75.0
 
 Rows = list[tuple[str, str, str]]  # what, the figure, its goal
 
@@ -160,6 +162,26 @@ def inference(device: torch.device, small: bool, folder: Path) -> Rows:
     ]
 
 
+def shared(device: torch.device, small: bool, folder: Path) -> Rows:
+    """Trainings side by side in processes of their own, by the images per second of their last epochs together."""
+    cores = len(os.sched_getaffinity(0))
+    rows: Rows = []
+    for count in sorted({1, 2} if small else {1, max(1, cores // 4), max(1, cores // 2)}):
+        files = [folder / f"shared{count}-{number}.json" for number in range(count)]
+        options = ["--device", str(device), "--threads", "1", "--workers", "1"]
+        options += ["--side", "64", "--images", "4", "--epochs", "2"] if small else ["--images", "400", "--epochs", "8"]
+        command = [sys.executable, "-m", "benchmarks.loop", *options, "--json"]
+        started = [subprocess.Popen([*command, str(file)], stdout=subprocess.DEVNULL) for file in files]
+        codes = [process.wait() for process in started]
+        if any(codes):
+            raise RuntimeError(f"{' '.join(command)}: failed")
+        rate = sum(json.loads(file.read_text())[-1] for file in files)
+        print(f"  {count} trainings: {rate:.1f} images/s", flush=True)
+        goal = f"more than {BEFORE_SHARED * cores:.0f}" if count == max(1, cores // 2) else "-"
+        rows.append((f"MobileNetV2, trainings side by side: {count}, images/s", f"{rate:.1f}", goal))
+    return rows
+
+
 def tests(seconds: float, environment: dict[str, str]) -> Rows:
     """Run the CUDA tests for at most so many seconds, in an ``environment`` that shows them all GPUs."""
     print("pytest -m cuda", flush=True)
@@ -211,6 +233,8 @@ def main() -> None:
         print("parts of a step besides the network")
         parts(source, device, options.side, options.batch)
         rows += inference(device, options.small, Path(folder))
+        print("trainings side by side")
+        rows += shared(device, options.small, Path(folder))
     if device.type == "cuda":
         rows += tests(LIMIT - (time.monotonic() - start), environment)
         rows.append(("peak memory", f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB", "-"))

@@ -1,12 +1,14 @@
 """The training loop from files to weights, against its steps alone: milliseconds a step, share of loading.
 
     python -m benchmarks.loop [--device cpu] [--backbone mobilenet_v2] [--side 257] [--batch 8] [--workers 1] ...
+                              [--json FILE]
 
 A classifier trains on generated photos of VOC's sizes. Its steps alone are the same optimizer steps on a batch that
 lies on the device, without attention accumulation. Epoch 1 decodes the photos, later epochs find them in memory.
 """
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -131,6 +133,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="steps alone that are timed")
     parser.add_argument("--cache", type=float, metavar="GB")
+    parser.add_argument("--json", type=Path, help="file for the images per second of each epoch")
     options = parser.parse_args()
     device = prepare(options.device, options.threads)
     training = Training(
@@ -143,7 +146,10 @@ def main() -> None:
     print(f"the step alone: {1e3 * alone:8.2f} ms")
     with tempfile.TemporaryDirectory() as folder:
         source = photos(Path(folder), options.images)
-        report(end_to_end(source, block, device, options.workers, options.cache), alone, options.images)
+        epochs = end_to_end(source, block, device, options.workers, options.cache)
+    report(epochs, alone, options.images)
+    if options.json:
+        options.json.write_text(json.dumps([options.images / epoch.seconds for epoch in epochs]))
 
 
 if __name__ == "__main__":
