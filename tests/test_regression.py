@@ -53,6 +53,25 @@ def test_the_loss_is_the_mean_square_over_all_classes_and_pixels(target: str) ->
     assert float(loss) == pytest.approx(total / (2 * K * 16 * 24), rel=1e-5)
 
 
+@pytest.mark.parametrize("target", ["strongest", "full"])
+def test_pooled_it_is_the_mean_over_the_tags_of_the_batch(target: str) -> None:
+    """Absent classes do not count, whatever their outputs are."""
+    model = network(target=target, reduction="pooled").eval()
+    images, tags = torch.randn(3, 3, 16, 24), torch.zeros(3, K)
+    tags[0, [0, 2]] = tags[1, 1] = 1
+    maps = torch.rand(3, K, 16, 24) * tags[:, :, None, None]
+    with torch.no_grad():
+        values = torch.nn.functional.interpolate(model(images), size=(16, 24), mode="bilinear").double().numpy()
+        loss = model.loss(images, lambda size: maps, tags)
+    total = 0.0
+    for b, k in ((0, 0), (0, 2), (1, 1)):
+        wanted = maps[b, k].double().numpy()
+        if target == "strongest":
+            wanted = np.where(wanted == maps[b].amax(0).numpy(), wanted, 0)
+        total += float(((values[b, k] - wanted) ** 2).sum())
+    assert float(loss) == pytest.approx(total / (3 * 16 * 24), rel=1e-5)
+
+
 def test_the_output_is_linear_and_its_maps_are_not_negative() -> None:
     model = network().eval()
     images = torch.randn(2, 3, 32, 32)

@@ -52,10 +52,17 @@ class RegressionNetwork(RefinementNetwork):
         return self.settings.reduction == "class"
 
     def loss(self, images: Tensor, target: Target, tags: Tensor) -> Tensor:
-        height, width = images.shape[2:]
-        values = functional.interpolate(
-            self(images).float(), size=(height, width), mode="bilinear", align_corners=False
-        )
-        maps = target((height, width))
-        errors = (values - (strongest(maps) if self.settings.target == "strongest" else maps)).square().mean((2, 3))
-        return errors.mean() if self.settings.reduction == "class" else ratio((errors * tags).sum(), tags.sum())
+        outputs = self(images).float()
+        size = int(images.shape[2]), int(images.shape[3])
+        maps = target(size)
+        if self.settings.target == "strongest":
+            maps = strongest(maps)
+        if self.settings.reduction == "class":
+            return (_upsampled(outputs, size) - maps).square().mean((2, 3)).mean()
+        present = tags.nonzero(as_tuple=True)  # only these are upsampled: a small part of all classes
+        errors = (_upsampled(outputs[present][None], size)[0] - maps[present]).square().mean((1, 2))
+        return ratio(errors.sum(), tags.sum())
+
+
+def _upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
