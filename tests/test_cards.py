@@ -424,6 +424,18 @@ class TestSlots:
         assert plain.threads(stage)(wildcards) == 5
         assert plain.threads(stage)(SimpleNamespace(name="cam")) == plain.threads(STAGES["localization"]) == 1
 
+    def test_no_job_waits_for_more_cores_than_another_one_frees(self) -> None:
+        """Snakemake reserves no cores. The labels of a single row need not wait, hence they get all."""
+        every = Graph(load([project.ROOT / "params.yaml"]))
+        single = Graph(load([project.ROOT / "params.yaml"], {"rows": ["oaa"], "method": "oaa", "first": []}))
+        labels = STAGES["pseudo_labels"]
+        assert labels.threads == 16
+        for graph, expected in ((every, 2), (single, 16)):
+            plan = Plan(graph, [], 17, 16, has_gpu=True)
+            assert plan.threads(STAGES["prediction"])(SimpleNamespace(name="oaa")) == 2
+            assert plan.threads(labels) == expected
+        assert {Plan(every, [], cores=16).threads(stage) for stage in STAGES.values()} == {1}
+
     def test_jobs_share_the_cores_as_they_share_the_slots(self) -> None:
         """A job has two cores at least, 8 for each process at most, and on a cluster always as many."""
         training = {"segmentations": {"oaa_plus": {"training": {"processes": 2}}}}

@@ -61,8 +61,8 @@ class Stage:
     keeps_user_files: bool = False  # its output folder may hold files of the user, such as saliency maps
     trains: bool = False
     gpu: bool = False
-    threads: int = 1  # cores of a job on a cluster node, and the most that it gets of a machine with a GPU
-    local_threads: int = 1  # cores of a job on a machine without a GPU, where several jobs run in parallel
+    # Cores of a job on a cluster node, and the most that it gets of a machine with a GPU. Without a GPU it gets one.
+    threads: int = 1
     thread_use: Literal["", "arithmetic", "loader", "workers", "both"] = ""  # see ``shares``
     first_seed_only: bool = False  # only the report reads its outputs, and it shows those of the first seed
     effort: float = 1.0  # rough duration of a job relative to other stages, for the estimate of the time left
@@ -213,7 +213,6 @@ _TABLE = (
         settings="saliency",
         external=("store",),
         threads=2,
-        local_threads=2,
         thread_use="workers",
     ),
     _training(Stage("classifier", "classifiers", writes=("maps.h5", "snapshots.h5"), section="classifiers")),

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
@@ -119,23 +120,35 @@ class Plan:
     def threads(self, stage: Stage) -> Any:
         """Return the number of cores of a rule, or the function that gives it where its jobs differ.
 
-        Without a GPU, most stages get one core, and their jobs run in parallel: a second thread shortens a training by
-        only a quarter to a third. A job on a GPU of this machine gets the share of the cores that its slots are of all
-        slots, but at least two for each process, to start kernels and to load images.
+        Without a GPU, each job gets one core, and jobs run in parallel: a second thread shortens a training by only a
+        quarter to a third. A job on a GPU of this machine gets the share of the cores that its slots are of all slots,
+        but at least two for each process, to start kernels and to load images.
+
+        Snakemake reserves no cores, so a job that needs more of them than another job frees may wait until all others
+        have ended. Beside jobs on a GPU of this machine, the others therefore get as many as the smallest of those, or
+        more if their stage has few jobs.
         """
-        threads = stage.threads if self.has_gpu else stage.local_threads
-        slots = self.slots(stage)
-        if not callable(slots):
-            return threads
+        if callable(self.slots(stage)):
+            return lambda wildcards: self._cores(self.graph.find(stage.name, _full_name(wildcards)))
+        if not self.has_gpu:
+            return 1
+        if not self.gpu_slots:
+            return stage.threads
+        jobs = sum(job.stage == stage.name for job in self.graph.jobs)
+        return min(stage.threads, max(self._smallest, self.cores // max(1, jobs)))
 
-        def job_threads(wildcards: Any) -> int:
-            processes = self.graph.find(stage.name, _full_name(wildcards)).processes
-            if not self.has_gpu:
-                return max(threads, processes)
-            share = self.cores * slots(wildcards) // self.gpu_slots if self.gpu_slots else threads * processes
-            return max(2 * processes, min(threads * processes, share))
+    def _cores(self, job: Job) -> int:
+        """The cores of a job of a stage with ``gpu``."""
+        if not self.has_gpu:
+            return job.processes
+        threads = STAGES[job.stage].threads * job.processes
+        share = self.cores * self._slots(job) // self.gpu_slots if self.gpu_slots else threads
+        return max(2 * job.processes, min(threads, share))
 
-        return job_threads
+    @cached_property
+    def _smallest(self) -> int:
+        """The fewest cores of a job on a GPU."""
+        return min((self._cores(job) for job in self.graph.jobs if STAGES[job.stage].gpu), default=self.cores)
 
     def slots(self, stage: Stage) -> Any:
         """Return the function that gives the slots of GPUs that a job takes (``pipeline.cards``).
@@ -144,17 +157,15 @@ class Plan:
         """
         if not stage.gpu:
             return 0
+        if not self.gpu_slots and not self._has_several_processes(stage):
+            return 1
+        return lambda wildcards: self._slots(self.graph.find(stage.name, _full_name(wildcards)))
+
+    def _slots(self, job: Job) -> int:
         if not self.gpu_slots:
-            if not self._has_several_processes(stage):
-                return 1
-            return lambda wildcards: self.graph.find(stage.name, _full_name(wildcards)).processes
-
-        def job_slots(wildcards: Any) -> int:
-            job = self.graph.find(stage.name, _full_name(wildcards))
-            needed = job.processes * cards.slots_needed(job.block, self.graph.params.dataset.demo)
-            return min(self.gpu_slots, needed)
-
-        return job_slots
+            return job.processes
+        needed = job.processes * cards.slots_needed(job.block, self.graph.params.dataset.demo)
+        return min(self.gpu_slots, needed)
 
     def _has_several_processes(self, stage: Stage) -> bool:
         return any(job.processes > 1 for job in self.graph.jobs if job.stage == stage.name)
