@@ -101,7 +101,6 @@ CHECKS: dict[str, Run | Dry | Covered | Needs | Mention] = {
     f"{PROFILE}/voc2012.yaml profiles/tables/oaa_4.yaml": Dry(),
     "snakemake --cores 2 --configfile params.yaml profiles/demo_boxes.yaml": Dry(),
     f"snakemake --cores 2 {MINI}": Dry("correct dataset.root", status=1),
-    f"snakemake --cores 1 {MINI} --config 'rows=[supervised,oaa]' method=oaa": Dry("correct dataset.root", status=1),
     **{
         f"snakemake --cores 2 {MINI} profiles/voc12_mini_{name}.yaml": Dry("correct dataset.root", status=1)
         for name in ("timm", "boxes")
