@@ -176,7 +176,7 @@ def shared(device: torch.device, small: bool, folder: Path) -> Rows:
         if any(codes):
             raise RuntimeError(f"{' '.join(command)}: failed")
         rate = sum(json.loads(file.read_text())[-1] for file in files)
-        print(f"  {count} trainings: {rate:.1f} images/s", flush=True)
+        print(f"  {count} at a time: {rate:.1f} images/s", flush=True)
         goal = f"more than {BEFORE_SHARED * cores:.0f}" if count == max(1, cores // 2) else "-"
         rows.append((f"MobileNetV2, trainings side by side: {count}, images/s", f"{rate:.1f}", goal))
     return rows

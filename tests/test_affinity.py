@@ -30,16 +30,10 @@ from pipeline.workflow.graph import Job
 from pipeline.workflow.stage import Work
 from stages import affinity
 from tests import networks
+from tests.marks import DEVICES
 from tests.voc_tree import make_index
 
 CPU = torch.device("cpu")
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
-    ),
-]
 K = 3
 Cell = tuple[int, int]
 

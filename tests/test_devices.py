@@ -18,17 +18,11 @@ from pipeline.config.registry import METHODS, ONE_STEP, REFINEMENTS, SEGMENTATIO
 from pipeline.config.stage_table import STAGES
 from pipeline.workflow.graph import Graph, Job
 from tests.faults import PARAMS, SHORT, Fault, Project, Server
+from tests.marks import DEVICES
 from tests.project import ROOT
 from tests.test_deeplab import NEAR
 from tests.test_faults import those
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
-    ),
-]
 OVERRIDES = {
     **{key: PARAMS[key] for key in ("experiment", "dataset", "defaults", "gallery")},
     "classifiers": {"two_branches": {"method": "oaa_localization"}},

@@ -16,15 +16,9 @@ from pipeline.methods.amr import Amr
 from pipeline.methods.drs import Suppressor
 from pipeline.methods.modulation import SpatialModulation
 from pipeline.training.settings import parameter_groups
+from tests.marks import DEVICES
 from tests.method_contract import build_method
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
-    ),
-]
 TRAINING = Training(5, 0.001, epochs=15, milestones=(5, 10), nesterov=True)
 
 

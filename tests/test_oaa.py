@@ -15,6 +15,7 @@ from pipeline.data.index import Image
 from pipeline.methods.oaa import AttentionAccumulator, attention, passes
 from pipeline.stores.raster import RasterStore
 from pipeline.training import checkpoint
+from tests.marks import needs_cuda
 
 K = 4
 GRID = (4, 6)  # of every image here: 40 x 60 pixels, 4 cells on the short side
@@ -22,7 +23,6 @@ TAGS = [(1,), (2, 4), (3,), (1, 3, 4), (2,)]
 IMAGES = [Image(f"img{n}", Path(), 40, 60, tags, None, None) for n, tags in enumerate(TAGS)]
 WHOLE = Window()
 ALL = Accumulate(gate="none", skip_epochs=0, cells=4)
-CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def tag_row(image: Image) -> list[float]:
@@ -64,7 +64,9 @@ class TestAttention:
     def test_a_map_without_a_positive_value_is_zero(self) -> None:
         assert not attention(np.array([[[-1.0, -2.0]], [[0.0, 0.0]]], np.float32)).any()
 
-    @pytest.mark.parametrize("kind", ["bfloat16", "channels_last", "requires_grad", pytest.param("cuda", marks=CUDA)])
+    @pytest.mark.parametrize(
+        "kind", ["bfloat16", "channels_last", "requires_grad", pytest.param("cuda", marks=needs_cuda)]
+    )
     def test_maps_of_any_kind_are_fused_alike(self, kind: str) -> None:
         """As networks hand them out; the values are exact in bfloat16."""
         plain = torch.randn(len(IMAGES), K, *GRID, generator=torch.Generator().manual_seed(0)).bfloat16().float()

@@ -23,10 +23,10 @@ from pipeline.training.settings import prepare
 from pipeline.workflow.graph import Job
 from pipeline.workflow.stage import Work
 from stages.classifier import ClassifierTask, join_snapshots
+from tests.marks import needs_cuda
 from tests.voc_tree import make_index
 
 CPU = torch.device("cpu")
-needs_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.fixture(scope="module")

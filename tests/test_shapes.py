@@ -16,16 +16,8 @@ from pipeline.runtime import Runtime
 from pipeline.training.settings import autocast
 from pipeline.workflow import apply
 from tests import test_deeplab
+from tests.marks import DEVICES
 from tests.networks import build, randomise_batch_norms
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
-    ),
-]
-
 
 # Largest differences, relative to the largest output; cuDNN may choose another algorithm for another shape.
 CONVOLUTION = {"cpu": 1e-5, "cuda": 1e-4}

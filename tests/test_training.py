@@ -1,7 +1,6 @@
 """The training loop: accumulated gradients, merged batches, log and checkpoints."""
 
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline import cards
 from pipeline.config.schema import Accumulate, Augmentation, Backbone, Classifier, Head, Training
 from pipeline.data import loading
 from pipeline.data.index import Index
@@ -34,11 +32,10 @@ from pipeline.training.settings import (
 from pipeline.workflow.graph import Job
 from pipeline.workflow.stage import Work
 from stages.classifier import ClassifierTask
+from tests.marks import needs_cuda
 from tests.voc_tree import make_index
 
 CPU = torch.device("cpu")
-AVAILABLE, SELECTED = torch.cuda.is_available, os.environ.get(cards.VISIBLE)  # before ``tests.conftest`` hides GPUs
-needs_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from pipeline.training.settings import (
 
 CPU = torch.device("cpu")
 AVAILABLE, SELECTED = torch.cuda.is_available, os.environ.get(cards.VISIBLE)  # before ``tests.conftest`` hides GPUs
-needs_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 class TestLearningRates:

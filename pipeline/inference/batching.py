@@ -1,6 +1,5 @@
 """Batches of images of equal shape for inference."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -15,8 +14,9 @@ from pipeline.data.loading import normalise, resize
 def batches(
     images: Sequence[Image], size: Callable[[Image], tuple[int, int]], pixels: int
 ) -> Iterator[tuple[list[Image], Tensor]]:
-    """Read, resize and batch images, grouped by input size. As many threads as compute read the next batch
-    during the caller's work.
+    """Read, resize and batch images, grouped by input size. The next batch is read during the caller's work.
+
+    As many threads read as compute (``torch.get_num_threads``).
 
     Args:
         size: returns the input's (height, width) for an image.
@@ -33,21 +33,22 @@ def batches(
         step = max(1, pixels // (shape[0] * shape[1]))
         parts += [(group[start : start + step], shape) for start in range(0, len(group), step)]
     with ThreadPoolExecutor(torch.get_num_threads()) as readers:
-        ahead = deque(_begin(readers, *part) for part in parts[:1])
-        for number, (part, _) in enumerate(parts, 1):
-            inputs, reads = ahead.popleft()
+        begun = (_begin(readers, *part) for part in parts)
+        following = next(begun, None)
+        while following is not None:
+            part, inputs, reads = following
             for read in reads:
                 read.result()
-            ahead += [_begin(readers, *coming) for coming in parts[number : number + 1]]
+            following = next(begun, None)
             yield part, inputs
 
 
 def _begin(
-    readers: ThreadPoolExecutor, images: Sequence[Image], shape: tuple[int, int]
-) -> tuple[Tensor, list[Future[None]]]:
+    readers: ThreadPoolExecutor, images: list[Image], shape: tuple[int, int]
+) -> tuple[list[Image], Tensor, list[Future[None]]]:
     """Begin to read images into a tensor, which is filled once all futures are done."""
     inputs = torch.empty(len(images), 3, *shape)
-    return inputs, [readers.submit(_read, image, into) for image, into in zip(images, inputs, strict=True)]
+    return images, inputs, [readers.submit(_read, image, into) for image, into in zip(images, inputs, strict=True)]
 
 
 def _read(image: Image, into: Tensor) -> None:

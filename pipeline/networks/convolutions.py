@@ -40,8 +40,8 @@ class Conv2d(nn.Conv2d):
 class _Depthwise(torch.autograd.Function):
     """A depthwise convolution without stride of B x C x H x W features with C x 1 x h x w weights.
 
-    The gradient of the input is a convolution of the output's gradient with the turned kernels. torch's backward pass
-    does not use its own fast convolutions for dilated ones, and takes about 20 times as long.
+    The gradient of the input is a convolution of the output's gradient with the kernels turned by 180 degrees. torch's
+    backward pass takes about 20 times as long to compute it if the kernels are dilated.
     """
 
     @staticmethod
@@ -69,7 +69,7 @@ class _Depthwise(torch.autograd.Function):
 def _weigh(
     gradient: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1)
 ) -> Tensor:
-    """The gradient of a depthwise convolution's weights."""
+    """The gradient of a depthwise convolution's weights, as torch computes it."""
     backward, mask = torch.ops.aten.convolution_backward, [False, True, False]
     return cast(
         Tensor, backward(gradient, x, weight, None, [1, 1], padding, dilation, False, [0, 0], len(weight), mask)[1]
@@ -79,10 +79,11 @@ def _weigh(
 def _weigh_parts(
     gradient: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """The same in bf16 by undilated kernels of at most 3 x 3, the only ones for which torch is fast.
+    """The gradient of a depthwise convolution's weights in bf16, part by part.
 
-    Cells whose rows and columns have the same remainders modulo the dilation form a grid of their own, on which the
-    convolution is not dilated. A large kernel is covered by small ones, each of which sees the input shifted.
+    In bf16 torch computes it fast for undilated kernels of at most 3 x 3 only. Cells whose rows and columns have the
+    same remainders modulo the dilation form a grid of their own, on which the convolution is not dilated. A larger
+    kernel is covered by small ones, each of which sees the input shifted.
     """
     size = [-(-side // d) for side, d in zip(gradient.shape[2:], dilation, strict=True)]
     cells = _interleaved(gradient, size, (0, 0), dilation)
