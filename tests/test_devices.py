@@ -2,20 +2,31 @@
 
 ``--deterministic`` is on. Each training runs twice and is once killed between two checkpoints and resumed; all three
 must end with the same bytes.
+
+Training steps also run on torch's device 'meta', which computes nothing. Like a GPU it refuses to mix its tensors with
+the CPU's, and unlike a GPU it refuses to give a value to the CPU, for which a GPU would have to wait.
 """
 
 import json
 import re
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 
+import pipeline.methods.agen
+import pipeline.workflow.fit
 from pipeline.config import params as parameters
 from pipeline.config import references
 from pipeline.config.registry import METHODS, ONE_STEP, REFINEMENTS, SEGMENTATIONS
 from pipeline.config.stage_table import STAGES
+from pipeline.data.loader import load
+from pipeline.methods.oaa import AttentionAccumulator
+from pipeline.training.loop import Loop
+from pipeline.workflow import stage
 from pipeline.workflow.graph import Graph, Job
 from tests.faults import PARAMS, SHORT, Fault, Project, Server
 from tests.marks import DEVICES
@@ -43,6 +54,7 @@ OVERRIDES = {
     "boxes": {"cam": {"model": "classifiers/base"}},
     "test": {"scales": [1.0, 0.75], "flip": True, "crf": {}},
 }
+EPOCHS = 6  # on 'meta'; AGEN's delay is shorter
 PARTS = ("suppression", "attention_drop", "climbing")  # of a block, besides its method or network
 
 
@@ -143,3 +155,48 @@ def test_inference_gives_the_same_bytes(project: Project) -> None:
             text = f"ends with {run.status}: {run.error}" if run.status else project.difference(folder, job)
             wrong += [f"{label}: {text}"] if text else []
     assert not wrong, "\n".join(wrong)
+
+
+class Trained(Exception):
+    """The steps of a training on 'meta' are done."""
+
+
+@pytest.fixture
+def meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a step in each epoch of a training on 'meta'.
+
+    Two parts wait for a GPU in each step on purpose and have tests of their own: the accumulator, and the CRF of AGEN's
+    boundary loss.
+    """
+    device = torch.device("meta")
+
+    def run(loop: Loop) -> None:
+        loop.task.network.train()
+        loop.step, loop.steps_per_epoch = 1, 1000  # no loss is logged, for which the loop waits
+        epochs = range(EPOCHS)
+        with closing(load(loop.dataset, loop.settings.batch_size, epochs, 0, loop.plan)) as batches:
+            for loop.epoch in epochs:
+                loop.batches_done = 0
+                loop._train(loop._next_group(batches))
+        raise Trained
+
+    def take(accumulator: AttentionAccumulator, maps: torch.Tensor, logits: torch.Tensor, *_: Any) -> None:
+        assert maps.device == logits.device == device
+
+    def boundary(logits: torch.Tensor, images: torch.Tensor, *_: Any) -> Any:
+        assert logits.device == images.device == device
+        return type("BoundaryLoss", (), {"value": lambda _: logits.sum()})()
+
+    monkeypatch.setattr(pipeline.workflow.fit, "prepare", lambda *_: device)
+    monkeypatch.setattr(Loop, "run", run)
+    monkeypatch.setattr(AttentionAccumulator, "take", take)
+    monkeypatch.setattr(pipeline.methods.agen, "BoundaryLoss", boundary)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # 'meta' has none
+
+
+@pytest.mark.usefixtures("meta")
+def test_training_steps_mix_no_devices_and_wait_for_none(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.folder)
+    for job in jobs(project, True).values():
+        with pytest.raises(Trained):
+            stage.run(job.stage, import_module(f"stages.{job.stage}").main, [job.name, "--force", "--threads", "1"])
