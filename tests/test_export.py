@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import wsss
 from pipeline.config.dataset import Dataset
+from pipeline.data import photos
 from pipeline.data.build_index import build_index
-from pipeline.data.index import write
+from pipeline.data.index import Index, write
 from pipeline.stores.raster import RasterStore, RasterWriter
 from tests.trained import MODEL, ROW, command, mask
 from tests.voc_tree import CLASSES
@@ -54,6 +56,22 @@ def test_photos_without_a_class_get_empty_masks(folder: Path, model: wsss.Model)
     assert command("export", f"test/{ROW}", "--out", "out") == 0
     assert mask(Path("out/masks/img_010.png")).any()
     assert not mask(Path("out/masks/img_000.png")).any()
+
+
+def test_export_reads_every_photo_that_the_dataset_accepts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one above the limit of other photos, for a dataset with a larger ``max_megapixels``."""
+    limits: dict[str, int] = {}
+
+    def read(data: bytes, name: str, limit: int) -> NDArray[np.uint8]:
+        limits[Path(name).stem] = limit
+        return actual(data, name, limit)
+
+    actual = photos.read
+    monkeypatch.setattr(photos, "read", read)
+    monkeypatch.setattr(photos, "PIXELS", 1)
+    assert command("export", f"test/{ROW}", "--out", "out") == 0
+    index = Index(Path("results/test/index/index.json"))
+    assert limits == {image.id: image.height * image.width for image in index.images()}
 
 
 def test_export_of_a_split_and_tags(folder: Path) -> None:

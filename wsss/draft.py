@@ -197,12 +197,11 @@ def _look(
 
     HEIC photos that lack their package are in neither.
     """
-    limit = round(Dataset.max_megapixels * 1e6)
 
     def look(name: str) -> Fingerprint | str | None:
         file = folder / found[name]
         try:
-            return duplicates.fingerprint(photos.examine(read_regular(file), limit).rgb)
+            return duplicates.fingerprint(photos.examine(read_regular(file)).rgb)
         except photos.HeicSupport:
             return None  # the index names the package
         except InvalidFile as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.data import photos
 from pipeline.data.index import Image, Index
 from pipeline.errors import PipelineError, counted
 from pipeline.stores import manifest
@@ -95,7 +96,7 @@ def _export_row(experiment: Path, row: str, options: argparse.Namespace, formats
     for image, split in _images(index, options.split):
         known = options.use_tags in ("all", split) and (tagged or split == "train")
         tags = tuple(model.classes[tag] for tag in image.tags) if known else None
-        tasks.append(Task(_source(image), tags))
+        tasks.append(Task(_source(image), tags, max(photos.PIXELS, image.file_pixels)))
     outcome = segment(model, tasks, folder, formats, basis)
     others = folder.join(formats, model.classes, lambda record: basis.items() <= record.basis.items())
     return report(folder, outcome.counts(), others, outcome.faults)

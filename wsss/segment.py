@@ -25,10 +25,16 @@ AHEAD = 3  # photos that are read while the network runs
 
 @dataclass(frozen=True)
 class Task:
-    """A photo to segment, and the names of the classes that may occur; None: all."""
+    """A photo to segment.
+
+    Attributes:
+        tags: names of the classes that may occur; None: all.
+        limit: number of pixels above which the photo is refused.
+    """
 
     source: Source
     tags: tuple[str, ...] | None = None
+    limit: int = photos.PIXELS
 
 
 @dataclass
@@ -100,7 +106,7 @@ def _read(
     basis = {**shared, "photo": hashlib.sha256(data).hexdigest(), "tags": tags}
     if folder.is_current(task.source, basis, formats):
         return basis, None
-    return basis, photos.read(data, str(task.source.file))
+    return basis, photos.read(data, str(task.source.file), task.limit)
 
 
 def _write(

@@ -26,12 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from pipeline.config.dataset import Dataset
 from pipeline.data.complete import JPEG, PNG, InvalidFile, check_jpeg, check_png, check_size
 from pipeline.errors import PipelineError
 from pipeline.stores.files import read_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif")
-PIXELS = 80_000_000  # a larger photo is refused before it is decoded, unless the caller sets another limit
+# A larger photo is refused before it is decoded, unless the caller sets another limit.
+PIXELS = round(Dataset.max_megapixels * 1e6)
 # Formats that Pillow opens; others could start programs, such as Ghostscript for EPS
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 _STARTS = {JPEG: "JPEG", PNG: "PNG", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF8": "GIF", b"RIFF": "WebP", b"BM": "BMP"}
@@ -85,19 +87,20 @@ class Photo:
         return (width, height) if self.orientation > 4 else (height, width)
 
 
-def read(photo: Path | bytes, name: str | None = None) -> NDArray[np.uint8]:
+def read(photo: Path | bytes, name: str | None = None, limit: int = PIXELS) -> NDArray[np.uint8]:
     """Read a photo as H x W x 3 uint8 RGB, upright; see above.
 
     Args:
         photo: a file, or the bytes of one.
         name: the name of the photo in messages; by default, its path.
+        limit: number of pixels above which a photo is refused from its header alone.
 
     Raises:
-        PipelineError: the photo cannot be read, is truncated or damaged, or has more than ``PIXELS`` pixels.
+        PipelineError: the photo cannot be read, is truncated or damaged, or has more than ``limit`` pixels.
     """
     name = name or (str(photo) if isinstance(photo, Path) else "photo")
     try:
-        return examine(read_regular(photo) if isinstance(photo, Path) else photo).rgb
+        return examine(read_regular(photo) if isinstance(photo, Path) else photo, limit).rgb
     except OSError as error:
         raise PipelineError(f"{name}: cannot be read: {error.strerror}") from None
     except InvalidFile as error:
