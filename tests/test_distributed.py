@@ -192,6 +192,7 @@ def test_three_processes_with_different_numbers_of_images(
 @pytest.mark.parametrize(("stage", "name"), [("classifier", "drop"), ("segmentation", "masks"), ("one_step", "agen")])
 def test_two_cards_train_as_one(odd: Path, monkeypatch: pytest.MonkeyPatch, stage: str, name: str) -> None:
     monkeypatch.chdir(odd)
+    torch.cuda.init()  # before the first training hides the other card from the second one
     assert_equal(train(stage, name, 1, device="cuda"), train(stage, name, 2, device="cuda"))
 
 

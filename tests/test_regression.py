@@ -72,6 +72,15 @@ def test_pooled_it_is_the_mean_over_the_tags_of_the_batch(target: str) -> None:
     assert float(loss) == pytest.approx(total / (3 * 16 * 24), rel=1e-5)
 
 
+def test_pooled_a_batch_without_tags_teaches_nothing() -> None:
+    """All its images are negatives."""
+    model = network(reduction="pooled")
+    loss = model.loss(torch.randn(2, 3, 16, 24), lambda size: torch.zeros(2, K, *size), torch.zeros(2, K))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert float(loss.detach()) == 0
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
 def test_the_output_is_linear_and_its_maps_are_not_negative() -> None:
     model = network().eval()
     images = torch.randn(2, 3, 32, 32)

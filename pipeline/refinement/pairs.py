@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.data.collation import on_device
 from pipeline.errors import PipelineError
 
 Cell = tuple[int, int]  # row and column, relative to the pair's first cell
@@ -84,7 +85,7 @@ class Cells:
 
     def at(self, offsets: Tensor) -> Tensor:
         """Row numbers in ``values``, p * h * w, of the cells at p x 2 ``offsets`` from each cell."""
-        shifts = (offsets[:, 0] * self._stride + offsets[:, 1]).to(self.starts.device)
+        shifts = on_device(offsets[:, 0] * self._stride + offsets[:, 1], self.starts.device)
         return (shifts[:, None] + self.starts).flatten()
 
     def as_maps(self, rows: Tensor) -> Tensor:

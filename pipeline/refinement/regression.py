@@ -59,8 +59,11 @@ class RegressionNetwork(RefinementNetwork):
             maps = strongest(maps)
         if self.settings.reduction == "class":
             return (_upsampled(outputs, size) - maps).square().mean((2, 3)).mean()
-        present = tags.nonzero(as_tuple=True)  # only these are upsampled: a small part of all classes
-        errors = (_upsampled(outputs[present][None], size)[0] - maps[present]).square().mean((1, 2))
+        if outputs.device.type == "cpu":  # upsample the tagged classes alone, a small part of all
+            tagged = tags.nonzero(as_tuple=True)
+            errors = (_upsampled(outputs[tagged][:, None], size)[:, 0] - maps[tagged]).square().mean((1, 2))
+        else:  # a GPU upsamples all of them before it can say which these are
+            errors = tags * (_upsampled(outputs, size) - maps).square().mean((2, 3))
         return ratio(errors.sum(), tags.sum())
 
 
