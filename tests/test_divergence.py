@@ -253,6 +253,14 @@ class TestOutputs:
         with pytest.raises(PipelineError, match=rf"NaN or infinity for image {images[1].id}; train it again with"):
             check_outputs(outputs, images)
 
+    def test_images_with_the_same_name_are_all_checked(self, index: Index) -> None:
+        """Such as arrays, which have none."""
+        images = [index.images("train")[0]] * 2
+        outputs = torch.zeros(2, 2, 4, 4)
+        outputs[0, 0, 0, 0] = math.nan
+        with pytest.raises(PipelineError, match=f"for image {images[0].id}"):
+            check_outputs(outputs, images)
+
     def test_a_prediction(self, index: Index) -> None:
         images = index.images("evaluation")[:1]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 import wsss
@@ -131,6 +132,30 @@ def test_broken_photos_are_named_and_the_others_done(folder: Path, capsys: pytes
     photo(Path("photos/cut.png"))
     assert command("predict", MODEL, "photos", "--out", "out") == 0
     assert "2 photos segmented, 3 up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory"])
+def test_a_photo_that_needs_too_much_memory_is_named_and_the_others_done(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    """The errors of PyTorch, its CUDA libraries and the CPU."""
+    for number, size in enumerate([(30, 40), (60, 50)]):
+        Image.new("RGB", size[::-1]).save(Path(f"photo{number}.png"))
+    predict = wsss.Model.predict
+
+    def refuse(model: wsss.Model, rgb: NDArray[np.uint8], tags: None = None) -> wsss.Result:
+        if rgb.shape[0] == 60:
+            raise RuntimeError(message)
+        return predict(model, rgb, tags)
+
+    monkeypatch.setattr(wsss.Model, "predict", refuse)
+    assert command("predict", MODEL, "photo0.png", "photo1.png", "--out", "out") == 1
+    captured = capsys.readouterr()
+    assert "photo1.png: 50x60 pixels need more memory than there is; use --megapixels" in captured.err
+    assert len(times("*.png")) == 1
+    monkeypatch.setattr(wsss.Model, "predict", lambda *_: [][0])
+    with pytest.raises(IndexError):  # not a shortage
+        command("predict", MODEL, "photo1.png", "--out", "out")
 
 
 def test_predict_with_tags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline.data import photos
 from pipeline.errors import PipelineError, counted
+from pipeline.memory import is_shortage
 from wsss.folder import OutputError, OutputFolder
 from wsss.formats import FORMATS, Item
 from wsss.model import Model, Result
@@ -119,8 +119,8 @@ def _write(
 ) -> None:
     try:
         result = model.predict(rgb, task.tags)
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "alloc" not in str(error):
+    except Exception as error:
+        if not is_shortage(error):
             raise
         size = f"{rgb.shape[1]}x{rgb.shape[0]}"
         raise PipelineError(

@@ -39,7 +39,9 @@ def check_outputs(outputs: Tensor, images: Sequence[Identified]) -> None:
     Raises:
         PipelineError: outputs are not finite; it names the first such image.
     """
-    if bad := not_finite({image.id: output for image, output in zip(images, outputs, strict=True)}):
+    numbers = map(str, range(len(images)))  # ids need not be unique: arrays have no names
+    if bad := not_finite(dict(zip(numbers, outputs, strict=True))):
+        name = images[int(bad[0])].id
         raise PipelineError(
-            f"the network's output contains NaN or infinity for image {bad[0]}; train it again with a lower training.lr"
+            f"the network's output contains NaN or infinity for image {name}; train it again with a lower training.lr"
         )
