@@ -15,6 +15,7 @@ from pipeline.config.views import Localization
 from pipeline.data.index import Image
 from pipeline.inference.localize import localization_maps
 from pipeline.refinement.regression import RegressionNetwork, strongest
+from tests.marks import DEVICES
 
 K = 3
 
@@ -53,16 +54,18 @@ def test_the_loss_is_the_mean_square_over_all_classes_and_pixels(target: str) ->
     assert float(loss) == pytest.approx(total / (2 * K * 16 * 24), rel=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("target", ["strongest", "full"])
-def test_pooled_it_is_the_mean_over_the_tags_of_the_batch(target: str) -> None:
+def test_pooled_it_is_the_mean_over_the_tags_of_the_batch(target: str, device: str) -> None:
     """Absent classes do not count, whatever their outputs are."""
-    model = network(target=target, reduction="pooled").eval()
+    model = network(target=target, reduction="pooled").eval().to(device)
     images, tags = torch.randn(3, 3, 16, 24), torch.zeros(3, K)
     tags[0, [0, 2]] = tags[1, 1] = 1
     maps = torch.rand(3, K, 16, 24) * tags[:, :, None, None]
     with torch.no_grad():
-        values = torch.nn.functional.interpolate(model(images), size=(16, 24), mode="bilinear").double().numpy()
-        loss = model.loss(images, lambda size: maps, tags)
+        outputs = model(images.to(device)).cpu()
+        values = torch.nn.functional.interpolate(outputs, size=(16, 24), mode="bilinear").double().numpy()
+        loss = model.loss(images.to(device), lambda size: maps.to(device), tags.to(device))
     total = 0.0
     for b, k in ((0, 0), (0, 2), (1, 1)):
         wanted = maps[b, k].double().numpy()
