@@ -59,10 +59,10 @@ class RegressionNetwork(RefinementNetwork):
             maps = strongest(maps)
         if self.settings.reduction == "class":
             return (_upsampled(outputs, size) - maps).square().mean((2, 3)).mean()
-        if outputs.device.type == "cpu":  # upsample the tagged classes alone, a small part of all
+        if outputs.device.type == "cpu":  # only the tagged classes are upsampled, a small part of all
             tagged = tags.nonzero(as_tuple=True)
             errors = (_upsampled(outputs[tagged][:, None], size)[:, 0] - maps[tagged]).square().mean((1, 2))
-        else:  # a GPU upsamples all of them before it can say which these are
+        else:  # selecting these would make the CPU wait for the GPU to count them
             errors = tags * (_upsampled(outputs, size) - maps).square().mean((2, 3))
         return ratio(errors.sum(), tags.sum())
 
