@@ -47,6 +47,17 @@ def group(leader: int) -> list[str]:
     return found
 
 
+def wait_until_none_is_left(leader: int) -> None:
+    """Wait until the whole group has ended; fail after 20 s.
+
+    multiprocessing's resource tracker and orphaned workers end once they notice that the stage has ended.
+    """
+    deadline = time.monotonic() + 20
+    while left := group(leader):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
 def hashes(folder: Path, suffixes: Collection[str] = (".pt", ".h5")) -> dict[str, str]:
     """The hash of each file in the folder with one of these suffixes, by name."""
     return {path.name: sha256(path) for path in folder.iterdir() if path.suffix in suffixes}

@@ -17,7 +17,17 @@ from pipeline import interrupts
 from pipeline.workflow.stage import run
 from stages import index
 from tests.project import link_code
-from tests.stopping import CLASSIFIER, LOG, STATUS, copy_without, group, hashes, log, wait_until
+from tests.stopping import (
+    CLASSIFIER,
+    LOG,
+    STATUS,
+    copy_without,
+    group,
+    hashes,
+    log,
+    wait_until,
+    wait_until_none_is_left,
+)
 from tests.voc_tree import make_tree, minimal_params
 
 SALIENCY = Path("results/test/saliency")
@@ -65,7 +75,7 @@ def stopped(process: subprocess.Popen[bytes], when: Callable[[], object], number
     wait_until(process, when)
     os.killpg(process.pid, number)
     assert process.wait(60) == STATUS[number], log()
-    assert not group(process.pid)
+    wait_until_none_is_left(process.pid)
     assert "Traceback" not in log()
 
 

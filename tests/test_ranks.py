@@ -28,7 +28,7 @@ from pipeline.workflow.graph import Graph
 from pipeline.workflow.stage import execute
 from tests import rank_stages
 from tests.project import link_code, run_stages
-from tests.stopping import CLASSIFIER, LOG, STATUS, copy_without, group, hashes, log, wait_until
+from tests.stopping import CLASSIFIER, LOG, STATUS, copy_without, hashes, log, wait_until, wait_until_none_is_left
 from tests.voc_tree import make_tree, minimal_params
 
 WRITTEN = (".pt", ".h5", ".json")  # suffixes of outputs
@@ -107,8 +107,7 @@ def test_a_signal_saves_the_state_and_ends_all(unbroken: Path, project: Path, nu
     wait_until(process, lambda: "epoch 2/" in log())
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     assert process.wait(60) == STATUS[number], log()
-    time.sleep(0.5)
-    assert not group(process.pid)
+    wait_until_none_is_left(process.pid)
     *before, saved = log().splitlines()
     (told,) = (line for line in before if not line.startswith("classifier base: epoch"))
     assert told.startswith(f"stopping on {number.name}; to resume, run the same command again: python -m stages.")
@@ -128,11 +127,8 @@ def test_killed_again_and_again_it_ends_the_same(unbroken: Path, project: Path) 
             os.killpg(process.pid, signal.SIGKILL)
         else:
             os.kill(ranks_of(process)[0] if victim == "rank" else process.pid, signal.SIGKILL)
-        start = time.monotonic()
         status = process.wait(30)
-        while group(process.pid):
-            time.sleep(0.05)
-            assert time.monotonic() - start < 20
+        wait_until_none_is_left(process.pid)
         if victim == "rank":
             assert status == 1
             errors = [line for line in log().splitlines() if not line.startswith(("classifier base: ", "note: "))]
@@ -157,8 +153,7 @@ def test_killed_on_two_cards_it_ends_the_same(project: Path) -> None:
             time.sleep(0.5)
             os.kill(ranks_of(process)[0] if victim == "rank" else process.pid, signal.SIGKILL)
             process.wait(30)
-            while group(process.pid):
-                time.sleep(0.05)
+            wait_until_none_is_left(process.pid)
         assert begin(*options, device="cuda").wait(300) == 0, log()
         found.append(hashes(CLASSIFIER, WRITTEN))
     assert {**found[0], "manifest.json": ""} == {**found[1], "manifest.json": ""}
