@@ -34,6 +34,17 @@ def one_thread() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch refuses operations that differ from run to run, as under ``--deterministic``."""
+    import torch
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Show GPUs only to tests marked ``cuda``, to their fixtures and to the processes that they start.

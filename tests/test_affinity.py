@@ -1,7 +1,6 @@
 """Pairs of cells and their paths, the affinity loss by plain loops, the affinity network and its stage."""
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +11,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from pipeline.config.schema import Affinity, Augmentation, Backbone, Training
 from pipeline.data.geometry import Window
 from pipeline.data.index import Index
 from pipeline.data.loading import Batch
 from pipeline.errors import PipelineError
-from pipeline.refinement.affinity import AffinityNetwork, _coarsened, affinity_loss
+from pipeline.refinement.affinity import AffinityNetwork, affinity_loss
 from pipeline.refinement.pairs import at_ends, pairs, strongest
 from pipeline.runtime import Runtime
 from pipeline.stores.raster import RasterWriter
@@ -217,39 +215,9 @@ def test_sizes(name: str, size: tuple[int, int]) -> None:
     assert edges.isfinite().all()
 
 
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("size", [(64, 96), (161, 83), (33, 130), (2, 1)])
-@pytest.mark.parametrize("stride", [2, 4])
-def test_deterministic_averages_are_those_of_pooling(
-    size: tuple[int, int], stride: int, layout: torch.memory_format, deterministic: None
-) -> None:
-    """To 1e-6, as are their gradients. CUDA's pooling has no deterministic gradient."""
-    torch.manual_seed(0)
-    x = torch.randn(2, 5, *size).to(memory_format=layout).requires_grad_()
-    cells = torch.Size([-(-size[0] // stride), -(-size[1] // stride)])
-    expected = functional.adaptive_avg_pool2d(x, (cells[0], cells[1]))
-    weights = torch.randn_like(expected)
-    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-        patch.delattr(functional, "adaptive_avg_pool2d")
-        found = _coarsened(x, cells)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
-    (other,) = torch.autograd.grad((expected * weights).sum(), x)
-    torch.testing.assert_close(gradient, other, rtol=0, atol=1e-6)
-    assert _coarsened(x.detach().bfloat16().requires_grad_(), cells).dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_backbone_that_learns_does_so_deterministically(device: str, deterministic: None) -> None:
     """Sizes of 321 pixels: the grid does not divide the features of stride 2."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     gradients = []
     for _ in range(2):
         made = network(frozen=False, name="mobilenet_v2").to(device)

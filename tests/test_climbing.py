@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.config.schema import Suppression
 from pipeline.config.views import Climbing, Localization
@@ -19,6 +20,7 @@ from pipeline.inference import climbing
 from pipeline.inference.climbing import climb
 from pipeline.inference.localize import localization_maps
 from pipeline.methods.base import Method, Output
+from tests.marks import DEVICES
 from tests.method_contract import build_method, small_classifier
 
 CPU = torch.device("cpu")
@@ -201,10 +203,11 @@ class TestClimb:
         small_classifier(),
         small_classifier(method="amr"),
         small_classifier(method="edam"),
+        small_classifier(method="seam"),
         small_classifier(suppression=Suppression()),
         small_classifier(method="amr", suppression=Suppression()),
     ],
-    ids=["cam", "amr", "edam", "drs", "amr+drs"],
+    ids=["cam", "amr", "edam", "seam", "drs", "amr+drs"],
 )
 def test_every_method_climbs(settings: Any) -> None:
     """The score of each class grows, twice the same, and the network stays what it is."""
@@ -230,6 +233,27 @@ def test_every_method_climbs(settings: Any) -> None:
     assert all(after > before for before, after in zip(scores[0], scores[-1], strict=True))
     assert torch.equal(climb(method, images, present, Climbing(6, 0.05, 0.0)), found)
     assert all(torch.equal(value, state[name]) for name, value in method.state_dict().items())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_seam_climbs_deterministically(device: str, deterministic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refined maps depend on the cells' mean colours. CUDA's pooling has no deterministic gradient."""
+    torch.manual_seed(0)
+    method = build_method(small_classifier(method="seam"), K).eval().to(device)
+    images = torch.randn(2, 3, 32, 40, device=device)
+    torch.use_deterministic_algorithms(False)
+    expected = climb(method, images, [[0], [0, 2]], Climbing(3, 0.05, 1.0))
+    torch.use_deterministic_algorithms(True)
+    pool = functional.adaptive_avg_pool2d
+
+    def refuse_gradients(values: Tensor, size: tuple[int, int]) -> Tensor:
+        assert not values.requires_grad
+        return pool(values, size)
+
+    monkeypatch.setattr(functional, "adaptive_avg_pool2d", refuse_gradients)
+    found = climb(method, images, [[0], [0, 2]], Climbing(3, 0.05, 1.0))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(climb(method, images, [[0], [0, 2]], Climbing(3, 0.05, 1.0)), found)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from pipeline.methods.base import Method, Output, Step, occlude
 from pipeline.networks.backbones import build_backbone
 from pipeline.networks.base import he_normal
 from pipeline.networks.heads import ClassAwareHead
+from pipeline.networks.pooling import coarsened
 
 BLOCK = 1024  # cells whose correlations with all cells are computed at once
 
@@ -57,9 +58,9 @@ class PixelCorrelation(nn.Module):
             levels: B x C' x h' x w' features, with h' >= h and w' >= w.
         """
         size = maps.shape[2], maps.shape[3]
-        parts = [functional.adaptive_avg_pool2d(images, size)]
+        parts = [coarsened(images, size)]
         for reduction, level in zip(self.reductions, levels, strict=True):
-            parts.append(reduction(functional.adaptive_avg_pool2d(level.detach(), size)).relu())
+            parts.append(reduction(coarsened(level.detach(), size)).relu())
         cells = functional.normalize(self.embedding(torch.cat(parts, 1)).float().flatten(2), dim=1)
         values = maps.detach().float().flatten(2)
         values = torch.cat([values, torch.ones_like(values[:, :1])], 1)  # the row of ones yields the sum of the weights

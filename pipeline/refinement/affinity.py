@@ -17,6 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.networks.backbones import build_backbone
 from pipeline.networks.base import he_normal
 from pipeline.networks.heads import normal
+from pipeline.networks.pooling import coarsened
 from pipeline.refinement.pairs import at_ends, pairs, strongest
 from pipeline.training.distributed import ratio
 
@@ -73,7 +74,7 @@ class AffinityNetwork(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.backbone.features(images, list(self.levels))
             size = features[self.grid_tap].shape[2:]
-            features = {name: _coarsened(value, size) for name, value in features.items()}
+            features = {name: coarsened(value, size) for name, value in features.items()}
         levels = [_refined(level(features[name]), size) for name, level in self.levels.items()]
         return cast(Tensor, self.edge(torch.cat(levels, 1))).float()
 
@@ -82,31 +83,6 @@ def _level(before: int, after: int) -> nn.Sequential:
     conv = nn.Conv2d(before, after, 1, bias=False)
     he_normal(conv)
     return nn.Sequential(conv, nn.GroupNorm(GROUPS, after), nn.ReLU(inplace=True))
-
-
-def _coarsened(features: Tensor, size: torch.Size) -> Tensor:
-    """Average features finer than ``size`` within its cells; return others unchanged."""
-    if features.shape[2] <= size[0] and features.shape[3] <= size[1]:
-        return features
-    if features.requires_grad and torch.are_deterministic_algorithms_enabled():  # only on CUDA
-        return _averaged(features, size)
-    return functional.adaptive_avg_pool2d(features, (size[0], size[1]))
-
-
-def _averaged(features: Tensor, size: torch.Size) -> Tensor:
-    """``adaptive_avg_pool2d`` as two matrix products, whose gradients add in a fixed order on CUDA; in float32."""
-    rows, columns = (
-        _cells(before, after, features.device) for before, after in zip(features.shape[2:], size, strict=True)
-    )
-    with torch.autocast(features.device.type, enabled=False):
-        return (rows @ features.float() @ columns.t()).to(features.dtype)
-
-
-def _cells(before: int, after: int, device: torch.device) -> Tensor:
-    """The weights of ``before`` values in the means of ``after`` cells, after x before."""
-    cell, value = torch.arange(after, device=device)[:, None], torch.arange(before, device=device)
-    first, end = cell * before // after, -(-(cell + 1) * before // after)
-    return ((value >= first) & (value < end)) / (end - first)
 
 
 def _refined(features: Tensor, size: torch.Size) -> Tensor:
