@@ -8,6 +8,7 @@ label map stores class ids (0 background, 255 ignore). The attribute ``kind`` na
 """
 
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +45,7 @@ class RasterWriter:
         self._pending: list[Raster] = []
         self._pending_bytes = 0
         self._total = 0
-        self._rows: list[tuple[int, int, int, int, int]] = []
+        self._rows = array("q")  # five numbers a raster
         self._images: dict[str, int] = {}
 
     def append(self, image_id: str, raster: Raster, class_id: int = 0) -> None:
@@ -58,7 +59,7 @@ class RasterWriter:
         image = self._images.setdefault(image_id, len(self._images))
         if image != len(self._images) - 1:
             raise ValueError(f"rows of image {image_id} must be contiguous")
-        self._rows.append((self._total, *raster.shape, image, class_id))
+        self._rows.extend((self._total, *raster.shape, image, class_id))
         self._pending.append(np.ascontiguousarray(raster).reshape(-1))
         self._pending_bytes += raster.size
         self._total += raster.size
@@ -81,7 +82,7 @@ class RasterWriter:
     def close(self) -> None:
         with self._new as new:
             self._flush()
-            _write_rows(new.file, list(self._images), np.array(self._rows, np.int64).reshape(-1, 5))
+            _write_rows(new.file, list(self._images), np.frombuffer(self._rows, np.int64).reshape(-1, 5))
 
     def __enter__(self) -> Self:
         return self
@@ -136,12 +137,14 @@ class RasterStore:
             self.kind = str(file.attrs["kind"])
             self.arithmetic = str(file.attrs.get("arithmetic", "")).splitlines()
             self.ids: list[str] = [name.decode() for name in _column(file, "image_ids", "S")]
+            self._index = {name: number for number, name in enumerate(self.ids)}
+            if len(self._index) < len(self.ids):
+                raise ValueError("image_ids has an id twice")
             columns = [_column(file, name, dtype) for name, dtype in COLUMNS]
-            _check_columns(np.stack(columns, 1).astype(np.int64), self.ids, _stored(file))
+            _check_columns(np.stack(columns, 1).astype(np.int64), len(self.ids), _stored(file))
         except Exception as error:  # h5py and NumPy raise many types for a damaged file
             raise PipelineError(f"{path}: not a raster store ({_cause(error)}); run its stage again") from error
         self._offset, self._height, self._width, images, self._class = columns
-        self._index = {name: number for number, name in enumerate(self.ids)}
         self._start = np.searchsorted(images, np.arange(len(self.ids) + 1))
 
     def _file(self) -> h5py.File:
@@ -271,12 +274,10 @@ def _stored(file: h5py.File) -> int:
     return int(values.shape[0])
 
 
-def _check_columns(rows: NDArray[np.int64], ids: Sequence[str], stored: int) -> None:
-    """Check R x 5 rows (see ``COLUMNS``) against the images and the number of stored values."""
+def _check_columns(rows: NDArray[np.int64], images: int, stored: int) -> None:
+    """Check R x 5 rows (see ``COLUMNS``) against the number of images and that of stored values."""
     offset, height, width, image, _ = rows.T
-    if len(set(ids)) < len(ids):
-        raise ValueError("image_ids has an id twice")
-    if (np.diff(image) < 0).any() or (image < 0).any() or (image >= len(ids)).any():
+    if (np.diff(image) < 0).any() or (image < 0).any() or (image >= images).any():
         raise ValueError("image is not a sorted column of indices into image_ids")
     size = height * width
     if (height < 0).any() or (width < 0).any() or (size > MOST).any():
