@@ -10,7 +10,7 @@ import pytest
 import stages  # noqa: F401  # its settings of OpenMP and malloc must come before torch is imported
 from pipeline import arithmetic, cards
 
-pytest_plugins = ["tests.trained"]  # fixtures
+pytest_plugins = ["tests.finished", "tests.nvidia_smi", "tests.trained"]  # fixtures
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
 if (

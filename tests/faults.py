@@ -150,7 +150,7 @@ def small_params() -> dict[str, Any]:
 
 
 def put_archives() -> None:
-    from tests.test_download import make_release
+    from tests.release import make_release
 
     RELEASE.write_text(json.dumps(dataclasses.asdict(make_release(Path("archives").absolute()))))
 

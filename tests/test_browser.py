@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.data.index import write
 from pipeline.report.pictures import PALETTE
-from tests import test_report as drawn
+from tests import drawn
 from tests.browser import Visit, chromium, visiting
 from tests.test_photo_gallery import OWN, again
 

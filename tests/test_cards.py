@@ -1,6 +1,5 @@
 """Which GPU a job takes, and how jobs share it, with a stand-in for nvidia-smi and for torch.cuda."""
 
-import dataclasses
 import os
 import re
 import stat
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,65 +16,12 @@ import torch
 
 from benchmarks import collaboration, cuda
 from pipeline import cards
-from pipeline.config.params import load
-from pipeline.config.stage_table import STAGES
 from pipeline.errors import PipelineError
 from pipeline.training import settings
-from pipeline.workflow.graph import Graph
-from pipeline.workflow.snakemake import Plan
 from tests import project
+from tests.nvidia_smi import MIG, TWO, choose
 
-TWO = """\
-GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-11111111-aaaa)
-GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-12222222-bbbb)
-"""
-MIG = """\
-GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c89852c)
-  MIG 3g.20gb     Device  0: (UUID: MIG-aaaa)
-  MIG 1g.5gb+me   Device  1: (UUID: MIG-bbbb)
-GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-5c891111)
-"""
-
-
-@pytest.fixture(autouse=True)
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Install an nvidia-smi that prints a list of cards and their memory; the function that sets both is the value."""
-    program = tmp_path / "bin" / "nvidia-smi"
-    program.parent.mkdir()
-
-    def install(listed: str, *memories: int | str) -> None:
-        memory = "\n".join(map(str, memories))
-        program.write_text(
-            f"#!/bin/sh\ncase $1 in --list-gpus) cat <<'E'\n{listed}E\n;; *) cat <<'E'\n{memory}\nE\nesac\n"
-        )
-        program.chmod(0o755)
-        cards.visible.cache_clear()
-
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv(cards.VISIBLE, raising=False)
-    monkeypatch.delenv(cards.VARIABLE, raising=False)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(cards, "_held", [])
-    monkeypatch.setattr(cards, "_chosen", {})
-    monkeypatch.setattr(cards, "POLL", 0.01)
-    monkeypatch.setattr("torch.version.cuda", "13.0")
-    yield install
-    for file in cards._held:
-        file.close()
-    cards.visible.cache_clear()
-
-
-def choose(device: str = "auto", needed: int = 1) -> tuple[str, str | None]:
-    """Choose as a new process does, except that this process keeps its locks. Return the device and visible cards."""
-    cards._chosen.clear()
-    before = os.environ.get(cards.VISIBLE)
-    try:
-        return cards.choose(device, needed), os.environ.get(cards.VISIBLE)
-    finally:
-        if before is None:
-            os.environ.pop(cards.VISIBLE, None)
-        else:
-            os.environ[cards.VISIBLE] = before
+pytestmark = pytest.mark.usefixtures("machine")
 
 
 def _waits(seconds: float) -> None:
@@ -372,111 +317,6 @@ class TestSeveral:
                 take(device, processes)
             assert caught.value.lines[0].startswith(f"training.processes: {line}")
         assert not cards._held
-
-
-class TestSlots:
-    def test_the_rule(self) -> None:
-        """The demo's trainings need one slot; a batch of 16 crops of 321 pixels in one backbone, two."""
-        demo = load([project.ROOT / "params.yaml"])
-        sections = (demo.classifiers, demo.refinements, demo.affinities, demo.segmentations, demo.one_step)
-        blocks = [block for section in sections for block in section.values()]
-        assert {cards.slots_needed(block, demo.dataset.demo) for block in blocks} == {1}
-        block = demo.segmentations["cam"]
-        large = dataclasses.replace(
-            block,
-            training=dataclasses.replace(block.training, batch_size=16),
-            augmentation=dataclasses.replace(block.augmentation, crop=321, scale=(0.5, 2.0)),
-        )
-        assert cards.slots_needed(large, None) == 2
-        assert cards.slots_needed(demo.localizations["cam"], None) == 1
-
-    def test_snakemake_counts_slots(self) -> None:
-        graph = Graph(load([project.ROOT / "params.yaml", project.ROOT / "profiles/voc2012.yaml"]))
-        stage, wildcards = STAGES["segmentation"], SimpleNamespace(name="oaa")
-        plan = Plan(graph, [], gpu_slots=10, has_gpu=True)
-        slots = plan.slots(stage)(wildcards)
-        assert slots == cards.slots_needed(graph.find("segmentation", "oaa").block, None) > 1
-        assert plan.slots(STAGES["evaluation"]) == 0
-        command = plan.command(stage)(wildcards, 8, SimpleNamespace(gpu=slots))
-        assert re.search(rf" --slots {slots}\b", command)
-        limited = Plan(graph, [], gpu_slots=1, has_gpu=True)
-        assert limited.slots(stage)(wildcards) == 1
-
-    def test_a_job_of_several_processes_takes_a_card_for_each(self) -> None:
-        """Of each card the slots for its part of the batch; the same with inference; on a cluster, whole cards."""
-        training = {"segmentations": {"oaa": {"training": {"processes": 5}}}}
-        files = [project.ROOT / "params.yaml", project.ROOT / "profiles/voc2012.yaml"]
-        whole, graph = Graph(load(files)), Graph(load(files, training))
-        stage, wildcards = STAGES["segmentation"], SimpleNamespace(name="oaa")
-        each = cards.slots_needed(graph.find("segmentation", "oaa").block, None)
-        assert 1 <= each < cards.slots_needed(whole.find("segmentation", "oaa").block, None)
-        plan = Plan(graph, [], gpu_slots=40, has_gpu=True)
-        slots = plan.slots(stage)(wildcards)
-        assert slots == 5 * each
-        command = plan.command(stage)(wildcards, 8, SimpleNamespace(gpu=slots))
-        assert re.search(rf" --slots {each}\b", command)
-        assert plan.slots(STAGES["prediction"])(wildcards) == 5
-        cluster = Plan(graph, [], has_gpu=True)
-        assert cluster.slots(stage)(wildcards) == 5
-        assert cluster.slots(stage)(SimpleNamespace(name="cam")) == 1
-        assert cluster.slots(STAGES["localization"]) == 1
-        plain = Plan(graph, [])
-        assert plain.threads(stage)(wildcards) == 5
-        assert plain.threads(stage)(SimpleNamespace(name="cam")) == plain.threads(STAGES["localization"]) == 1
-
-    def test_no_job_waits_for_more_cores_than_another_one_frees(self) -> None:
-        """Snakemake reserves no cores. The labels of a single row need not wait, hence they get all."""
-        every = Graph(load([project.ROOT / "params.yaml"]))
-        single = Graph(load([project.ROOT / "params.yaml"], {"rows": ["oaa"], "method": "oaa", "first": []}))
-        labels = STAGES["pseudo_labels"]
-        assert labels.threads == 16
-        for graph, expected in ((every, 2), (single, 16)):
-            plan = Plan(graph, [], 17, 16, has_gpu=True)
-            assert plan.threads(STAGES["prediction"])(SimpleNamespace(name="oaa")) == 2
-            assert plan.threads(labels) == expected
-        assert {Plan(every, [], cores=16).threads(stage) for stage in STAGES.values()} == {1}
-
-    def test_jobs_share_the_cores_as_they_share_the_slots(self) -> None:
-        """A job has two cores at least, 8 for each process at most, and on a cluster always as many."""
-        training = {"segmentations": {"oaa_plus": {"training": {"processes": 2}}}}
-        files = [project.ROOT / "params.yaml", project.ROOT / "profiles/voc2012.yaml"]
-        graph = Graph(load(files, training))
-
-        def cores_of(name: str, slots: int, cores: int, stage: str = "segmentation") -> tuple[int, int]:
-            plan = Plan(graph, [], slots, cores, has_gpu=True)
-            wildcards = SimpleNamespace(name=name)
-            return plan.slots(STAGES[stage])(wildcards), plan.threads(STAGES[stage])(wildcards)
-
-        needed = cards.slots_needed(graph.find("segmentation", "oaa").block, None)
-        assert 2 <= needed <= 4
-        assert cores_of("oaa", 17, 34) == (needed, 2 * needed)
-        assert cores_of("oaa", 17, 16) == (needed, max(2, 16 * needed // 17))
-        assert cores_of("cam", 17, 16, "localization") == (1, 2)
-        assert cores_of("oaa", 1, 16) == (1, 8)
-        assert cores_of("oaa_plus", 8, 64)[1] == 16
-        assert cores_of("oaa_plus", 34, 4)[1] == 4
-        cluster = Plan(graph, [], has_gpu=True)
-        threads = cluster.threads(STAGES["segmentation"])
-        assert [threads(SimpleNamespace(name=name)) for name in ("oaa", "oaa_plus")] == [8, 16]
-        assert cluster.threads(STAGES["localization"]) == 8
-
-    @pytest.mark.slow
-    def test_snakemake_plans_them(self, machine: Any, tmp_path: Path) -> None:
-        """Of a card with 17 slots each job takes one, and its part of the cores; ``--resources`` offers fewer slots."""
-        machine(TWO.splitlines()[0] + "\n", 143771)
-        folder = project.copy(tmp_path / "project", git=False)
-        arguments = ("snakemake", "--dry-run", "--printshellcmds", "--cores", "68")
-        shown = project.run(folder, *arguments)
-        assert "stages.classifier base --threads 1 --workers 3 --slots 1 " in shown
-        assert "stages.localization cam --threads 4 --slots 1 " in shown
-        assert "stages.prediction cam --threads 4 --workers 4 --slots 1 " in shown
-        shown = project.run(folder, *arguments, "--resources", "gpu=1")
-        assert "stages.classifier base --threads 2 --workers 6 --slots 1 " in shown
-
-    def test_a_job_on_a_cluster_takes_a_card(self) -> None:
-        plan = Plan(Graph(load([project.ROOT / "params.yaml"])), [], has_gpu=True)
-        assert {plan.slots(stage) for stage in plan.stages if stage.gpu} == {1}
-        assert "--slots" not in plan.command(STAGES["walk"])(SimpleNamespace(name="cam_irn"), 8, SimpleNamespace(gpu=1))
 
 
 @pytest.mark.cuda

@@ -1,107 +1,31 @@
 """The download, with small generated archives and a local server."""
 
-import hashlib
-import io
 import re
-import tarfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.config.dataset import Dataset
 from pipeline.data.build_index import build_index
-from pipeline.data.download import Archive, Release, download, is_complete, voc2012_aug
-from pipeline.data.palette import voc_palette
+from pipeline.data.download import Release, download, is_complete, voc2012_aug
 from pipeline.errors import PipelineError
 from pipeline.runtime import Runtime
 from pipeline.workflow.graph import Job
 from pipeline.workflow.stage import execute
 from stages import download as stage
-
-scipy_io = pytest.importorskip("scipy.io", reason="scipy is not installed; it reads and writes SBD's masks")
-
-SIZE = (12, 16)
-TRAIN, VAL, SBD_TRAIN, SBD_VAL = ("2007_1", "2007_2"), ("2007_3",), ("2007_1", "2008_4"), ("2007_3", "2008_5")
-IMAGES = ("2007_1", "2007_2", "2007_3", "2008_4", "2008_5", "2008_6")
-
-
-def png(mask: np.ndarray[Any, Any]) -> bytes:
-    buffer = io.BytesIO()
-    picture = Image.fromarray(mask)
-    picture.putpalette(voc_palette().reshape(-1).tolist())
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def mat(mask: np.ndarray[Any, Any]) -> bytes:
-    """Encode a mask as SBD does: a struct with boundaries and classes."""
-    borders = np.empty((20, 1), object)
-    borders[:, 0] = [np.zeros(SIZE, np.uint8) for _ in range(20)]
-    buffer = io.BytesIO()
-    content = {"Boundaries": borders, "Segmentation": mask, "CategoriesPresent": np.unique(mask[mask > 0])}
-    scipy_io.savemat(buffer, {"GTcls": content}, do_compression=True)
-    return buffer.getvalue()
-
-
-def pack(path: Path, files: dict[str, bytes], more: Sequence[tarfile.TarInfo] = ()) -> Archive:
-    """Pack the files, then members without content."""
-    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-        for member in more:
-            archive.addfile(member)
-    return published(path)
-
-
-def published(path: Path) -> Archive:
-    data = path.read_bytes()
-    return Archive(path.name, path.as_uri(), len(data), hashlib.md5(data).hexdigest())
-
-
-def ids(names: tuple[str, ...]) -> bytes:
-    return "".join(f"{name}\n" for name in names).encode()
+from tests.release import make_release, refusal
 
 
 @pytest.fixture
 def release(tmp_path: Path) -> Release:
     return make_release(tmp_path / "source")
-
-
-def make_release(source: Path) -> Release:
-    """VOC has masks (class 1) of 2007_*; SBD has masks (class 20) of 2007_1, 2007_3, 2008_4 and 2008_5."""
-    source.mkdir()
-    random = np.random.default_rng(0)
-    ones = np.ones(SIZE, np.uint8)
-    annotation = b"<annotation><object><name>dog</name></object></annotation>"
-    voc = {"ImageSets/Segmentation/train.txt": ids(TRAIN), "ImageSets/Segmentation/val.txt": ids(VAL)}
-    for name in IMAGES:
-        pixels = random.integers(0, 256, (*SIZE, 3)).astype(np.uint8)
-        voc[f"JPEGImages/{name}.jpg"] = cv2.imencode(".jpg", pixels)[1].tobytes()
-        voc[f"Annotations/{name}.xml"] = annotation
-    for name in TRAIN + VAL:
-        voc[f"SegmentationClass/{name}.png"] = png(ones)
-        voc[f"SegmentationObject/{name}.png"] = png(ones)
-    members = {f"VOCdevkit/VOC2012/{name}": data for name, data in voc.items()}
-    members["VOCdevkit/VOC2012/JPEGImages/../../../../escaped.jpg"] = b"must not be written"
-    masks = {f"cls/{name}.mat": mat(20 * ones) for name in {*SBD_TRAIN, *SBD_VAL}}
-    sbd = {**masks, "train.txt": ids(SBD_TRAIN), "val.txt": ids(SBD_VAL), "img/2008_4.jpg": b"not needed"}
-    return Release(
-        pack(source / "voc.tar", members),
-        pack(source / "sbd.tgz", {f"benchmark_RELEASE/dataset/{name}": data for name, data in sbd.items()}),
-        train=4,
-        evaluation=1,
-        disk_bytes=1000,
-    )
 
 
 def test_creates_train_aug_in_voc_layout(tmp_path: Path, release: Release) -> None:
@@ -252,13 +176,6 @@ def test_a_complete_file_is_not_fetched_again_after_a_kill(tmp_path: Path, relea
     assert server.asked == []
 
 
-def refusal(release: Release, root: Path) -> str:
-    with pytest.raises(PipelineError) as caught:
-        download(release, root)
-    (line,) = caught.value.lines
-    return line
-
-
 @pytest.mark.parametrize("ranges", [True, False])
 def test_an_endless_server_is_refused_and_what_was_received_before_stays(
     tmp_path: Path, release: Release, server: Server, ranges: bool
@@ -324,91 +241,6 @@ def test_an_archive_put_there_by_hand_is_checked(tmp_path: Path, release: Releas
     path.write_bytes(bytes(release.voc.size))
     assert "damaged or changed: its MD5 is" in refusal(release, tmp_path / "voc")
     assert not path.exists()
-
-
-VOC = "VOCdevkit/VOC2012/JPEGImages"
-REGULAR, LINK, HARD = tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
-
-
-def member(name: str, kind: bytes = REGULAR, target: str = "", size: int = 0) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname, info.size = kind, target, size
-    return info
-
-
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        member("/tmp/escaped.jpg"),
-        member("../escaped.jpg"),
-        member(f"{VOC}/../../../../escaped.jpg"),
-        member(f"/{VOC}/escaped.jpg"),
-        member(f"{VOC}/escaped.jpg", LINK, "/etc/passwd"),
-        member(f"{VOC}/escaped.jpg", HARD, "/etc/passwd"),
-        member(f"{VOC}/escaped.jpg", HARD, f"{VOC}/2007_1.jpg"),
-        member(f"{VOC}/escaped.jpg", tarfile.CHRTYPE),
-        member(f"{VOC}/escaped.jpg", tarfile.BLKTYPE),
-        member(f"{VOC}/escaped.jpg", tarfile.FIFOTYPE),
-        member(VOC, LINK, "/tmp"),
-        member("VOCdevkit/VOC2012/JPEGImages", LINK, ".."),
-        member(f"{VOC}/escaped.jpg\n"),
-        member(f"{VOC}/.escaped.jpg"),
-        member(f"{VOC}/a/escaped.jpg"),
-        member(f"{VOC}/escaped.jpg;touch x"),
-    ],
-    ids=lambda info: f"{info.name}-{info.type.decode()}-{info.linkname}",
-)
-def test_only_regular_files_with_known_names_are_unpacked(
-    tmp_path: Path, release: Release, hostile: tarfile.TarInfo
-) -> None:
-    path = tmp_path / "source/voc.tar"
-    with tarfile.open(path) as archive:
-        files = {info.name: archive.extractfile(info).read() for info in archive}  # type: ignore[union-attr]
-    download(replace(release, voc=pack(path, files, [hostile])), tmp_path / "voc")
-    assert is_complete(tmp_path / "voc", release)
-    assert not [file for file in tmp_path.rglob("*") if file.is_symlink() or "escaped" in file.name]
-    assert not Path("/tmp/escaped.jpg").exists()
-    assert len(list((tmp_path / "voc/JPEGImages").iterdir())) == len(IMAGES)
-
-
-def test_a_name_that_appears_twice_is_refused(tmp_path: Path, release: Release) -> None:
-    for twice in (f"{VOC}/2007_1.jpg", f"./{VOC}/2007_1.jpg"):
-        voc = pack(tmp_path / "source/voc.tar", {f"{VOC}/2007_1.jpg": b"1", twice: b"2"} | {VOC: b""}, [member(twice)])
-        assert f"voc.tar: contains {twice} twice; delete it and run" in refusal(
-            replace(release, voc=voc), tmp_path / "v"
-        )
-        assert not (tmp_path / "v/JPEGImages").exists()
-        (tmp_path / "v/.archives/voc.tar").unlink()
-
-
-def test_archives_that_unpack_to_too_much_are_refused(
-    tmp_path: Path, release: Release, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One file of 8 EB, which a sparse member can claim, and a compressed archive of many."""
-    path = tmp_path / "source/sbd.tgz"
-    with tarfile.open(path, "w:gz") as archive:
-        archive.addfile(member("benchmark_RELEASE/dataset/cls/2008_4.mat", size=2**62))
-    line = refusal(replace(release, sbd=published(path)), tmp_path / "voc")
-    assert f"sbd.tgz: unpacks to too much: benchmark_RELEASE/dataset/cls/2008_4.mat has {2**62} bytes" in line
-    monkeypatch.setattr("pipeline.data.download.UNPACKED_BYTES", 10**6)
-    path = tmp_path / "source/bomb.tgz"
-    bomb = pack(path, {f"img/{number}": bytes(10**5) for number in range(11)})
-    assert bomb.size < 10**4
-    assert "img/10 has 100000 bytes, all files up to it 1100000" in refusal(
-        replace(release, sbd=bomb), tmp_path / "voc"
-    )
-
-
-@pytest.mark.parametrize("change", ["cut", "noise", "empty", "mask"])
-def test_an_archive_that_cannot_be_unpacked_is_one_line(tmp_path: Path, release: Release, change: str) -> None:
-    path = tmp_path / "source/sbd.tgz"
-    data = path.read_bytes()
-    path.write_bytes({"cut": data[:-300], "noise": bytes(range(256)) * 20, "empty": b"", "mask": b""}[change])
-    if change == "mask":
-        pack(path, {"benchmark_RELEASE/dataset/cls/2008_4.mat": b"not a mask"})
-    line = refusal(replace(release, sbd=published(path)), tmp_path / "voc")
-    assert "sbd.tgz: " in line
-    assert line.endswith("and run the stage again to resume")
 
 
 def job(tmp_path: Path) -> Job:

@@ -32,9 +32,9 @@ from pipeline.stores.raster import RasterStore
 from pipeline.training import models
 from pipeline.workflow.stage import run
 from stages import classifier, evaluation, features, ground_truth, index, localization, one_step, prediction, refinement
+from tests.drawn import RAW, experiment
 from tests.project import ROOT, link_code
 from tests.test_one_step import AGEN
-from tests.test_report import RAW, experiment
 from tests.voc_tree import make_tree, minimal_params
 
 K = 3

@@ -25,8 +25,8 @@ from pipeline.workflow import dvc
 from pipeline.workflow.graph import Graph
 from pipeline.workflow.stage import run
 from stages import evaluation, ground_truth, index, localization, one_step, prediction, pseudo_labels
+from tests.drawn import RAW, experiment, training_logs
 from tests.project import link_code
-from tests.test_report import RAW, experiment, training_logs
 from tests.voc_tree import make_tree, minimal_params
 
 AGEN: dict[str, Any] = {

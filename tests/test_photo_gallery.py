@@ -24,7 +24,7 @@ from pipeline.stores.raster import RasterStore, RasterWriter
 from pipeline.workflow.graph import Graph, Job
 from pipeline.workflow.stage import Work
 from stages import report
-from tests import test_report as drawn
+from tests import drawn
 
 OWN = copy.deepcopy(drawn.RAW)
 del OWN["dataset"]["demo"]

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config import references
 from pipeline.report import protocol
-from tests.test_report import LEARNER, RAW, SMALL, experiment, training_logs
+from tests.drawn import LEARNER, RAW, SMALL, experiment, training_logs
 
 CONFIDENT = {"rule": {"confident": {"high": 0.5, "low": 0.15}}}
 AGEN = {

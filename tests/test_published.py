@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.report.published import ASPP_RESNET101, ASPP_VGG16, PUBLISHED, RESNET101, VGG16, Published
+from tests.drawn import RAW, experiment
 from tests.test_photo_gallery import again, as_voc
-from tests.test_report import RAW, experiment
 
 PAPERS = Path(__file__).parents[1] / "../shared/papers"
 FILES = {"Jiang": "oaa", "Kim": "drs", "Qin": "amr", "Wu": "edam", "Zhang": "agen"}  # by the first author

@@ -18,8 +18,7 @@ from pipeline.workflow.graph import Graph, Job
 from pipeline.workflow.snakemake import Plan
 from pipeline.workflow.stage import Work
 from stages import report
-from tests import project
-from tests import test_report as drawn
+from tests import drawn, project
 from tests.test_definitions import check_dvc, check_dvc_report, essence, planned, snakemake_rules, stages_of
 from tests.test_orchestration import commit, edit, reproduced, shrink
 from tests.test_orchestration import planned as to_run

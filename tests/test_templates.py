@@ -17,7 +17,7 @@ from pipeline.report.page import ENVIRONMENT, TEMPLATES
 from pipeline.report.photos import Photo, PhotoGallery
 from pipeline.report.sections import Results, document
 from stages import report
-from tests import test_report as drawn
+from tests import drawn
 
 MARK = "_x1x"  # ends every name that a user chooses
 HOSTILE = """"'><script>&lt;{{ 7 }}<!--\u2028\u2029"""
@@ -47,7 +47,7 @@ class Outline(HTMLParser):
 
 
 def marked() -> dict[str, Any]:
-    """test_report's experiment; its name and those of its dataset, rows and classifiers end with MARK."""
+    """The drawn experiment; its name and those of its dataset, rows and classifiers end with MARK."""
     raw = copy.deepcopy(drawn.RAW)
     raw["classifiers"]["drs"] = {**drawn.SMALL, "suppression": {}}
     raw |= {"experiment": raw["experiment"] + MARK, "method": raw["method"] + MARK}
