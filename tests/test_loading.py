@@ -212,6 +212,7 @@ class TestTrainingSet:
             assert other.factors is not None
             assert not torch.equal(one.pixels, other.pixels)
             assert torch.equal(one.to(CPU).images, other.to(CPU).images)
+        assert any(batch.insets is not None for batch in early)  # padding has no colours to change
 
     def test_a_worker_uses_one_thread(self, index: Index) -> None:
         start = data_loader(

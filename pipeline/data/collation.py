@@ -43,11 +43,15 @@ class LoadedBatch:
         return replace(self, **tensors, maps=maps)
 
     def jitter_in_place(self) -> None:
-        """Apply the colour jitter to ``pixels`` if it is still to be applied."""
-        if self.factors is not None:
-            for image, factors in zip(self.pixels, self.factors, strict=True):  # one fits a CPU's caches
-                image.copy_(jitter.apply(image[None], factors[None])[0])
-            self.factors = None
+        """Apply the colour jitter to ``pixels``, without the padding, if it is still to be applied."""
+        if self.factors is None:
+            return
+        height, width = self.pixels.shape[1:3]
+        insets = [[0, 0, height, width]] * len(self.pixels) if self.insets is None else self.insets.tolist()
+        for image, factors, (top, left, bottom, right) in zip(self.pixels, self.factors, insets, strict=True):
+            part = image[top:bottom, left:right]  # of one image, which fits a CPU's caches
+            part.copy_(jitter.apply(part[None], factors[None])[0])
+        self.factors = None
 
     def to(self, device: torch.device) -> Batch:
         """Move the bytes to the device; jitter and normalise them there."""
