@@ -38,7 +38,7 @@ def main() -> None:
     if options.step:
         start, values = time.perf_counter(), STEPS[options.step](Path.cwd())
         values |= {"seconds": values.get("seconds", round(time.perf_counter() - start, 2))}
-        values |= memory()
+        values = memory() | values
         print(json.dumps(values))
         return
     for images in options.images:
@@ -119,7 +119,7 @@ def load_index(folder: Path) -> dict[str, Any]:
     loaded = time.perf_counter() - start
     pixels = sum(image.height * image.width for image in index.images())
     size = (folder / "index.json").stat().st_size
-    return {"bytes per image": round(size / len(index)), "load": round(loaded, 2), "pixels": pixels}
+    return {"bytes per image": round(size / len(index)), "load": round(loaded, 2), "pixels": pixels} | memory()
 
 
 def accumulate(folder: Path) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def accumulate(folder: Path) -> dict[str, Any]:
         maps, logits = torch.rand(16, CLASSES, 41, 41), torch.randn(16, CLASSES)
         accumulator.update(maps, logits, tags, [image.id for image in batch], windows, 0)
     update = (time.perf_counter() - start) / max(1, count)
-    return {"set up": round(ready, 2), "ms an image": round(1000 * update, 2)}
+    return {"set up": round(ready, 2), "ms an image": round(1000 * update, 2)} | memory()
 
 
 def labels(folder: Path) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def labels(folder: Path) -> dict[str, Any]:
     written = time.perf_counter() - start
     store = RasterStore(folder / "labels.h5")
     require(store, images)
-    return {"write": round(written, 2), "store": round(time.perf_counter() - start - written, 2)}
+    return {"write": round(written, 2), "store": round(time.perf_counter() - start - written, 2)} | memory()
 
 
 def _timed(*command: str) -> dict[str, Any]:

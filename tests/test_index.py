@@ -392,7 +392,16 @@ class TestFile:
         with pytest.raises(IndexError):
             images[3]
 
-    def test_its_memory_is_little_more_than_that_of_the_ids(self, tmp_path: Path) -> None:
+    def test_an_id_is_found_in_any_order_of_the_lines(self, tmp_path: Path) -> None:
+        ids = ["b", "é", "a", "ab", "", "B", "\U0001f600", "\ufffd", "z"]
+        write(tmp_path / "index.json", self.raw(ids))
+        index = Index(tmp_path / "index.json")
+        assert [index[name].id for name in ids] == ids
+        for unknown in ("c", "aa", "bb", "A", "zz", "\U0001f601"):
+            with pytest.raises(KeyError, match=unknown):
+                index[unknown]
+
+    def test_an_image_takes_few_bytes_of_memory(self, tmp_path: Path) -> None:
         ids = [f"image_{number:07d}" for number in range(20_000)]
         write(tmp_path / "index.json", self.raw(ids))
         tracemalloc.start()
@@ -401,5 +410,5 @@ class TestFile:
             assert image.height == 2
         held, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert held / len(ids) < 200  # bytes an image
-        assert peak / len(ids) < 500
+        assert held / len(ids) < 32  # the place of the line, the order of the ids and the split: 8 bytes each
+        assert peak / len(ids) < 300

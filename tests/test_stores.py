@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import resource
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,6 +221,28 @@ class TestWholeStore:
             assert {k: v.tolist() for k, v in one.maps(name).items()} == {
                 k: v.tolist() for k, v in other.maps(name).items()
             }
+
+    def test_an_id_is_found_in_any_order(self, tmp_path: Path) -> None:
+        ids = ["b", "é", "a", "ab", "B", "\U0001f600", "z"]
+        rows = np.array([(number, 1, 1, number, 0) for number in range(len(ids))], np.int64)
+        write_store(tmp_path / "maps.h5", "test", ids, rows, np.arange(len(ids), dtype=np.uint8))
+        store = RasterStore(tmp_path / "maps.h5")
+        assert [store.get(name).item() for name in ids] == list(range(len(ids)))
+        for unknown in ("", "c", "aa", "bb", "A", "zz", "zzzzzzz", "\U0001f601"):
+            assert unknown not in store
+            with pytest.raises(KeyError, match=f"no image {unknown}"):
+                store.get(unknown)
+
+    def test_an_image_takes_few_bytes_of_memory(self, tmp_path: Path) -> None:
+        ids = [f"image_{number:07d}" for number in range(20_000)]
+        rows = np.array([(number, 1, 1, number, 0) for number in range(len(ids))], np.int64)
+        write_store(tmp_path / "maps.h5", "test", ids, rows, np.zeros(len(ids), np.uint8))
+        tracemalloc.start()
+        store = RasterStore(tmp_path / "maps.h5")
+        assert all(name in store for name in ids)
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert held / len(ids) < 64  # the columns and the id have 35 bytes, the order and the first row 8 each
 
     def test_an_empty_store_is_valid(self, tmp_path: Path) -> None:
         write_store(tmp_path / "maps.h5", "test", [], np.zeros((0, 5), np.int64), np.zeros(0, np.uint8))

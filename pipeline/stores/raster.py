@@ -136,16 +136,14 @@ class RasterStore:
             file = self._file()
             self.kind = str(file.attrs["kind"])
             self.arithmetic = str(file.attrs.get("arithmetic", "")).splitlines()
-            self.ids: list[str] = [name.decode() for name in _column(file, "image_ids", "S")]
-            self._index = {name: number for number, name in enumerate(self.ids)}
-            if len(self._index) < len(self.ids):
-                raise ValueError("image_ids has an id twice")
+            self._names = _column(file, "image_ids", "S")
+            self._sorted = _sorted(self._names)
             columns = [_column(file, name, dtype) for name, dtype in COLUMNS]
-            _check_columns(np.stack(columns, 1).astype(np.int64), len(self.ids), _stored(file))
+            _check_columns(np.stack(columns, 1).astype(np.int64), len(self._names), _stored(file))
         except Exception as error:  # h5py and NumPy raise many types for a damaged file
             raise PipelineError(f"{path}: not a raster store ({_cause(error)}); run its stage again") from error
         self._offset, self._height, self._width, images, self._class = columns
-        self._start = np.searchsorted(images, np.arange(len(self.ids) + 1))
+        self._start = np.searchsorted(images, np.arange(len(self._names) + 1))
 
     def _file(self) -> h5py.File:
         if self._handle is None or self._pid != os.getpid():
@@ -156,15 +154,29 @@ class RasterStore:
         return {**vars(self), "_handle": None}  # a process that is spawned opens the file by itself
 
     def __contains__(self, image_id: str) -> bool:
-        return image_id in self._index
+        return self._find(image_id) is not None
 
     def __len__(self) -> int:
         return len(self._offset)
 
+    @property
+    def ids(self) -> list[str]:
+        """The ids of all images, in stored order, including those without a raster."""
+        return list(self)
+
+    def _find(self, image_id: str) -> int | None:
+        """The number of the image, by bisection: a dict of strings would take far more memory than the columns."""
+        name = image_id.encode()
+        if len(name) > self._names.itemsize:  # NumPy would copy the column to compare it with a longer id
+            return None
+        at = int(np.searchsorted(self._names, np.bytes_(name), sorter=self._sorted))
+        image = int(self._sorted[at]) if at < len(self._sorted) else -1
+        return image if image >= 0 and self._names[image] == name else None
+
     def _rows(self, image_id: str) -> range:
-        if image_id not in self._index:
+        image = self._find(image_id)
+        if image is None:
             raise KeyError(f"{self.path} has no image {image_id}")
-        image = self._index[image_id]
         return range(int(self._start[image]), int(self._start[image + 1]))
 
     def classes(self, image_id: str) -> list[int]:
@@ -211,7 +223,7 @@ class RasterStore:
         return {int(self._class[row]): self._read(row) for row in self._rows(image_id)}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.ids)
+        return (name.decode() for name in self._names)
 
     def read_all(self) -> None:
         """Read every raster once.
@@ -264,6 +276,20 @@ def _column(file: h5py.File, name: str, kind: str) -> NDArray[Any]:
     if dataset.nbytes > MOST:
         raise ValueError(f"{name} has {dataset.nbytes} bytes")
     return np.asarray(dataset[:])
+
+
+def _sorted(names: NDArray[np.bytes_]) -> NDArray[np.intp]:
+    """The order of the ids by their bytes.
+
+    Raises:
+        ValueError: an id occurs twice, or is not UTF-8.
+    """
+    for name in names:
+        name.decode()
+    order = np.argsort(names, kind="stable")
+    if (names[order[1:]] == names[order[:-1]]).any():
+        raise ValueError("image_ids has an id twice")
+    return order
 
 
 def _stored(file: h5py.File) -> int:
