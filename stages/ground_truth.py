@@ -13,7 +13,7 @@ from pipeline.workflow.stage import Work, progress, run
 
 def main(work: Work) -> None:
     index = Index(work.inputs["index"])
-    training = set(index.splits["train"])
+    training = set(index.images("train").ids)
     faults = Faults()
     with (
         RasterWriter(work.outputs["masks"], "labels") as masks,

@@ -59,7 +59,7 @@ def _facts(params: Params, index: Index, scores: Scores) -> list[tuple[str, str]
     """The conditions of the figures, as (term, description)."""
     splits = {entry["split"]: entry["images"] for entry in scores.values()}
     scored = "; ".join(
-        f"{split}: {len(index.splits[split])} images, {count} with masks" for split, count in splits.items()
+        f"{split}: {len(index.images(split))} images, {count} with masks" for split, count in splits.items()
     )
     kinds = sorted({kind for entry in scores.values() for kind in entry["arithmetic"]})
     test, saliency = params.test, params.saliency

@@ -13,6 +13,7 @@ from pipeline import arithmetic, cards
 pytest_plugins = ["tests.finished", "tests.nvidia_smi", "tests.trained"]  # fixtures
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # and this at the first product of matrices on a GPU
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # as in a shell's background, which all that tests start would inherit
@@ -35,11 +36,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """torch refuses operations that differ from run to run, as under ``--deterministic``."""
     import torch
 
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

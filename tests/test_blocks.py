@@ -59,7 +59,7 @@ def parts(folder: Path) -> list[str]:
 
 def test_rows_come_back_in_the_images_order(tmp_path: Path) -> None:
     store = RasterStore(write(tmp_path, Compute()))
-    assert store.ids == [item.id for item in ITEMS]
+    assert list(store) == [item.id for item in ITEMS]
     assert store.classes("image3") == []
     assert store.classes("image4") == [1, 2]
     assert store.get("image4", 1).tolist() == [[4, 4, 4], [4, 4, 4]]

@@ -30,7 +30,7 @@ from pipeline.workflow.graph import Graph
 from tests.method_contract import small_classifier
 from tests.project import ROOT, link_code, run_stages
 from tests.trained import command
-from tests.voc_tree import make_tree, minimal_params
+from tests.voc_tree import image_of, make_tree, minimal_params
 
 RESULTS = Path("results/test")
 CLASSIFIER = {
@@ -298,8 +298,8 @@ class TestIndex:
         raw = build_index(Dataset(**{**vars(dataset), "boxes": "boxes.json"})).index
         write(tmp_path / "index.json", raw)
         index = Index(tmp_path / "index.json")
-        assert index["img_002"].boxes == ((3, 0, 0, 32, 24),)
-        assert index["img_000"].boxes == ()
+        assert image_of(index, "img_002").boxes == ((3, 0, 0, 32, 24),)
+        assert image_of(index, "img_000").boxes == ()
         holding = [name for name, part in parts(raw) if '"boxes": [' in json.dumps(part)]
         assert holding == ["true_boxes"]
 

@@ -245,7 +245,7 @@ def test_the_stages_up_to_the_scores(raw: dict[str, Any], capsys: pytest.Capture
     images = Index(Path("results/test/index/index.json")).images("evaluation")
     assert [image.tags for image in images] == [(), (18,)]
     masks = Path("results/test/ground_truth/masks.h5")
-    assert RasterStore(masks).ids == [*TRAIN[:2], *TEST]
+    assert list(RasterStore(masks)) == [*TRAIN[:2], *TEST]
     predictions = Path("results/test/predictions/cam/labels.h5")
     predictions.parent.mkdir(parents=True)
     shutil.copy(masks, predictions)  # perfect predictions, also on test images without tags

@@ -27,7 +27,7 @@ from pipeline.workflow.graph import Graph
 from pipeline.workflow.stage import run
 from stages import ground_truth, index, mixture, segmentation
 from tests.project import link_code
-from tests.voc_tree import make_tree, minimal_params
+from tests.voc_tree import image_of, make_tree, minimal_params
 
 LISTED = ["img_000", "img_001", "img_002", "img_003"]
 EXTRA = ["cat_9", "zebra_1", "a_bird"]  # sorted by class id, then by stem: cat 1, dog 2, bird 3
@@ -77,7 +77,7 @@ def test_extra_images_are_read_where_root_is_a_link(dataset: Dataset, tmp_path: 
     shutil.move("data", "disk/deep/voc")
     Path("data").symlink_to("disk/deep/voc")
     write(Path("index.json"), build_index(dataset).index)
-    image = Index(Path("index.json"))["a_bird"]
+    image = image_of(Index(Path("index.json")), "a_bird")
     assert image.file == Path("more/bird/a_bird.jpeg")
     assert read_rgb(image).shape == (20, 28, 3)
 
@@ -176,7 +176,7 @@ def test_a_new_file_in_the_folder_makes_the_index_stale(params: dict[str, Any]) 
     cv2.imwrite("data/Saliency/new.png", np.zeros((20, 28), np.uint8))
     assert "index" in {job.label for job in stale(graph())}
     run("index", index.main, [])
-    assert Index(Path("results/test/index/index.json")).splits["train"] == [
+    assert list(Index(Path("results/test/index/index.json")).images("train").ids) == [
         *LISTED,
         "cat_9",
         "zebra_1",
@@ -240,7 +240,7 @@ def test_a_mixture_draws_its_share_of_all_among_the_images_with_masks(
     manifest.write(folder, stage="pseudo_labels cam", outputs={labels.name: sha256(labels)})
     run("mixture", mixture.main, ["half"])
     store = RasterStore(Path("results/test/mixtures/half/labels.h5"))
-    assert store.ids == LISTED + EXTRA
+    assert list(store) == LISTED + EXTRA
     assert [name for name in store if (store.get(name) == 77).all()] == EXTRA
     with pytest.raises(SystemExit):
         run("mixture", mixture.main, ["most"])

@@ -141,8 +141,8 @@ def test_stage_keeps_the_images_of_the_gallery(tmp_path: Path, gallery: int) -> 
     store = RasterStore(outputs["features"])
     chosen = choose(Index(index).images("train"), gallery)
     assert store.kind == "features"
-    assert store.ids == [image.id for image in chosen]
-    assert len(store.ids) == gallery
+    assert list(store) == [image.id for image in chosen]
+    assert len(list(store)) == gallery
     assert all(store.classes(name) == [1, 2, 3, 4] for name in store)
     assert json.loads(outputs["layers"].read_text()) == ["conv2", "conv4", "conv6", "head"]
     for image in chosen:

@@ -95,7 +95,7 @@ def virtual(file: h5py.File) -> None:
     ],
 )
 def test_a_contradictory_store_is_one_line(store: Path, change: Callable[[h5py.File], None], said: str) -> None:
-    assert open_foreign(store).ids == list(IDS)
+    assert list(open_foreign(store)) == list(IDS)
     with h5py.File(store, "r+") as file:
         change(file)
     for read in (open_foreign, RasterStore):

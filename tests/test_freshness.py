@@ -200,7 +200,7 @@ def test_kept_outputs_of_other_inputs_are_replaced() -> None:
     perform(graph().find("index"))
     delete_as_snakemake(job)
     perform(job)
-    assert RasterStore(job.outputs["maps"]).ids == ["img_000", "img_001", "own"]
+    assert list(RasterStore(job.outputs["maps"])) == ["img_000", "img_001", "own"]
     assert not list(job.folder.glob(".*.kept"))
 
 

@@ -91,7 +91,7 @@ class TestStages:
         localization.main(self.work(tmp_path, index, BLOCKS[0], settings, "maps"))
         store = RasterStore(tmp_path / "maps.h5")
         images = Index(index).images("train")
-        assert store.ids == [image.id for image in images]
+        assert list(store) == [image.id for image in images]
         assert [tuple(store.classes(image.id)) for image in images] == [image.tags for image in images]
         assert store.get("img_003", 1).shape == (6, 8)
 
@@ -118,8 +118,8 @@ class TestStages:
     def test_prediction_covers_the_evaluation_images(self, tmp_path: Path, index: Path) -> None:
         prediction.main(self.work(tmp_path, index, BLOCKS[2], schema.Test(flip=True), "labels"))
         store = RasterStore(tmp_path / "labels.h5")
-        assert store.ids == [image.id for image in Index(index).images("evaluation")]
+        assert list(store) == [image.id for image in Index(index).images("evaluation")]
         assert all(store.get(name).shape == (24, 32) and store.get(name).max() <= K for name in store)
         doubt = RasterStore(tmp_path / "doubt.h5")
-        assert doubt.ids == store.ids
+        assert list(doubt) == list(store)
         assert all(doubt.classes(name) == [0] and doubt.get(name).shape == (3, 4) for name in doubt)

@@ -282,7 +282,7 @@ def maps(tmp_path: Path) -> Path:
 def test_pseudo_labels_of_the_training_split(maps: Path) -> None:
     store = label(maps, PLAIN)
     assert store.kind == "labels"
-    assert store.ids == ["d", "a", "b", "c"]
+    assert list(store) == ["d", "a", "b", "c"]
     assert store.get("d")[5].tolist() == [1] * 9 + [0] * 7
     assert store.get("a")[5].tolist() == [1] * 9 + [0] * 2 + [2] * 5
     assert not store.get("b").any()  # its tag has no map
@@ -349,7 +349,7 @@ def two_kinds(tmp_path: Path) -> dict[str, Path]:
 
 def annotated(root: Path, inputs: dict[str, Path], share: float, seed: int) -> set[str]:
     store = run(stages.mixture.main, root, inputs, Mixture("pseudo_labels/x", share), seed=seed)
-    assert store.ids == [f"i{number}" for number in range(10)]
+    assert list(store) == [f"i{number}" for number in range(10)]
     return {name for name in store if (store.get(name) == 2).all()}
 
 
@@ -378,7 +378,7 @@ def test_mixture_draws_among_the_images_with_masks(tmp_path: Path, two_kinds: di
 
 def test_label_stages_start_without_the_crf_library(monkeypatch: pytest.MonkeyPatch, maps: Path) -> None:
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
-    assert label(maps, PLAIN).ids == ["d", "a", "b", "c"]
+    assert list(label(maps, PLAIN)) == ["d", "a", "b", "c"]
     (maps / "parts/00000.part").unlink()
     with pytest.raises(PipelineError, match="pip install pydensecrf2"):
         label(maps, replace(PLAIN, crf=LabelCrf()))

@@ -318,7 +318,7 @@ class TestBatches:
                 maps[:, :, 0, 0] = 1
                 found.update(maps, torch.zeros(1, K), torch.eye(K)[[tag - 1]], [image.id], [WHOLE], 0)
         store = dumped(found, tmp_path)
-        assert store.ids == [image.id for image in self.MIXED]
+        assert list(store) == [image.id for image in self.MIXED]
         assert [store.classes(name) for name in store] == [[1], [2, 4], [2, 3], [], [3], [1, 3]]
         assert len(store) == len(shades) == 8
         for (name, tag), shade in shades.items():
@@ -365,7 +365,7 @@ class TestStore:
         feed(found, np.eye(4, 6), 2)
         store = dumped(found, tmp_path)
         assert store.kind == "attention"
-        assert store.ids == [image.id for image in IMAGES]
+        assert list(store) == [image.id for image in IMAGES]
         assert [store.classes(image.id) for image in IMAGES] == [[], [], [3], [], []]
         assert store.get("img2", 3).tolist() == (255 * np.eye(4, 6)).tolist()
 

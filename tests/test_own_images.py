@@ -28,7 +28,7 @@ from tests.project import link_code, run_stages
 from tests.test_photos import TURNS
 from tests.test_tree import NAMES
 from tests.trained import command
-from tests.voc_tree import LISTS, make_tree, minimal_params
+from tests.voc_tree import LISTS, image_of, make_tree, minimal_params
 
 ODD = [
     "Urlaub 2024/Käfer 1.jpg",
@@ -50,7 +50,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 def image(dataset: Dataset, name: str = "img_000", saliency: bool = False) -> Image:
     survey = build_index(dataset, Path(dataset.root) / "Saliency" if saliency else None)
     write(Path("index.json"), survey.index)
-    return Index(Path("index.json"))[name]
+    return image_of(Index(Path("index.json")), name)
 
 
 def faults(dataset: Dataset, saliency: Path | None = None) -> tuple[str, ...]:
@@ -112,8 +112,8 @@ def test_ids_go_through_all_stages_and_exports(dataset: Dataset, capsys: pytest.
     Path("params.yaml").write_text(yaml.safe_dump(params))
     run_stages(["params.yaml"])
     ids = [os.path.splitext(name)[0] for name in ODD]
-    assert RasterStore(Path("results/test/pseudo_labels/cam/labels.h5")).ids == ids[:4]
-    assert RasterStore(Path("results/test/predictions/cam/labels.h5")).ids == ids[4:]
+    assert list(RasterStore(Path("results/test/pseudo_labels/cam/labels.h5"))) == ids[:4]
+    assert list(RasterStore(Path("results/test/predictions/cam/labels.h5"))) == ids[4:]
     report = Path("results/test/report.html").read_text()
     assert "it&#39;s &#34;quoted&#34;" in report or 'it&#39;s "quoted"' in report
     assert command("export", "results/test/pseudo_labels/cam/labels.h5", "--out", "out", "--formats", "png") == 0

@@ -65,7 +65,7 @@ class TestRasters:
         content = rows()
         store = write(tmp_path / "maps.h5", content)
         assert store.kind == "test"
-        assert list(store) == store.ids == [f"image {number}" for number in range(12)]
+        assert list(store) == [f"image {number}" for number in range(12)]
         assert len(store) == len(content) == 18
         for image_id, class_id, values in content:
             found = store.get(image_id, class_id)
@@ -192,7 +192,7 @@ class TestWholeStore:
     def test_what_is_written_is_read(self, tmp_path: Path) -> None:
         store = self.whole(tmp_path / "maps.h5")
         assert store.kind == "test"
-        assert store.ids == list(self.IDS)
+        assert list(store) == list(self.IDS)
         assert len(store) == 3
         assert {key: values.tolist() for key, values in store.maps("c").items()} == {
             7: [[111, 112, 113], [114, 115, 116]],
@@ -228,9 +228,9 @@ class TestWholeStore:
         write_store(tmp_path / "maps.h5", "test", ids, rows, np.arange(len(ids), dtype=np.uint8))
         store = RasterStore(tmp_path / "maps.h5")
         assert [store.get(name).item() for name in ids] == list(range(len(ids)))
-        for unknown in ("", "c", "aa", "bb", "A", "zz", "zzzzzzz", "\U0001f601"):
+        for unknown in ("", "c", "aa", "bb", "A", "zz", "zzzzzzz", "\U0001f601", "\ud800"):
             assert unknown not in store
-            with pytest.raises(KeyError, match=f"no image {unknown}"):
+            with pytest.raises(KeyError, match="no image "):
                 store.get(unknown)
 
     def test_an_image_takes_few_bytes_of_memory(self, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ class TestWholeStore:
         assert all(name in store for name in ids)
         held, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert held / len(ids) < 64  # the columns and the id have 35 bytes, the order and the first row 8 each
+        assert held / len(ids) < 64  # the columns and the id have 31 bytes, the order and the first row 8 each
 
     def test_an_empty_store_is_valid(self, tmp_path: Path) -> None:
         write_store(tmp_path / "maps.h5", "test", [], np.zeros((0, 5), np.int64), np.zeros(0, np.uint8))

@@ -307,9 +307,7 @@ def project(tmp_path: Path) -> Path:
     index = Index(make_index(tmp_path, train=3, evaluation=1))
     torch.manual_seed(0)
     models.save(tmp_path / "model.pt", models.build(EDGES, 3), EDGES, 3)
-    rasters = {
-        name: {tag: noise(tag, 6, 8) for tag in index[name].tags} for names in index.splits.values() for name in names
-    }
+    rasters = {image.id: {tag: noise(tag, 6, 8) for tag in image.tags} for image in index.images()}
     stored(tmp_path, rasters)
     return tmp_path
 
@@ -319,7 +317,7 @@ def test_the_stage_walks_the_training_images(project: Path) -> None:
     store = RasterStore(project / "walked.h5")
     index = Index(project / "index.json")
     assert store.kind == "localization"
-    assert store.ids == [image.id for image in index.images("train")]
+    assert list(store) == [image.id for image in index.images("train")]
     for image in index.images("train"):
         maps = store.maps(image.id)
         assert tuple(maps) == image.tags

@@ -13,7 +13,7 @@ from pipeline.data.images import read_rgb, working_size
 from pipeline.data.index import Index, write
 from pipeline.errors import PipelineError
 from pipeline.labels import saliency
-from tests.voc_tree import make_tree
+from tests.voc_tree import image_of, make_tree
 
 
 @pytest.mark.parametrize(
@@ -53,4 +53,4 @@ def test_an_image_above_the_working_size_is_reduced_with_its_mask_and_saliency_m
     (tmp_path / "JPEGImages/img_000.jpg").unlink()
     cv2.imwrite(str(tmp_path / "JPEGImages/img_000.jpg"), np.zeros((25, 38, 3), np.uint8))
     with pytest.raises(PipelineError):
-        read_rgb(Index(path)["img_000"])
+        read_rgb(image_of(Index(path), "img_000"))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.config.dataset import Dataset
 from pipeline.data.build_index import build_index
+from pipeline.data.index import Image as IndexedImage
 from pipeline.data.index import Index, write
 from pipeline.data.palette import voc_palette
 from pipeline.data.photos import examine
@@ -103,3 +104,8 @@ def image_size(data: bytes, limit: int) -> tuple[int, int]:
     """Check and decode an image file as the index does, and return its (height, width)."""
     height, width = examine(data, limit).rgb.shape[:2]
     return height, width
+
+
+def image_of(index: Index, image_id: str) -> IndexedImage:
+    """The image of the index with this id."""
+    return next(image for image in index.images() if image.id == image_id)

@@ -4,7 +4,6 @@ import json
 import mmap
 import os
 from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,11 +51,10 @@ class Image:
 
 
 class Index:
-    """Images by id, the two splits, and the class names (class id k is ``classes[k - 1]``).
+    """The images, the two splits, and the class names (class id k is ``classes[k - 1]``).
 
     The file is JSON with one line per image (``write``). It is mapped, and an image's line is parsed whenever the image
-    is asked for, so that an image takes 16 bytes of memory besides the file: the place of its line, and its row in the
-    order of the ids, which finds an id by bisection.
+    is asked for. In memory an image takes 16 bytes: the place of its line, and the number of the line in its split.
 
     Raises:
         PipelineError: the file cannot be read or is not an index.
@@ -90,8 +88,9 @@ class Index:
         if line != _END:
             raise ValueError("it is cut off")
         ids += json.loads(b"[" + b",".join(names) + b"]")
-        self._sorted = array("q", sorted(range(len(ids)), key=ids.__getitem__))
         rows = {name: row for row, name in enumerate(ids)}
+        if not len(rows) == len(ids) == len(self._starts):
+            raise ValueError("an id is twice in it")
         self._splits = {}
         for split in ("train", "evaluation"):
             listed = raw["splits"].pop(split)
@@ -108,17 +107,6 @@ class Index:
 
     def __reduce__(self) -> tuple[type["Index"], tuple[Path]]:
         return Index, (self.path,)
-
-    @property
-    def splits(self) -> dict[str, list[str]]:
-        """The ids of the images of each split, in list order."""
-        return {split: [self.id(row) for row in rows] for split, rows in self._splits.items()}
-
-    def __getitem__(self, image_id: str) -> Image:
-        at = bisect_left(self._sorted, image_id, key=self.id)
-        if at == len(self) or self.id(self._sorted[at]) != image_id:
-            raise KeyError(image_id)
-        return self.image(self._sorted[at])
 
     def __len__(self) -> int:
         return len(self._starts)

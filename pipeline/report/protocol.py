@@ -15,7 +15,7 @@ from pipeline.report.describe import Logs
 def facts(params: Params, index: Index, scored: Mapping[str, int]) -> list[tuple[str, str]]:
     """Conditions common to all rows, as (term, description). ``scored``: number of images with masks by split."""
     splits = "; ".join(
-        f"{split}: {len(index.splits[split])} images, {scored[split]} with masks" for split in ("train", "evaluation")
+        f"{split}: {len(index.images(split))} images, {scored[split]} with masks" for split in ("train", "evaluation")
     )
     saliency = params.saliency
     test = params.test

@@ -71,7 +71,7 @@ class Results:
     @property
     def is_voc(self) -> bool:
         """Whether the dataset is PASCAL VOC 2012 or a part of it: its classes and evaluation images are VOC's."""
-        ids = self.index.splits["evaluation"]
+        ids = self.index.images("evaluation").ids
         return tuple(self.index.classes) == VOC_CLASSES and all(map(VOC_ID.fullmatch, ids))
 
     @property
@@ -113,7 +113,7 @@ def document(results: Results) -> str:
     """
     index = results.index
     drawn = Section("Boxes", "boxes.html.j2", box_section(results))
-    train, evaluation = (len(index.splits[split]) for split in ("train", "evaluation"))
+    train, evaluation = (len(index.images(split)) for split in ("train", "evaluation"))
     own = results.photos
     photos = Section("Photos", "photos.html.j2", {"gallery": own} if own and own.photos else {})
     published = {"published": PUBLISHED} if results.is_voc else {}

@@ -159,14 +159,9 @@ class RasterStore:
     def __len__(self) -> int:
         return len(self._offset)
 
-    @property
-    def ids(self) -> list[str]:
-        """The ids of all images, in stored order, including those without a raster."""
-        return list(self)
-
     def _find(self, image_id: str) -> int | None:
         """The number of the image, by bisection: a dict of strings would take far more memory than the columns."""
-        name = image_id.encode()
+        name = image_id.encode(errors="surrogatepass")  # no id of a store has surrogates
         if len(name) > self._names.itemsize:  # NumPy would copy the column to compare it with a longer id
             return None
         at = int(np.searchsorted(self._names, np.bytes_(name), sorter=self._sorted))
@@ -223,6 +218,7 @@ class RasterStore:
         return {int(self._class[row]): self._read(row) for row in self._rows(image_id)}
 
     def __iter__(self) -> Iterator[str]:
+        """The ids of all images, in stored order, including those without a raster."""
         return (name.decode() for name in self._names)
 
     def read_all(self) -> None:
