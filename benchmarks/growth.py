@@ -38,7 +38,7 @@ def main() -> None:
     if options.step:
         start, values = time.perf_counter(), STEPS[options.step](Path.cwd())
         values |= {"seconds": values.get("seconds", round(time.perf_counter() - start, 2))}
-        values = memory() | values
+        values = memory() | values  # that of a step itself was measured while it held its data
         print(json.dumps(values))
         return
     for images in options.images:

@@ -22,13 +22,14 @@ from pipeline.workflow.stage import Work, execute
 from tests.finished import DATA, EXTRA, IMAGE, LISTS, MAP, MASK, OWN, RESULTS, SALIENCY, repaint
 from tests.harm import ODD, killed_while_publishing
 from tests.jobs import command, graph, outdated, perform, refused
+from tests.stopping import copy_without
 
 
 @pytest.fixture(autouse=True)
 def project(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(finished, tmp_path / "project", symlinks=True)
-    monkeypatch.chdir(tmp_path / "project")
-    return tmp_path / "project"
+    project = copy_without(finished, tmp_path)
+    monkeypatch.chdir(project)
+    return project
 
 
 def content(path: Path) -> bytes | dict[str, bytes]:

@@ -17,13 +17,14 @@ from pipeline.workflow.freshness import keep_outputs, stale
 from pipeline.workflow.graph import Job
 from tests.finished import DATA, IMAGE, LISTS, MAP, MASK, OWN, RESULTS, SALIENCY, repaint
 from tests.jobs import graph, outdated, perform, refused
+from tests.stopping import copy_without
 
 
 @pytest.fixture(autouse=True)
 def project(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(finished, tmp_path / "project", symlinks=True)
-    monkeypatch.chdir(tmp_path / "project")
-    return tmp_path / "project"
+    project = copy_without(finished, tmp_path)
+    monkeypatch.chdir(project)
+    return project
 
 
 def test_all_is_up_to_date() -> None:

@@ -165,8 +165,10 @@ class RasterStore:
         if len(name) > self._names.itemsize:  # NumPy would copy the column to compare it with a longer id
             return None
         at = int(np.searchsorted(self._names, np.bytes_(name), sorter=self._sorted))
-        image = int(self._sorted[at]) if at < len(self._sorted) else -1
-        return image if image >= 0 and self._names[image] == name else None
+        if at == len(self._sorted):
+            return None
+        image = int(self._sorted[at])
+        return image if self._names[image] == name else None
 
     def _rows(self, image_id: str) -> range:
         image = self._find(image_id)
