@@ -10,7 +10,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /wsss
 COPY . .
-RUN make install
+RUN make install && chmod --recursive a+rwX .
 # A user other than root may run the container, without a home directory.
 ENV PATH=/wsss/.venv/bin:$PATH XDG_CACHE_HOME=/tmp/cache
 CMD ["make", "reproduce"]

@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +131,11 @@ def total_slots() -> int:
     return sum(card.slots for card in visible())
 
 
+def attainable(needed: int, cards: Iterable[Card], count: int = 1) -> int:
+    """The slots that each of ``count`` cards can give to a job that needs so many on each, if they are the largest."""
+    return min([needed, *sorted((card.slots for card in cards), reverse=True)[:count]])
+
+
 def choose(device: str, needed: int) -> str:
     """Take slots for this process, and return the device to use.
 
@@ -138,7 +143,7 @@ def choose(device: str, needed: int) -> str:
 
     Args:
         device: 'auto' (a GPU if there is one, else the CPU), 'cpu', 'cuda' (a GPU) or 'cuda:N' (the GPU N).
-        needed: number of slots; a card with fewer is taken whole.
+        needed: number of slots; if no card has as many, the one with the most is taken whole.
 
     Raises:
         PipelineError: there is no such GPU.
@@ -245,13 +250,14 @@ def _take(cards: Mapping[int, Card], needed: int, count: int) -> list[tuple[int,
     with suppress(FileExistsError):
         folder.mkdir()
         folder.chmod(0o1777)  # jobs of all users share the cards
-    wanted = {number: min(needed, card.slots) for number, card in cards.items()}
+    least = attainable(needed, cards.values(), count)  # a smaller card lacks the memory, so the job waits for another
+    wanted = {number: min(needed, card.slots) for number, card in cards.items() if card.slots >= least}
     waited = False
     while True:
         with _lock_file(folder / "choosing") as choosing:  # otherwise two jobs could each take half of what both need
             locks.take(choosing, _UNGUARDED, wait=True)
-            free = {number: _lock_free(folder, card) for number, card in cards.items()}
-            fitting = [number for number in cards if len(free[number]) >= wanted[number]]
+            free = {number: _lock_free(folder, cards[number]) for number in wanted}
+            fitting = [number for number in wanted if len(free[number]) >= wanted[number]]
             numbers = sorted(fitting, key=lambda each: (-len(free[each]), each))[:count]
             taken = [(number, list(free[number])[: wanted[number]]) for number in numbers if len(numbers) == count]
             for number, files in free.items():

@@ -67,5 +67,5 @@ def default_cores(stage: Stage, processes: int = 1) -> int:
 
     It is the one that Snakemake uses on this machine, so that all three end with the same bytes.
     """
-    cores = min(len(os.sched_getaffinity(0)), stage.threads if cards.visible() else 1)
+    cores = min(len(os.sched_getaffinity(0)), stage.threads * processes if cards.visible() else 1)
     return max(processes, cores)

@@ -118,6 +118,30 @@ class TestChoose:
         choose(needed=5)
         assert capsys.readouterr().out.endswith("slots 0, 1, 2 of 3\n")
 
+    @pytest.mark.parametrize(
+        ("listed", "memories", "large"),
+        [(TWO, (12288, 40960), "GPU-12222222-bbbb"), (MIG.partition("GPU 1")[0], (40960,), "MIG-aaaa")],
+    )
+    def test_a_job_waits_for_a_large_card_rather_than_take_a_small_one(
+        self, machine: Any, monkeypatch: pytest.MonkeyPatch, listed: str, memories: tuple[int, ...], large: str
+    ) -> None:
+        machine(listed, *memories)
+        assert choose(needed=2)[1] == large
+        slots = max(card.slots for card in cards.visible())
+        assert slots >= 2
+        for _ in range(slots // 2 - 1):
+            assert choose(needed=2)[1] == large
+        monkeypatch.setattr("time.sleep", _waits)
+        with pytest.raises(AssertionError, match="waits for slots"):
+            choose(needed=2)
+        assert choose(needed=1)[1] != large or slots % 2
+
+    def test_of_different_cards_each_gives_what_it_has(self, machine: Any) -> None:
+        """Two processes that need 4 slots each: the smaller card is taken whole, and the larger one not."""
+        machine(TWO, 24564, 81559)
+        assert cards.reserve("cuda", 4, 2) == ["GPU-12222222-bbbb", "GPU-11111111-aaaa"]
+        assert len(cards._held) == 3 + 4
+
     def test_a_job_waits_until_enough_slots_are_free(
         self, machine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,16 @@ class TestSlots:
         assert re.search(rf" --slots {slots}\b", command)
         limited = Plan(graph, [], gpu_slots=1, has_gpu=True)
         assert limited.slots(stage)(wildcards) == 1
+
+    @pytest.mark.parametrize(("memory", "jobs"), [(15360, 8), (24564, 8), (81559, 16)])
+    def test_a_job_reserves_no_more_slots_than_a_card_has(self, machine: Any, memory: int, jobs: int) -> None:
+        """Eight cards run eight jobs at least, also where each job needs more than a card has."""
+        listed = "".join(f"GPU {number}: Tesla T4 (UUID: GPU-{number})\n" for number in range(8))
+        machine(listed, *[memory] * 8)
+        graph = Graph(load([project.ROOT / "params.yaml", project.ROOT / "profiles/voc2012.yaml"]))
+        plan = Plan(graph, [], gpu_slots=cards.total_slots(), cores=64, has_gpu=True)
+        slots = plan.slots(STAGES["segmentation"])(SimpleNamespace(name="oaa"))
+        assert plan.gpu_slots // slots >= jobs
 
     def test_a_job_of_several_processes_takes_a_card_for_each(self) -> None:
         """Of each card the slots for its part of the batch; the same with inference; on a cluster, whole cards."""
@@ -117,6 +128,41 @@ class TestSlots:
         assert "stages.prediction cam --threads 4 --workers 4 --slots 1 " in shown
         shown = project.run(folder, *arguments, "--resources", "gpu=1")
         assert "stages.classifier base --threads 2 --workers 6 --slots 1 " in shown
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("variable", "resources", "line"),
+        [
+            ("0", (), "WSSS_GPU_SLOTS=0: must be a number of slots per GPU, at least 1"),
+            ("2", ("--resources", "gpu=0"), "--resources gpu=0: must be at least 1; to compute on the CPU, set"),
+        ],
+    )
+    def test_no_slots_are_refused(
+        self, machine: Any, monkeypatch: pytest.MonkeyPatch, variable: str, resources: tuple[str, ...], line: str
+    ) -> None:
+        machine(TWO, 81559, 81559)
+        monkeypatch.setenv(cards.VARIABLE, variable)
+        done = subprocess.run(
+            ["snakemake", "--dry-run", "--cores", "2", *resources], cwd=project.ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert f"error: {line}" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    @pytest.mark.slow
+    def test_the_cores_of_the_submitting_machine_do_not_limit_the_jobs_of_a_cluster(self, tmp_path: Path) -> None:
+        """They limited each job to as many threads, hence SLURM gave it as few cores."""
+        folder = project.copy(tmp_path / "project", git=False)
+        config = folder / "profiles/default/config.yaml"
+        config.write_text(config.read_text().replace("cores: all", "cores: 1"))
+        training = '{"oaa": {"training": {"processes": 2}}}'
+        shown = project.run(
+            folder, "snakemake", "--dry-run", "--printshellcmds", "--profile", "profiles/slurm",
+            "--config", f"segmentations={training}",
+        )  # fmt: skip
+        assert "stages.classifier base --threads 2 --workers 6 " in shown
+        assert "stages.pseudo_labels oaa --workers 16 " in shown
+        assert "stages.segmentation oaa --threads 4 --workers 12 " in shown
 
     def test_a_job_on_a_cluster_takes_a_card(self) -> None:
         plan = Plan(Graph(load([project.ROOT / "params.yaml"])), [], has_gpu=True)

@@ -164,8 +164,8 @@ class Plan:
     def _slots(self, job: Job) -> int:
         if not self.gpu_slots:
             return job.processes
-        needed = job.processes * cards.slots_needed(job.block, self.graph.params.dataset.demo)
-        return min(self.gpu_slots, needed)
+        needed = cards.slots_needed(job.block, self.graph.params.dataset.demo)
+        return min(self.gpu_slots, job.processes * cards.attainable(needed, cards.visible(), job.processes))
 
     def _has_several_processes(self, stage: Stage) -> bool:
         return any(job.processes > 1 for job in self.graph.jobs if job.stage == stage.name)
@@ -270,7 +270,12 @@ def plan(workflow: Any) -> Plan:
         _refuse(faults)
     outdated = stale(graph)
     local = not (workflow.remote_exec or workflow.resource_settings.nodes is not None)
-    gpu_slots = cards.total_slots() if local else 0
+    try:
+        gpu_slots = cards.total_slots() if local else 0
+    except PipelineError as error:
+        _refuse(error.lines)
+    if not local:
+        workflow.global_resources["_cores"] = sys.maxsize  # the cores of this machine do not limit a node's
     unset: set[str] = set()
     if workflow.is_main_process:
         for line in cost.announcement(graph, outdated):
@@ -282,6 +287,10 @@ def plan(workflow: Any) -> Plan:
         unset = _set_times(graph, outdated)
         if gpu_slots:
             gpu_slots = workflow.global_resources.setdefault("gpu", gpu_slots).value
+            if gpu_slots < 1:  # the stages would use the GPUs all the same
+                _refuse(
+                    [f"--resources gpu={gpu_slots}: must be at least 1; to compute on the CPU, set {cards.VISIBLE}="]
+                )
     customised = files != [PARAMS] or overrides
     options = ["--params", *files, "--set", json.dumps(overrides)] if customised else []
     requests = Requests(workflow, LeftOut([Path(file) for file in files], overrides, graph))
