@@ -1,7 +1,9 @@
 """All measurements on a CUDA card, in one run of at most 15 minutes.
 
-    python -m benchmarks.cuda [--workers 14] [--images 800]
+    python -m benchmarks.cuda [--workers 14] [--images 800] [--parts PART ...]
     python -m benchmarks.cuda --device cpu --small        # tries the program itself, not a measurement
+
+``--parts`` chooses: training (1 to 4), inference (5), shared (6), tests (7).
 
 1. Steps on a batch that lies on the card: fp32 contiguous (NCHW), bf16 channels-last, the same ``--deterministic``.
 2. End to end: ResNet-50 at 321 px, batch 16, from JPEG files, with attention accumulation and colour jitter. The goals
@@ -11,9 +13,11 @@
    the accumulator.
 5. Localization and prediction, with convolutions padded to few shapes and without (``benchmarks.inference``).
 6. Trainings of MobileNetV2 that share the card, each with two cores.
-7. The CUDA tests, as far as time is left: determinism, resumed trainings, and those that need two cards.
+7. The CUDA tests, as far as time is left. ``tests/test_devices.py`` comes last, since it runs every kind of job several
+   times, each in a process of its own.
 
-The run ends with one table of its figures and goals. Without a card it says so and ends.
+Each part prints its figures and goals once it is done. The run ends with all of them in one table. Without a card it
+says so and ends.
 """
 
 import argparse
@@ -24,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,6 +49,8 @@ from pipeline.training.settings import describe, prepare, uses_bf16
 from stages.refinement import attention
 
 LIMIT = 900  # seconds of all measurements
+DEVICES = "tests/test_devices.py"
+PARTS = ("training", "inference", "shared", "tests")
 # Images/s of inference at commit 812d9bf (docs/RESULTS.md, 'Does it run on CUDA?'). The goal is ten times as many.
 BEFORE = {"prediction, one view": 3.0, "maps, four views of 257 x 257": 50.0}
 # Images/s of twelve trainings side by side there, for each of the 16 cores
@@ -136,14 +142,16 @@ def parts(source: Photos, device: torch.device, side: int, batch: int) -> None:
         print(f"  {name:<40} {milliseconds(function, device):8.3f} ms a batch of {len(images)}", flush=True)
 
 
-def inference(device: torch.device, small: bool, folder: Path) -> Rows:
-    """Run ``benchmarks.inference`` in processes of their own, since cuDNN keeps its plans in a process.
-
-    These processes and those of the tests take slots of the card, hence this one gives its own back.
-    """
+def hand_over(device: torch.device) -> None:
+    """Give the slots and the free memory of the card to the processes that this one starts and waits for."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     cards.release()
+
+
+def inference(device: torch.device, small: bool, folder: Path) -> Rows:
+    """Run ``benchmarks.inference`` in processes of their own, since cuDNN keeps its plans in a process."""
+    hand_over(device)
     rates: list[dict[str, Any]] = []
     for padding in ([], ["--unpadded"]):
         print(f"inference, {'each shape its own plan' if padding else 'few shapes'}", flush=True)
@@ -164,6 +172,7 @@ def inference(device: torch.device, small: bool, folder: Path) -> Rows:
 
 def shared(device: torch.device, small: bool, folder: Path) -> Rows:
     """Trainings side by side in processes of their own, by the images per second of their last epochs together."""
+    hand_over(device)
     cores = len(os.sched_getaffinity(0))
     rows: Rows = []
     for count in sorted({1, 2} if small else {1, max(1, cores // 4), max(1, cores // 2)}):
@@ -182,20 +191,56 @@ def shared(device: torch.device, small: bool, folder: Path) -> Rows:
     return rows
 
 
-def tests(seconds: float, environment: dict[str, str]) -> Rows:
-    """Run the CUDA tests for at most so many seconds, in an ``environment`` that shows them all GPUs."""
-    print("pytest -m cuda", flush=True)
-    try:
-        command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-n0"]
-        status = subprocess.run(command, env=environment, timeout=max(1.0, seconds))
-    except subprocess.TimeoutExpired:
-        return [("the CUDA tests", f"not done in {seconds:.0f} s: run `pytest -m cuda`", "pass")]
-    return [("the CUDA tests", "pass" if status.returncode == 0 else f"exit status {status.returncode}", "pass")]
+def tests(device: torch.device, deadline: float, environment: dict[str, str]) -> Iterator[Rows]:
+    """Run the CUDA tests until ``deadline`` at most, in an ``environment`` that shows them all GPUs."""
+    hand_over(device)
+    for name, selection in (("all but test_devices", ["--ignore", DEVICES]), ("test_devices", [DEVICES])):
+        command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-n0", *selection]
+        print(" ".join(command), flush=True)
+        seconds = max(1.0, deadline - time.monotonic())
+        try:
+            status = subprocess.run(command, env=environment, timeout=seconds)
+            result = "pass" if status.returncode == 0 else f"exit status {status.returncode}"
+        except subprocess.TimeoutExpired:
+            result = f"not done in {seconds:.0f} s"
+        yield [(f"CUDA tests, {name}", result, "pass")]
 
 
 def table(rows: Rows) -> str:
     """Lay out all figures beside their goals, as Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [("what", "measured", "goal"), ("---", "---", "---"), *rows])
+
+
+def measurements(
+    options: argparse.Namespace, device: torch.device, deadline: float, environment: dict[str, str]
+) -> Iterator[Rows]:
+    """Measure the parts that were chosen."""
+    with tempfile.TemporaryDirectory() as folder:
+        if "training" in options.parts:
+            yield from training(options, device, Path(folder))
+        if "inference" in options.parts:
+            yield inference(device, options.small, Path(folder))
+        if "shared" in options.parts:
+            print("trainings side by side", flush=True)
+            yield shared(device, options.small, Path(folder))
+    if "tests" in options.parts and device.type == "cuda":
+        yield from tests(device, deadline, environment)
+
+
+def training(options: argparse.Namespace, device: torch.device, folder: Path) -> Iterator[Rows]:
+    """Measure steps of a training, whole trainings, and the parts of a step besides the network."""
+    source = photos(folder, options.images)
+    print(f"the step alone: ResNet-50, {options.side} px, batch {options.batch}")
+    steps = alone(device, options.threads, options.side, options.batch, options.steps)
+    strict = steps["bf16 channels-last, --deterministic"] / steps["bf16 channels-last"]
+    yield [("step with --deterministic, against without", f"{strict:.2f} x the time", "-")]
+    print(f"end to end, {options.workers} workers, {options.images} photos")
+    yield whole(source, device, options.workers, options.side, options.batch, steps)
+    print(f"OAA, VGG-16, short side {min(224, options.side)}, 1 x 5")
+    few = source._replace(images=source.images[: max(5, len(source.images) // 4)])
+    yield merged(few, device, options.workers, min(224, options.side))
+    print("parts of a step besides the network")
+    parts(source, device, options.side, options.batch)
 
 
 def main() -> None:
@@ -207,6 +252,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=321)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--small", action="store_true", help="a few small steps, to try the program")
     options = parser.parse_args()
     if options.small:
@@ -219,24 +265,11 @@ def main() -> None:
         sys.exit(0)
     start = time.monotonic()
     print(f"{describe(device, uses_bf16(device, 'auto'))}, torch {torch.__version__}, {os.cpu_count()} cores")
-    with tempfile.TemporaryDirectory() as folder:
-        source = photos(Path(folder), options.images)
-        print(f"the step alone: ResNet-50, {options.side} px, batch {options.batch}")
-        steps = alone(device, options.threads, options.side, options.batch, options.steps)
-        strict = steps["bf16 channels-last, --deterministic"] / steps["bf16 channels-last"]
-        rows = [("step with --deterministic, against without", f"{strict:.2f} x the time", "-")]
-        print(f"end to end, {options.workers} workers, {options.images} photos")
-        rows += whole(source, device, options.workers, options.side, options.batch, steps)
-        print(f"OAA, VGG-16, short side {min(224, options.side)}, 1 x 5")
-        few = source._replace(images=source.images[: max(5, len(source.images) // 4)])
-        rows += merged(few, device, options.workers, min(224, options.side))
-        print("parts of a step besides the network")
-        parts(source, device, options.side, options.batch)
-        rows += inference(device, options.small, Path(folder))
-        print("trainings side by side")
-        rows += shared(device, options.small, Path(folder))
-    if device.type == "cuda":
-        rows += tests(LIMIT - (time.monotonic() - start), environment)
+    rows: Rows = []
+    for found in measurements(options, device, start + LIMIT, environment):
+        print(table(found), flush=True)
+        rows += found
+    if device.type == "cuda" and "training" in options.parts:
         rows.append(("peak memory", f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB", "-"))
     rows.append(("all measurements", f"{time.monotonic() - start:.0f} s", f"at most {LIMIT}"))
     print(table(rows))

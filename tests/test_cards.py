@@ -131,7 +131,7 @@ class TestChoose:
         assert slots >= 2
         for _ in range(slots // 2 - 1):
             assert choose(needed=2)[1] == large
-        monkeypatch.setattr("time.sleep", _waits)
+        monkeypatch.setattr(cards, "time", SimpleNamespace(sleep=_waits))
         with pytest.raises(AssertionError, match="waits for slots"):
             choose(needed=2)
         assert choose(needed=1)[1] != large or slots % 2

@@ -1,6 +1,7 @@
 """The library: a model file segments photos as the prediction stage does, on any kind of photo."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,13 @@ def test_what_is_not_a_model_is_refused_in_one_line(folder: Path) -> None:
         assert raised.value.lines[0].startswith(f"{name}.safetensors: ")
 
 
-def test_a_device_that_does_not_exist(folder: Path) -> None:
+def test_a_device_that_does_not_exist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(wsss.PipelineError, match="device abacus"):
         wsss.load(MODEL, "abacus")
+    for count, device, fix in (
+        (0, "cuda", "this torch sees no CUDA device; use cpu"),
+        (2, "cuda:2", "the GPUs are cuda:0 to cuda:1"),
+    ):
+        monkeypatch.setattr("torch.cuda.device_count", partial(int, count))
+        with pytest.raises(wsss.PipelineError, match=f"device {device}: {fix}"):
+            wsss.load(MODEL, device)

@@ -228,8 +228,10 @@ def load(path: str | Path, device: str = "auto", crf: bool = True, megapixels: f
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError:
         raise PipelineError(f"device {device}: no such device; use auto, cpu, cuda or cuda:N") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise PipelineError(f"device {device}: this torch sees no CUDA device; use cpu")
+    count = torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= count:
+        fix = f"the GPUs are cuda:0 to cuda:{count - 1}" if count else "this torch sees no CUDA device; use cpu"
+        raise PipelineError(f"device {device}: {fix}")
     content = model_file.read(Path(path), place)
     test = content.test if crf else dataclasses.replace(content.test, crf=None)
     return Model(content, place, test, content.megapixels if megapixels is None else megapixels)
