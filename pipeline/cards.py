@@ -132,7 +132,7 @@ def total_slots() -> int:
 
 
 def attainable(needed: int, cards: Iterable[Card], count: int = 1) -> int:
-    """The slots that each of ``count`` cards can give to a job that needs so many on each, if they are the largest."""
+    """Reduce the slots that a job needs on each of ``count`` cards to what the ``count`` largest cards have."""
     return min([needed, *sorted((card.slots for card in cards), reverse=True)[:count]])
 
 
