@@ -134,7 +134,7 @@ class TestChoose:
         monkeypatch.setattr(cards, "time", SimpleNamespace(sleep=_waits))
         with pytest.raises(AssertionError, match="waits for slots"):
             choose(needed=2)
-        assert choose(needed=1)[1] != large or slots % 2
+        assert choose(needed=1)[1] != large  # a small job takes the small card
 
     def test_of_different_cards_each_gives_what_it_has(self, machine: Any) -> None:
         """Two processes that need 4 slots each: the smaller card is taken whole, and the larger one not."""

@@ -259,7 +259,9 @@ def plan(workflow: Any) -> Plan:
     of the graph is checked, whatever the requested targets are.
     """
     files, overrides = _params_sources(workflow.config_settings)
+    local = not (workflow.remote_exec or workflow.resource_settings.nodes is not None)
     try:
+        gpu_slots = cards.total_slots() if local else 0
         # Not Snakemake's own merge of the files: it would mix the settings of two implementations.
         notice = warn if workflow.is_main_process else lambda line: None
         graph = Graph(settings.load([Path(file) for file in files], overrides, notice))
@@ -269,11 +271,6 @@ def plan(workflow: Any) -> Plan:
     if faults := graph.missing():
         _refuse(faults)
     outdated = stale(graph)
-    local = not (workflow.remote_exec or workflow.resource_settings.nodes is not None)
-    try:
-        gpu_slots = cards.total_slots() if local else 0
-    except PipelineError as error:
-        _refuse(error.lines)
     if not local:
         workflow.global_resources["_cores"] = sys.maxsize  # the cores of this machine do not limit a node's
     unset: set[str] = set()
